@@ -1,0 +1,91 @@
+"""Credit assignment: from rewards a token to advantages and returns. One object an estimator."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Credit(NamedTuple):
+    """What an estimator hands to the update: both 0 outside the mask, the advantages not yet whitened."""
+
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+
+
+class Estimator(Protocol):
+    """Rewards (and values, for those that need a critic) to `Credit`."""
+
+    needs_values: ClassVar[bool]
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Credit:
+        """Assign credit; masks are True on a prefix of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAE:
+    """Generalized advantage estimation (Schulman et al., 2016, Eq. 16).
+
+    δ_t = r_t + γ V(s_{t+1}) − V(s_t),  A_t = Σ_k (γλ)^k δ_{t+k},  R_t = A_t + V(s_t),  V after the end is 0.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    needs_values: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Credit:
+        """Advantages and the returns that the critic regresses on.
+
+        Raises:
+            ValueError: no values are given.
+        """
+        if values is None:
+            raise ValueError("GAE needs the critic's values")
+        values = torch.where(mask, values, 0.0)
+        rewards = torch.where(mask, rewards, 0.0)
+        following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+        deltas = rewards + self.gamma * following - values
+        advantages = torch.where(mask, discounted_sum(deltas, self.gamma * self.lam), 0.0)
+        return Credit(advantages, advantages + values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePlusPlus:
+    """REINFORCE++ (Hu, 2025): A_t = R_t = Σ_k γ^k r_{t+k}; no critic, the whitening is the baseline."""
+
+    gamma: float = 1.0
+    needs_values: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Credit:
+        """Reward-to-go for each token; ``values`` are not read."""
+        to_go = torch.where(mask, discounted_sum(torch.where(mask, rewards, 0.0), self.gamma), 0.0)
+        return Credit(to_go, to_go)
+
+
+def discounted_sum(x: Float[Tensor, "B T"], discount: float) -> Float[Tensor, "B T"]:
+    """y_t = Σ_k discount^k x_{t+k}, along the last axis."""
+    if discount == 1.0:
+        return x.flip(-1).cumsum(-1).flip(-1)
+    out = torch.empty_like(x)
+    carry = torch.zeros_like(x[:, 0])
+    for t in reversed(range(x.shape[1])):
+        carry = x[:, t] + discount * carry
+        out[:, t] = carry
+    return out
