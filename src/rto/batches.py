@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _Carrier = TypeVar("_Carrier", bound="Carrier")
+_Rows = TypeVar("_Rows", bound="Sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +59,26 @@ class Sequences(Carrier):
         return self.tokens[:, self.prompt_mask.shape[1] :]
 
     @property
-    def lengths(self) -> Int[Tensor, "B"]:
+    def lengths(self) -> Int[Tensor, " B"]:
         """Tokens that exist in each row, prompt and response."""
         return self.prompt_mask.sum(1) + self.mask.sum(1)
 
-    def trim(self: "Sequences") -> "Sequences":
+    def trim(self: _Rows) -> _Rows:
         """Drop columns that are padding in every row; padding is inert, so no number changes."""
-        prompt, response = self.prompt_mask.shape[1], self.mask.shape[1]
+        prompt = self.prompt_mask.shape[1]
         left = int(prompt - self.prompt_mask.sum(1).max())
         right = max(int(self.mask.sum(1).max()), 1)
+        cut = {name: x[:, :right] for name, x in self.tensors().items() if x.dim() == 2}  # [B, T]
+        cut |= {"tokens": self.tokens[:, left : prompt + right], "prompt_mask": self.prompt_mask[:, left:]}
+        return replace(self, **cut)
+
+    def widen(self: "Sequences", response: int) -> "Sequences":
+        """Pad responses to ``response`` columns."""
+        extra = response - self.mask.shape[1]
         return Sequences(
-            tokens=self.tokens[:, left : prompt + right],
-            prompt_mask=self.prompt_mask[:, left:],
-            mask=self.mask[:, :right] if right < response else self.mask,
+            tokens=F.pad(self.tokens, (0, extra)),
+            prompt_mask=self.prompt_mask,
+            mask=F.pad(self.mask, (0, extra), value=False),
         )
 
 
@@ -77,7 +86,7 @@ class Sequences(Carrier):
 class Samples(Sequences):
     """What a sampler returns."""
 
-    ended: Bool[Tensor, "B"]
+    ended: Bool[Tensor, " B"]
     """EOS was sampled before the length limit."""
 
 
@@ -92,7 +101,7 @@ class Rollout(Samples):
     """log π_dpo/π_ref; None when β₁ = 0: no model is run for it."""
     values: Float[Tensor, "B T"] | None
     """V(s_t); None for critic-free estimators."""
-    scores: Float[Tensor, "B"]
+    scores: Float[Tensor, " B"]
     """r_MLE, one a rollout."""
 
 
@@ -113,6 +122,19 @@ class PairBatch:
     chosen: Sequences
     rejected: Sequences
 
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def stacked(self) -> Sequences:
+        """Both sides as one batch for one forward pass: the chosen rows, then the rejected."""
+        width = max(self.chosen.mask.shape[1], self.rejected.mask.shape[1])
+        sides = [s.widen(width) for s in (self.chosen, self.rejected)]
+        return Sequences(
+            tokens=torch.cat([s.tokens for s in sides]),
+            prompt_mask=torch.cat([s.prompt_mask for s in sides]),
+            mask=torch.cat([s.mask for s in sides]),
+        )
+
 
 def collate(
     prompts: list[list[int]], responses: list[list[int]], *, pad: int, device: torch.device | str = "cpu"
@@ -130,7 +152,7 @@ def collate(
     return Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask).to(device)
 
 
-def micro_batches(lengths: Int[Tensor, "B"], max_tokens: int, at_least: int = 1) -> list[Int[Tensor, "b"]]:
+def micro_batches(lengths: Int[Tensor, " B"], max_tokens: int, at_least: int = 1) -> list[Int[Tensor, " b"]]:
     """Cut rows into micro-batches of at most ``max_tokens`` padded tokens, longest rows first.
 
     Rows of like length go together, so little of a micro-batch is padding. ``at_least`` asks for more cuts

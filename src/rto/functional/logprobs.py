@@ -31,13 +31,13 @@ def predicting(hidden: Float[Tensor, "B L *D"], response: int) -> Float[Tensor, 
 def token_logprobs(
     hidden: Float[Tensor, "N D"],
     head: Head,
-    tokens: Int[Tensor, "N"],
+    tokens: Int[Tensor, " N"],
     *,
     vocab_size: int,
     temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """log p(token) and entropy of p = softmax(head(hidden) / temperature), one number a token, in fp32.
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """One number a token, in fp32: log p(token) and entropy of p = softmax(head(hidden) / temperature).
 
     Rows are cut so that at most ``max_logits`` logits exist at a time. When there is more than one cut and
     gradients are on, logits are computed again in the backward pass instead of being kept. The entropy
@@ -69,6 +69,6 @@ def _token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: flo
     return logp, entropy
 
 
-def scatter(x: Float[Tensor, "N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+def scatter(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Put the kept tokens' numbers back in their places, 0 elsewhere; the inverse of ``y[mask]``."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)

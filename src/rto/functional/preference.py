@@ -22,7 +22,7 @@ class Completions:
     """True on completion tokens, EOS included."""
 
     @property
-    def logratio(self) -> Float[Tensor, "B"]:
+    def logratio(self) -> Float[Tensor, " B"]:
         """Σ_t log π/π_ref, the implicit reward divided by β (Rafailov et al., 2023, Eq. 5).
 
         Raises:
@@ -36,9 +36,9 @@ class Completions:
 class PairLoss(NamedTuple):
     """One number a pair: the loss, and the implicit rewards of both sides (detached)."""
 
-    loss: Float[Tensor, "B"]
-    chosen_reward: Float[Tensor, "B"]
-    rejected_reward: Float[Tensor, "B"]
+    loss: Float[Tensor, " B"]
+    chosen_reward: Float[Tensor, " B"]
+    rejected_reward: Float[Tensor, " B"]
 
 
 class PreferenceLoss(Protocol):

@@ -46,6 +46,8 @@ class RTOReward:
         token_reward_clip: bound c on the *raw* log-ratio, before β₁: clip(ρ_t, −c, c). None: no clip.
         shaping: subtract the sum of the placed token rewards at the last token, so that they add up to zero
             (potential shaping, RS-PPO): credit is assigned by the DPO model, the total is the score's alone.
+        missing_eos_penalty: subtracted at the last token of a completion that was cut off at the length limit;
+            no EOS is put there in its stead, since the policy did not choose one.
     """
 
     dpo_coef: float = 0.05
@@ -53,6 +55,7 @@ class RTOReward:
     score_coef: float = 1.0
     token_reward_clip: float | None = 1.0
     shaping: bool = False
+    missing_eos_penalty: float = 0.0
 
     def __call__(
         self,
@@ -60,7 +63,8 @@ class RTOReward:
         policy_logp: Float[Tensor, "B T"],
         ref_logp: Float[Tensor, "B T"],
         token_logratio: Float[Tensor, "B T"] | None,
-        scores: Float[Tensor, "B"],
+        scores: Float[Tensor, " B"],
+        ended: Bool[Tensor, " B"],
         mask: Bool[Tensor, "B T"],
         anchors: Bool[Tensor, "B T"],
     ) -> RewardTerms:
@@ -71,6 +75,7 @@ class RTOReward:
             ref_logp: log π_ref(y_t|x,y_<t), same temperature.
             token_logratio: log π_dpo/π_ref per token; None is allowed only when ``dpo_coef`` is 0.
             scores: r_MLE(x, y), one a rollout.
+            ended: EOS was sampled before the length limit.
             mask: True on the sampled tokens, EOS included.
             anchors: where token rewards are paid out; see `place`.
 
@@ -86,11 +91,12 @@ class RTOReward:
         if self.shaping:
             token = token + place(-token, mask, torch.zeros_like(mask))
         kl = torch.where(mask, -self.kl_coef * (policy_logp - ref_logp), 0.0)
-        score = torch.where(last_kept(mask), self.score_coef * scores[:, None], 0.0)
+        final = self.score_coef * scores - self.missing_eos_penalty * (~ended).to(scores.dtype)
+        score = torch.where(last_kept(mask), final[:, None], 0.0)
         return RewardTerms(token=token, kl=kl, score=score)
 
     def clip(self, logratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """clip(ρ, −c, c) on the raw log-ratio."""
+        """The raw log-ratio ρ bounded to [−c, c]."""
         c = self.token_reward_clip
         return logratio if c is None else logratio.clamp(-c, c)
 
@@ -179,7 +185,7 @@ class RunningMoments:
     mean: float = 0.0
     m2: float = 0.0
 
-    def update(self, x: Float[Tensor, "B"], *, all_reduce: AllReduce = local) -> None:
+    def update(self, x: Float[Tensor, " B"], *, all_reduce: AllReduce = local) -> None:
         """Add one batch of scores."""
         x = x.double()
         n, total = all_reduce(
@@ -197,7 +203,7 @@ class RunningMoments:
         """Population standard deviation; 1 before anything varied."""
         return (self.m2 / self.count) ** 0.5 if self.count > 1 and self.m2 > 0 else 1.0
 
-    def normalize(self, x: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def normalize(self, x: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """(x − mean) / std with the statistics so far."""
         return (x - self.mean) / self.std
 

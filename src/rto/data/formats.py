@@ -1,0 +1,216 @@
+"""Data sets in TRL's formats to token ids, with every row that cannot be used counted and named.
+
+Prompt-only: ``prompt``. Preference: ``prompt`` (or an implicit prompt), ``chosen``, ``rejected``. Each standard
+(text) or conversational (lists of messages, rendered by the tokenizer's chat template).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template, maybe_extract_prompt
+
+logger = logging.getLogger(__name__)
+
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the file, row or column and the remedy."""
+
+
+def load_rows(path: str | Path, *, name: str | None = None, split: str = "train") -> Dataset:
+    """A data set from a local file (JSON lines, JSON, CSV, Parquet; .gz and .xz too), a folder, or the hub.
+
+    Raises:
+        DataError: the file does not exist, cannot be parsed, or has no such split.
+    """
+    path = str(path)
+    suffixes = [s for s in Path(path).suffixes if s not in (".gz", ".xz", ".zst")]
+    reader = _READERS.get(suffixes[-1]) if suffixes else None
+    try:
+        if reader is not None:
+            if not Path(path).is_file():
+                raise DataError(f"{path}: no such file")
+            return load_dataset(reader, data_files={split: path}, split=split)
+        return load_dataset(path, name, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises many kinds; each says what is wrong with the source
+        raise DataError(f"{path}: cannot be read as a data set with a split {split!r}: {error}") from error
+
+
+@dataclass
+class Skipped:
+    """How many rows were left out, why, and where the first of each kind stands."""
+
+    total: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str, row: int) -> None:
+        """Count one row."""
+        self.counts[reason] += 1
+        self.first.setdefault(reason, row)
+
+    def report(self, what: str) -> str:
+        """One line for people."""
+        parts = [f"{n} {reason} (first: row {self.first[reason]})" for reason, n in self.counts.most_common()]
+        return f"{what}: {sum(self.counts.values())} of {self.total} rows left out: " + "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready to be completed."""
+
+    ids: list[int]
+    raw: Any
+    """Text or messages, as the data set has it: what reward functions are given."""
+    columns: dict[str, Any]
+    """The row's other columns."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair as token ids; completions end with EOS or the template's end of turn."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def read_prompts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    what: str = "train_dataset",
+) -> tuple[list[Prompt], Skipped]:
+    """Tokenize prompts; one longer than ``max_length`` tokens, or empty, is left out, never cut.
+
+    Raises:
+        DataError: there is no ``prompt`` column, or no row is left.
+    """
+    _need_columns(dataset, ("prompt",), what)
+    skipped, kept = Skipped(), []
+    for i, row in enumerate(dataset):
+        skipped.total += 1
+        if not row["prompt"]:
+            skipped.add("with an empty prompt", i)
+            continue
+        ids = prompt_ids(row["prompt"], tokenizer)
+        if len(ids) > max_length:
+            skipped.add(f"with a prompt over {max_length} tokens", i)
+            continue
+        kept.append(Prompt(ids, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}))
+    _tell(skipped, kept, what, "raise max_prompt_length or the model's context, or bring shorter prompts")
+    return kept, skipped
+
+
+def usable_pairs(dataset: Dataset | IterableDataset, *, what: str = "train_dataset") -> tuple[Dataset, Skipped]:
+    """The pairs that carry a preference: no empty side, no two equal sides; with an explicit prompt.
+
+    Raises:
+        DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
+    """
+    _need_columns(dataset, ("chosen", "rejected"), what)
+    skipped, rows = Skipped(), []
+    for i, row in enumerate(dataset):
+        skipped.total += 1
+        if not row["chosen"] or not row["rejected"] or _blank(row["chosen"]) or _blank(row["rejected"]):
+            skipped.add("with an empty side", i)
+        elif row["chosen"] == row["rejected"]:
+            skipped.add("with two equal sides", i)
+        else:
+            kept = maybe_extract_prompt(dict(row))
+            rows.append({key: kept[key] for key in ("prompt", "chosen", "rejected")})
+    _tell(skipped, rows, what, "every pair needs two different, non-empty completions")
+    return Dataset.from_list(rows), skipped
+
+
+def read_pairs(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    what: str = "train_dataset",
+) -> tuple[list[Pair], Skipped]:
+    """Tokenize preference pairs; what cannot be learned from or does not fit is left out with a count.
+
+    Raises:
+        DataError: a column is missing, or no row is left.
+    """
+    usable, skipped = usable_pairs(dataset, what=what)
+    kept = []
+    for i, row in enumerate(usable):
+        prompt, chosen = completion_ids(row["prompt"], row["chosen"], tokenizer)
+        _, rejected = completion_ids(row["prompt"], row["rejected"], tokenizer)
+        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            skipped.add(f"over {max_length} tokens", i)
+        elif chosen == rejected:
+            skipped.add("with sides that are equal as tokens", i)
+        else:
+            kept.append(Pair(prompt, chosen, rejected))
+    _tell(skipped, kept, what, "raise max_length, or bring pairs that fit")
+    return kept, skipped
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt; a conversation gets the template's generation prompt."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def completion_ids(
+    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of a completion that ends, cut exactly where the prompt ends.
+
+    The cut must be there because a policy writes its first token after the prompt's last one: where a
+    tokenizer would merge across it, the completion is tokenized by itself.
+    """
+    if isinstance(prompt, str):
+        text, special = {"prompt": prompt, "completion": completion + _eos(completion, tokenizer)}, True
+    else:
+        text = apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
+        special = False
+    before = tokenizer(text["prompt"], add_special_tokens=special).input_ids
+    whole = tokenizer(text["prompt"] + text["completion"], add_special_tokens=special).input_ids
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    return before, tokenizer(text["completion"], add_special_tokens=False).input_ids
+
+
+def _eos(completion: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+
+
+def _blank(side: Any) -> bool:
+    return not (side if isinstance(side, str) else "".join(str(m["content"]) for m in side)).strip()
+
+
+def _need_columns(dataset: Dataset | IterableDataset, needed: Iterable[str], what: str) -> None:
+    columns = dataset.column_names
+    if columns is None:  # a stream: look at its first row
+        columns = list(next(iter(dataset)))
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise DataError(
+            f"{what} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. "
+            "Rename yours to TRL's names (prompt; chosen, rejected)."
+        )
+
+
+def _tell(skipped: Skipped, kept: list[Any], what: str, remedy: str) -> None:
+    if not kept:
+        why = skipped.report(what) if skipped.total else f"{what} has no rows"
+        raise DataError(f"{why}. Nothing is left to train on: {remedy}.")
+    if skipped.counts:
+        logger.warning(skipped.report(what))

@@ -1,0 +1,159 @@
+"""Forward passes over `Sequences`: token log-probabilities from a policy, token values from a critic.
+
+Only positions that predict a response token reach a head, and only in chunks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from rto.batches import Sequences, micro_batches
+from rto.functional.logprobs import predicting, scatter, token_logprobs
+from rto.models.loading import backbone, scalar_head, unwrap_peft
+
+
+class TokenOutputs(NamedTuple):
+    """What one forward pass yields for each response token, 0 outside the mask."""
+
+    logp: Float[Tensor, "B T"]
+    """log π(y_t|x,y_<t), nats."""
+    entropy: Float[Tensor, "B T"]
+    """Entropy of π(·|x,y_<t), nats, without gradient."""
+    values: Float[Tensor, "B T"] | None
+    """V(s_t), s_t = (x, y_<t)."""
+
+
+class Actor(nn.Module):
+    """A policy and, where the estimator needs one, its critic, under one forward pass.
+
+    One module, because whatever wraps a model for many processes (DDP, FSDP, DeepSpeed) acts on `forward`.
+    """
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+
+    @property
+    def config(self) -> object:
+        """The policy's configuration: what `transformers.Trainer` looks up on its model."""
+        return unwrap_peft(self.policy).config
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B L"],
+        prompt_mask: Bool[Tensor, "B P"],
+        mask: Bool[Tensor, "B T"],
+        temperature: float = 1.0,
+    ) -> TokenOutputs:
+        """Score every response token under the policy and the critic."""
+        sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)
+        logp, entropy = policy_outputs(self.policy, sequences, temperature)
+        values = None if self.value_model is None else token_values(self.value_model, sequences)
+        return TokenOutputs(logp, entropy, values)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object) -> None:
+        """Recompute activations in the backward pass, in both models."""
+        for model in (self.policy, self.value_model):
+            if model is not None:
+                unwrap_peft(model).gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+
+def hidden_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B L D"]:
+    """Last hidden states; positions count the tokens that exist, so left padding is inert."""
+    attention = sequences.attention_mask
+    positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+    outputs = backbone(model)(
+        input_ids=sequences.tokens,
+        attention_mask=None if bool(attention.all()) else attention.long(),
+        position_ids=positions,
+        use_cache=False,
+    )
+    return outputs.last_hidden_state
+
+
+def policy_outputs(
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """log π(y_t|x,y_<t) and the entropy of π(·|x,y_<t), 0 outside the mask."""
+    mask = sequences.mask
+    hidden = predicting(hidden_states(model, sequences), mask.shape[1])[mask]
+    head = output_layer(model)
+    vocab_size = unwrap_peft(model).config.get_text_config().vocab_size
+    logp, entropy = token_logprobs(
+        hidden, head, sequences.responses[mask], vocab_size=vocab_size, temperature=temperature
+    )
+    return scatter(logp, mask), scatter(entropy, mask)
+
+
+def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
+    """V(s_t) before each response token, 0 outside the mask."""
+    mask = sequences.mask
+    hidden = predicting(hidden_states(model, sequences), mask.shape[1])[mask]
+    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), mask)
+
+
+class output_layer:  # noqa: N801  (used as a function of hidden states)
+    """A policy's output layer with what its architecture does to logits after it.
+
+    Logits are multiplied by ``logit_scale`` (Cohere), divided by ``logits_scaling`` (Granite) and squashed to
+    ±``final_logit_softcapping`` (Gemma). `check_output_layer` tells when a model does something else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = unwrap_peft(model)
+        config = inner.config.get_text_config()
+        self.head = inner.get_output_embeddings()
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits, in the model's own precision."""
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+@torch.no_grad()
+def check_output_layer(model: nn.Module) -> None:
+    """Compare our logits with the model's own on a short input.
+
+    Raises:
+        ValueError: the architecture treats its logits in a way this project does not know.
+    """
+    tokens = torch.arange(8, device=next(model.parameters()).device)[None]
+    training, _ = model.training, model.eval()
+    try:
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        none = torch.zeros(1, 0, dtype=torch.bool, device=tokens.device)
+        sequences = Sequences(tokens=tokens, prompt_mask=none, mask=torch.ones_like(tokens, dtype=torch.bool))
+        ours = output_layer(model)(hidden_states(model, sequences)).float()
+    finally:
+        model.train(training)
+    gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
+    if gap > 0.1:  # bf16 kernels may differ by rounding; a forgotten scale or cap differs by far more
+        raise ValueError(
+            f"{type(unwrap_peft(model)).__name__} does something to its logits after the output layer that is not "
+            f"known here (log-probabilities differ by {gap:.2g}): teach rto.models.actor.output_layer about it"
+        )
+
+
+@torch.no_grad()
+def score_logprobs(
+    model: nn.Module, sequences: Sequences, *, temperature: float, max_tokens: int
+) -> Float[Tensor, "B T"]:
+    """log π(y_t|x,y_<t) by a model that is only read, in micro-batches of like length."""
+    out = torch.zeros(sequences.mask.shape, dtype=torch.float32, device=sequences.tokens.device)
+    for rows in micro_batches(sequences.lengths.cpu(), max_tokens):
+        part = sequences.rows(rows).trim()
+        out[rows.to(out.device), : part.mask.shape[1]] = policy_outputs(model, part, temperature)[0]
+    return out

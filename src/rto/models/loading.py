@@ -1,0 +1,172 @@
+"""Models and tokenizers from folders, hub ids, adapters or live objects; and the checks that come before work.
+
+Weights load from safetensors only, and code that comes with a model runs only when asked for.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+Source = str | Path | PreTrainedModel
+"""A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
+
+
+def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
+    """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base."""
+    return _load(AutoModelForCausalLM, source, init_kwargs)
+
+
+def load_scalar(source: Source, **init_kwargs: Any) -> nn.Module:
+    """A model with one scalar head, as reward model or critic.
+
+    A folder of a causal language model gives its backbone with a new head that starts at zero: V = 0.
+
+    Raises:
+        ValueError: the model has more than one output.
+    """
+    if isinstance(source, nn.Module):
+        labels = getattr(source.config, "num_labels", None)
+        if labels != 1:
+            raise ValueError(f"a reward or value model has one output, this one has num_labels={labels}")
+        return source
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # the report of a missing head: we say it ourselves, below
+    try:
+        model, report = _load(
+            AutoModelForSequenceClassification,
+            source,
+            {**init_kwargs, "num_labels": 1, "output_loading_info": True},
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if any(key.startswith("score.") for key in report["missing_keys"]):
+        nn.init.zeros_(scalar_head(model).weight)
+    return model
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with a padding token.
+
+    pad = EOS is allowed: padding is told by position in this project, never by id.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
+    if isinstance(source, nn.Module):
+        return source
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+    return auto.from_pretrained(str(source), **kwargs)
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """An independent copy of a model's weights."""
+    return copy.deepcopy(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A model that is only read: eval mode, no gradients."""
+    return model.requires_grad_(False).eval()
+
+
+def unwrap_peft(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, with its adapters in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a model that ends in hidden states."""
+    return unwrap_peft(model).base_model
+
+
+def scalar_head(model: nn.Module) -> nn.Module:
+    """The scalar head of a sequence classification model.
+
+    Raises:
+        ValueError: the model keeps its head under another name than ``score`` or ``classifier``.
+    """
+    inner = unwrap_peft(model)
+    for name in ("score", "classifier"):
+        if hasattr(inner, name):
+            return getattr(inner, name)
+    raise ValueError(f"{type(inner).__name__} has no `score` head that can be read at every token")
+
+
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's EOS and what the generation config adds to it."""
+    config = getattr(model, "generation_config", None)
+    extra = getattr(config, "eos_token_id", None)
+    listed = extra if isinstance(extra, list) else [extra]
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None}))
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """The longest sequence a model can read, where its configuration says so."""
+    config = unwrap_peft(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def source_name(source: Any) -> str:
+    """How messages call a model."""
+    return str(source) if isinstance(source, str | Path) else str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+
+
+def check_same_vocabulary(
+    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: nn.Module, **init_kwargs: Any
+) -> None:
+    """Refuse a DPO or reference model that reads other tokens than the policy writes, before it is loaded.
+
+    Raises:
+        ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
+    """
+    expected = unwrap_peft(policy).config.get_text_config().vocab_size
+    name = source_name(source)
+    if isinstance(source, nn.Module):
+        found = unwrap_peft(source).config.get_text_config().vocab_size
+    else:
+        trust = bool(init_kwargs.get("trust_remote_code", False))
+        found = _config_of(source, trust).get_text_config().vocab_size
+    if found != expected:
+        raise ValueError(
+            f"{role} {name} has a vocabulary of {found} tokens, the policy one of {expected}: a token reward compares "
+            "the two token by token, so train the DPO model from the policy's own starting point"
+        )
+    folder = Path(str(source))
+    if isinstance(source, nn.Module) or not (folder / "tokenizer_config.json").is_file():
+        return
+    theirs, ours = AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        token = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))
+        raise ValueError(
+            f"{role} {name} has another tokenizer than the policy (they differ, for one, at {token}): train the DPO "
+            "model from the policy's own starting point"
+        )
+
+
+def _config_of(source: str | Path, trust_remote_code: bool) -> Any:
+    """The configuration of a folder or hub id; of the base model where it is an adapter."""
+    adapter = Path(str(source)) / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftConfig
+
+        source = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

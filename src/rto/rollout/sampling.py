@@ -1,0 +1,186 @@
+"""From prompts to completions. One interface; the sampler on transformers is here."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from rto.batches import Samples, collate
+from rto.models.loading import unwrap_peft
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How completions are drawn.
+
+    Attributes:
+        max_completion_length: T, the length limit in tokens, EOS included.
+        temperature: τ of softmax(logits / τ); 0 takes the most likely token.
+        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {self.temperature}, "
+                f"{self.top_p} and {self.top_k}"
+            )
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts: transformers here, an inference engine elsewhere.
+
+    A sampler returns token ids and no log-probabilities: the trainer computes those with its own forward pass,
+    since an engine's numbers differ in precision, and top-p or top-k change the distribution they belong to.
+    """
+
+    def __call__(self, model: nn.Module, prompts: list[list[int]], seed: int) -> Samples:
+        """Complete every prompt once with ``model``'s present weights; same seed, same samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersSampler:
+    """Decoding on a static key-value cache; a row that has ended soon leaves the batch.
+
+    Attributes:
+        config: how to draw.
+        eos_ids: ids that end a completion; the first one sampled is kept, and nothing follows it.
+        pad_id: id written where nothing was sampled.
+        max_rows: prompts decoded side by side.
+    """
+
+    config: SamplingConfig
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_rows: int = 512
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, prompts: list[list[int]], seed: int) -> Samples:
+        """See `Sampler`. Prompts of like length are decoded together."""
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
+        was_training, _ = model.training, model.eval()
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: list[list[int]] = [[] for _ in prompts]
+        try:
+            for start in range(0, len(order), self.max_rows):
+                rows = order[start : start + self.max_rows]
+                for i, response in zip(rows, self._decode(model, [prompts[i] for i in rows], generator)):
+                    responses[i] = response
+        finally:
+            model.train(was_training)
+        batch = collate(prompts, responses, pad=self.pad_id, device=device)
+        ended = torch.tensor([y[-1] in self.eos_ids for y in responses], device=device)
+        return Samples(tokens=batch.tokens, prompt_mask=batch.prompt_mask, mask=batch.mask, ended=ended)
+
+    def _decode(self, model: nn.Module, prompts: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+        device = generator.device
+        limit = self.config.max_completion_length
+        batch = collate(prompts, [[] for _ in prompts], pad=self.pad_id, device=device)
+        width = batch.prompt_mask.shape[1]
+        decoder = _Decoder(model, batch.prompt_mask, width + limit)
+        eos = torch.tensor(self.eos_ids, device=device)
+        out = torch.full((len(prompts), limit), self.pad_id, dtype=torch.long, device=device)
+        lengths = torch.full((len(prompts),), limit, dtype=torch.long, device=device)
+        live = torch.arange(len(prompts), device=device)  # rows still in the batch
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        tokens = batch.tokens[:, :width]
+        for t in range(limit):
+            tokens = draw(decoder.step(tokens), self.config, generator)
+            out[live[~done], t] = tokens[~done]
+            ends = ~done & torch.isin(tokens, eos)
+            lengths[live[ends]] = t + 1
+            done = done | ends
+            running = int((~done).sum())
+            if running == 0:
+                break
+            if running <= 0.75 * len(live):  # shrinking copies the cache, so not for every row
+                keep = (~done).nonzero().squeeze(1)
+                decoder.keep(keep)
+                live, done, tokens = live[keep], done[keep], tokens[keep]
+            tokens = tokens[:, None]
+        return [row[:n] for row, n in zip(out.tolist(), lengths.tolist())]
+
+
+class _Decoder:
+    """A model with its cache: tokens in, next-token logits out."""
+
+    def __init__(self, model: nn.Module, prompt_mask: Bool[Tensor, "B P"], length: int) -> None:
+        rows, width = prompt_mask.shape
+        config = unwrap_peft(model).config.get_text_config()
+        self.model = model
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        self.visible = torch.zeros(rows, length, dtype=torch.bool, device=prompt_mask.device)
+        self.visible[:, :width] = prompt_mask
+        self.filled = 0
+        self.positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
+        # Full attention takes our mask as it is, which spares building one a step; other kinds build their own.
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        self.full = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
+
+    def step(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B V"]:
+        """Feed S tokens a row, return the logits that follow the last one."""
+        start, stop = self.filled, self.filled + tokens.shape[1]
+        if start:
+            self.visible[:, start:stop] = True
+            self.positions = self.positions[:, -1:] + 1
+        outputs = self.model(
+            input_ids=tokens,
+            attention_mask=self._mask(start, stop),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.filled = stop
+        return outputs.logits[:, -1].float()
+
+    def _mask(self, start: int, stop: int) -> Tensor:
+        if not self.full:
+            return self.visible[:, :stop].long()
+        causal = torch.ones(stop - start, self.visible.shape[1], dtype=torch.bool, device=self.visible.device)
+        allowed = self.visible[:, None, :] & causal.tril(start)
+        # A padding position sees itself: attention over nothing is NaN, and NaN times zero is NaN.
+        itself = torch.zeros_like(causal)
+        itself.diagonal(start).fill_(True)
+        keep = (allowed | itself)[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return keep
+        dtype = next(self.model.parameters()).dtype
+        return torch.zeros_like(keep, dtype=dtype).masked_fill_(~keep, torch.finfo(dtype).min)
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        """Forget all other rows."""
+        self.visible, self.positions = self.visible[rows], self.positions[rows]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.batch_size = len(rows)
+
+
+def draw(
+    logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.Generator
+) -> Int[Tensor, " B"]:
+    """One token a row from softmax(logits / τ), within top-k and top-p."""
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / config.temperature
+    if config.top_k:
+        smallest = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probs = logits.softmax(-1)
+    if config.top_p < 1:
+        ranked, index = probs.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked
+        probs = probs.masked_fill((before >= config.top_p).gather(-1, index.argsort(-1)), 0.0)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

@@ -1,0 +1,302 @@
+"""What the trainers share: sealed checkpoints, backward over micro-batches, metrics, the log as JSON lines."""
+
+import json
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from rto.models.actor import Actor
+
+logger = logging.getLogger(__name__)
+_Part = TypeVar("_Part")
+
+SEAL = "complete.json"
+VALUE_MODEL = "value_model"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from; the message names the file and the remedy."""
+
+
+@dataclass
+class TokenTrainingArguments(TrainingArguments):
+    """Arguments that every trainer here has, on top of `transformers.TrainingArguments`.
+
+    Attributes:
+        max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows
+            this, results do not: losses are summed over micro-batches under one global denominator.
+        model_init_kwargs: passed to ``from_pretrained`` of every model given as a folder or hub id.
+        disable_dropout: set dropout to zero, so that a model's log-probabilities are a function of its input.
+    """
+
+    max_tokens_per_micro_batch: int = field(
+        default=16384, metadata={"help": "Padded tokens in one forward and backward pass, per process."}
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained for models given as folder or hub id."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to zero in the trained models."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept at False: reward functions are given the data set's columns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        if self.max_tokens_per_micro_batch < 1:
+            raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
+
+
+class TokenTrainer(Trainer):
+    """A `transformers.Trainer` over an `Actor`, whose checkpoints are whole or not there.
+
+    A folder written by `save_model` holds the policy as `from_pretrained` reads it, and the critic, where there
+    is one, in the sub-folder ``value_model``.
+    """
+
+    model: Actor
+
+    def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        super().__init__(model=model, args=args, data_collator=list, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(Progress)
+        self.add_callback(JsonLines)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over processes."""
+        return self.accelerator.reduce(x, reduction="sum")
+
+    def backward(self, model: nn.Module, parts: Sequence[_Part], loss: Callable[[_Part], Tensor]) -> Tensor:
+        """Add up the gradients of Σ loss(part); processes exchange them once, after the last part.
+
+        ``loss`` divides by a global denominator. Wrappers average gradients over processes, so the sum is
+        multiplied by their number first.
+        """
+        total = torch.zeros((), device=self.args.device)
+        for i, part in enumerate(parts):
+            sync = nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(model)
+            with sync:
+                with self.compute_loss_context_manager():
+                    value = loss(part)
+                self.accelerator.backward(value * self.accelerator.num_processes)
+            total += value.detach()
+        return self.all_reduce(total)
+
+    def record(self, **metrics: float | Tensor) -> None:
+        """Keep metrics, already global, for the next log; several values of one name are averaged."""
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the means of what was recorded since the last time."""
+        means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        self._metrics.clear()
+        super().log({**logs, **means}, start_time)
+
+    # --- checkpoints: written, then sealed; a folder without a seal does not count
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
+
+        Raises:
+            CheckpointError: a named checkpoint is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_seal(Path(str(resume_from_checkpoint)))
+        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)  # left by a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_state(folder)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _save_state(self, folder: Path) -> None:
+        """What a subclass adds to a checkpoint; called on every process."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        actor: Actor = self.accelerator.unwrap_model(self.model)
+        for part, where in ((actor.policy, folder), (actor.value_model, folder / VALUE_MODEL)):
+            if part is None:
+                continue
+            name = "policy" if part is actor.policy else VALUE_MODEL
+            own = None if state_dict is None else _strip(state_dict, f"{name}.")
+            part.save_pretrained(where, state_dict=own)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(where)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one sharded state for the whole actor
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        for part, where in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_MODEL)):
+            if part is not None:
+                load_weights(part, where)
+
+
+def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put the weights of a folder written by ``save_pretrained`` into ``model``, in place.
+
+    Raises:
+        CheckpointError: a weight is missing or left over.
+    """
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state |= safetensors.torch.load_file(file)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    tied = set(getattr(model, "_tied_weights_keys", None) or [])
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(
+            f"{folder}: weights do not fit the model (missing {sorted(set(missing) - tied)[:3]}, unknown "
+            f"{sorted(unexpected)[:3]}): resume with the model this run started from"
+        )
+
+
+def seal(folder: Path) -> None:
+    """Declare a checkpoint whole: flush its files to disk and write their sizes, by rename, last."""
+    sizes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sizes[str(path.relative_to(folder))] = path.stat().st_size
+    write_atomically(folder / SEAL, json.dumps({"files": sizes}, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a run after a power cut, sees the old or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def check_seal(folder: Path) -> None:
+    """Compare a checkpoint's files with its seal.
+
+    Raises:
+        CheckpointError: there is no seal, or a file is missing or has another size.
+    """
+    remedy = "delete this folder and resume from an earlier checkpoint"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint")
+    if not (folder / SEAL).is_file():
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({SEAL} is missing, writing it was cut off): {remedy}")
+    for name, size in json.loads((folder / SEAL).read_text())["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{path} {state}: the checkpoint is damaged; {remedy}")
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint of a run; folders whose writing was cut off are passed over with a warning.
+
+    Raises:
+        CheckpointError: the newest sealed one was damaged afterwards.
+    """
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+        if (folder / SEAL).is_file():
+            check_seal(folder)
+            return str(folder)
+        logger.warning("%s was not written to its end; passing over it", folder)
+    return None
+
+
+class JsonLines(TrainerCallback):
+    """Every log as one line of ``log.jsonl`` in the run folder; a resumed run drops the lines it will write again."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Cut the log back to the step that training starts from."""
+        path = Path(str(args.output_dir)) / "log.jsonl"
+        if not state.is_world_process_zero or not path.exists():
+            return
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Add a line."""
+        if state.is_world_process_zero:
+            path = Path(str(args.output_dir)) / "log.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class Progress(ProgressCallback):
+    """The progress bar of `transformers`, with a few numbers beside it instead of a dictionary below it."""
+
+    shown = {"loss": "loss", "accuracy": "acc", "score": "score", "kl": "kl", "completions/mean_length": "len"}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Show the few."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            found = {short: f"{logs[name]:.3g}" for name, short in self.shown.items() if logs and name in logs}
+            self.training_bar.set_postfix(found)

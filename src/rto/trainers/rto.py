@@ -1,0 +1,751 @@
+"""Stage 2: Reinforced Token Optimization. Read `RTOTrainer.training_step` first; it is the algorithm.
+
+One update of `transformers.Trainer` is one minibatch here. A rollout serves ``num_ppo_epochs × num_mini_batches``
+updates; on the first of them it is sampled, scored and turned into targets. Prompts come through a data loader,
+rollouts never do: they are drawn when their turn has come, with the weights of that moment.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler as IndexSampler
+from transformers import PreTrainedTokenizerBase
+
+from rto.batches import Rollout, Samples, Sequences, Targets, micro_batches
+from rto.data.formats import Prompt, read_prompts
+from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
+from rto.functional.masked import masked_mean, masked_sum, whiten
+from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
+from rto.functional.rewards import PLACEMENTS, AdaptiveKL, RewardTerms, RTOReward, RunningMoments, shares
+from rto.models.actor import Actor, TokenOutputs, check_output_layer, score_logprobs
+from rto.models.loading import (
+    Source,
+    check_same_vocabulary,
+    clone,
+    eos_ids,
+    freeze,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+    source_name,
+)
+from rto.rollout.rewards import Completed, RewardFunc, RewardModel, TokenReward, reward_source
+from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
+from rto.trainers.base import CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+
+ESTIMATORS = ("gae", "reinforce++")
+
+
+@dataclass
+class RTOConfig(TokenTrainingArguments):
+    """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.
+
+    ``per_device_train_batch_size`` is the number of rollouts a process draws in one iteration. Results do not
+    depend on ``max_tokens_per_micro_batch``, so there is no ``gradient_accumulation_steps`` to set.
+
+    Attributes:
+        learning_rate: of the policy (paper: 5e-7).
+        value_learning_rate: of the critic (paper: 9e-6).
+        total_episodes: stop after so many rollouts on all processes; None goes by ``num_train_epochs``.
+        num_ppo_epochs: passes over each rollout batch.
+        num_mini_batches: updates in one pass.
+        dpo_coef: β₁; 0 runs no DPO model: PPO.
+        kl_coef: β₂.
+        score_coef: β₃; 0 needs no reward function.
+        token_reward_clip: bound on the raw log-ratio, before β₁; None for no bound.
+        reward_placement: where token rewards are paid: token (RTO), sentence (Semi-RTO), final (DDPO).
+        reward_shaping: subtract their sum at the last token (RS-PPO).
+        advantage_estimator: gae (with a critic) or reinforce++ (without).
+        missing_eos_penalty: subtracted from the reward of a completion that was cut off.
+        kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
+        normalize_scores: subtract the running mean of the scores and divide by their running deviation.
+        reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
+    """
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
+    value_learning_rate: float = field(default=9e-6, metadata={"help": "Learning rate of the critic."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Rollouts a process draws in one iteration."})
+    total_episodes: int | None = field(default=None, metadata={"help": "Stop after so many rollouts."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
+    num_mini_batches: int = field(default=4, metadata={"help": "Updates in one pass over a batch of rollouts."})
+
+    dpo_coef: float = field(default=0.05, metadata={"help": "β₁, the weight of the token reward; 0 is PPO."})
+    kl_coef: float = field(default=0.01, metadata={"help": "β₂, the weight of the KL penalty."})
+    score_coef: float = field(default=1.0, metadata={"help": "β₃, the weight of the sentence score."})
+    token_reward_clip: float | None = field(default=1.0, metadata={"help": "Bound on the raw log-ratio, before β₁."})
+    reward_placement: str = field(
+        default="token", metadata={"help": "Where token rewards are paid: token, sentence or final."}
+    )
+    reward_shaping: bool = field(default=False, metadata={"help": "Make token rewards add up to zero (RS-PPO)."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight a reward function."})
+    missing_eos_penalty: float = field(default=0.0, metadata={"help": "Price of a completion that was cut off."})
+    normalize_scores: bool = field(default=False, metadata={"help": "Standardize scores by running statistics."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to unit variance, keep their mean."})
+    kl_target: float | None = field(default=None, metadata={"help": "Steer β₂ towards this KL a completion."})
+    kl_horizon: int = field(default=10_000, metadata={"help": "Rollouts over which β₂ is steered."})
+
+    advantage_estimator: str = field(default="gae", metadata={"help": "gae or reinforce++."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "λ of GAE."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Standardize advantages over each rollout batch."})
+    cliprange: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "ε of the clipped value loss."})
+    vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
+
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts are left out."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens in a completion, EOS included."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all."})
+    log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
+    logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
+
+    def __post_init__(self) -> None:
+        if self.logging_steps == 0:
+            self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
+        super().__post_init__()
+        self.sampling()
+        choices: tuple[tuple[str, Any], ...] = (
+            ("reward_placement", PLACEMENTS),
+            ("advantage_estimator", ESTIMATORS),
+        )
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory allows "
+                "and per_device_train_batch_size to the rollouts of an iteration"
+            )
+        if self.temperature == 0:
+            raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
+        if self.per_device_train_batch_size % self.num_mini_batches:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} does not divide into "
+                f"num_mini_batches={self.num_mini_batches}"
+            )
+        for name in ("num_ppo_epochs", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates that one batch of rollouts serves."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    def sampling(self) -> SamplingConfig:
+        """How completions are drawn."""
+        return SamplingConfig(
+            max_completion_length=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+    def reward(self) -> RTOReward:
+        """Eq. 4.7 with these coefficients."""
+        return RTOReward(
+            dpo_coef=self.dpo_coef,
+            kl_coef=self.kl_coef,
+            score_coef=self.score_coef,
+            token_reward_clip=self.token_reward_clip,
+            shaping=self.reward_shaping,
+            missing_eos_penalty=self.missing_eos_penalty,
+        )
+
+    def estimator(self) -> Estimator:
+        """Rewards to advantages."""
+        if self.advantage_estimator == "gae":
+            return GAE(gamma=self.gamma, lam=self.lam)
+        return ReinforcePlusPlus(gamma=self.gamma)
+
+
+class RTOTrainer(TokenTrainer):
+    """Reinforced Token Optimization, and everything that is a value of it.
+
+    Args:
+        model: the starting policy: a folder, a hub id or a model.
+        args: the configuration.
+        dpo_model: π_dpo, whose log-ratio to the reference is the token reward. Not run when β₁ = 0.
+        dpo_ref_model: π_dpo's own reference; None means ``ref_model``.
+        ref_model: π_ref; None means the starting policy itself, or the base model under a PEFT adapter.
+        value_model: what the critic starts from; None means the first reward model that shares the policy's
+            tokenizer, or else the policy's backbone with a head that starts at zero.
+        reward_funcs: as in TRL's GRPO: a reward model (folder, hub id, object), a Python function, or a list of
+            these. Needed unless β₃ = 0.
+        reward_processing_classes: tokenizers of reward models given as objects, in the order of ``reward_funcs``.
+        train_dataset: prompts in TRL's prompt-only format; other columns are handed to reward functions.
+        eval_dataset: prompts for ``evaluate``.
+        processing_class: the tokenizer; None loads the model's.
+        sampler: draws completions; None decodes with transformers.
+        peft_config: train a PEFT adapter on the policy instead of the whole model.
+
+    Raises:
+        DataError: the prompts cannot be used.
+        ValueError: models, rewards and coefficients do not fit together; checked before any model runs.
+    """
+
+    args: RTOConfig
+
+    def __init__(
+        self,
+        model: Source,
+        args: RTOConfig | None = None,
+        *,
+        dpo_model: Source | None = None,
+        dpo_ref_model: Source | None = None,
+        ref_model: Source | None = None,
+        value_model: Source | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        sampler: Sampler | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or RTOConfig(output_dir="rto")
+        init = dict(args.model_init_kwargs or {})
+        functions = _listed(reward_funcs)
+        _check_rewards(args, dpo_model, functions)
+        tokenizer = processing_class or load_tokenizer(source_name(model))
+        policy = load_policy(model, **init)
+        for role, other in (("dpo_model", dpo_model), ("dpo_ref_model", dpo_ref_model), ("ref_model", ref_model)):
+            if other is not None:
+                check_same_vocabulary(role, other, tokenizer, policy, **init)
+        check_output_layer(policy)
+
+        self.skipped = {}
+        prompts: dict[str, list[Prompt] | None] = {"train": None, "eval": None}
+        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
+            if dataset is not None:
+                prompts[name], self.skipped[name] = read_prompts(
+                    dataset, tokenizer, max_length=_room(args, policy), what=f"{name}_dataset"
+                )
+
+        budget = args.max_tokens_per_micro_batch
+        tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
+        self.score_sources = [
+            reward_source(f, t, max_tokens=budget, **init) for f, t in zip(functions, tokenizers, strict=True)
+        ]
+        self.score_weights = args.reward_weights or [1.0] * len(functions)
+        self.estimator = args.estimator()
+        critic = None
+        if self.estimator.needs_values:
+            critic = self._critic(value_model, model, tokenizer, init)
+        self.reference: nn.Module | None = None
+        if ref_model is not None or peft_config is None:
+            self.reference = freeze(clone(policy) if ref_model is None else load_policy(ref_model, **init))
+        self.token_reward: TokenReward | None = None
+        if args.dpo_coef != 0:
+            assert dpo_model is not None
+            self.token_reward = TokenReward(
+                dpo_model, dpo_ref_model, temperature=args.temperature, max_tokens=budget, **init
+            )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            policy = get_peft_model(policy, peft_config)
+        self.sampler: Sampler = sampler or TransformersSampler(
+            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
+        )
+        self.reward = args.reward()
+        self.kl_control = None
+        if args.kl_target is not None:
+            self.kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.score_moments = RunningMoments()
+        self._targets: Targets | None = None
+        self._seconds: dict[str, float] = {}
+
+        _set_max_steps(args, prompts["train"])
+        super().__init__(
+            Actor(policy, critic),
+            args,
+            train_dataset=prompts["train"],
+            eval_dataset=prompts["eval"],
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        for scorer in (self.reference, self.token_reward, *(s.model for s in self._reward_models())):
+            if scorer is not None:
+                scorer.to(self.args.device)
+
+    # --- the algorithm
+
+    def training_step(
+        self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One update; on the first of a rollout: sample → score → credit."""
+        args = self.args
+        iteration, update = divmod(self.state.global_step, args.updates_per_rollout)
+        if update == 0:
+            self._seconds = {}
+            with self._phase("sample"):
+                samples = self.sample(model, inputs, self._seed(iteration))
+            with self._phase("score"):
+                rollout = self.score(model, samples, inputs)
+            with self._phase("credit"):
+                self._targets = self.credit(rollout)
+        assert self._targets is not None
+        epoch, part = divmod(update, args.num_mini_batches)
+        shuffle = torch.Generator().manual_seed(self._seed(iteration) + epoch)
+        rows = torch.randperm(len(self._targets), generator=shuffle).chunk(args.num_mini_batches)[part]
+        with self._phase("update"):
+            loss = self.update(model, self._targets.rows(rows))
+        if update == args.updates_per_rollout - 1:
+            self._record_seconds()
+        return loss
+
+    def sample(self, model: nn.Module, prompts: Sequence[Prompt], seed: int) -> Samples:
+        """Draw one completion for each prompt from the policy as it is now."""
+        actor: Actor = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, samples: Samples, prompts: Sequence[Prompt]) -> Rollout:
+        """Everything the reward needs, each number from one forward pass of the model it belongs to."""
+        model.eval()
+        acting = self._act(model, samples)
+        with self.accelerator.autocast():
+            ref_logp = self._reference_logprobs(model, samples)
+            logratio = None if self.token_reward is None else self.token_reward(samples, ref_logp)
+        self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
+        return Rollout(
+            **samples.tensors(),
+            policy_logp=acting.logp,
+            ref_logp=ref_logp,
+            token_logratio=logratio,
+            values=acting.values,
+            scores=self._scores(samples, prompts),
+        )
+
+    def credit(self, rollout: Rollout) -> Targets:
+        """Eq. 4.7, then advantages; whitening is over the rollouts of all processes."""
+        args, mask, reduce = self.args, rollout.mask, self.all_reduce
+        reward = self.reward if self.kl_control is None else replace(self.reward, kl_coef=self.kl_control.coef)
+        anchors = PLACEMENTS[args.reward_placement](rollout.responses, mask, self._token_text)
+        terms = reward(
+            policy_logp=rollout.policy_logp,
+            ref_logp=rollout.ref_logp,
+            token_logratio=rollout.token_logratio,
+            scores=rollout.scores,
+            ended=rollout.ended,
+            mask=mask,
+            anchors=anchors,
+        )
+        rewards = terms.total
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, center=False, all_reduce=reduce)
+        advantages, returns = self.estimator(rewards, rollout.values, mask)
+        self._record_rollout(rollout, terms, returns, reward)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, all_reduce=reduce)
+        return Targets(
+            tokens=rollout.tokens,
+            prompt_mask=rollout.prompt_mask,
+            mask=mask,
+            old_logp=rollout.policy_logp,
+            advantages=advantages,
+            old_values=rollout.values,
+            returns=None if rollout.values is None else returns,
+        )
+
+    def update(self, model: nn.Module, batch: Targets) -> Tensor:
+        """Gradients of the clipped losses over one minibatch; every mean is over its tokens on all processes."""
+        args = self.args
+        model.train()
+        tokens = self.all_reduce(batch.mask.sum().float())
+        stats: dict[str, Tensor] = {}
+
+        def loss(rows: Tensor) -> Tensor:
+            part = batch.rows(rows).trim()
+            out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, args.temperature)
+            policy = policy_loss(out.logp, part.old_logp, part.advantages, cliprange=args.cliprange)
+            terms = {
+                "loss/policy": policy.loss,
+                "clip/ratio": policy.clipped.float(),
+                "approx_kl": approx_kl(out.logp, part.old_logp),
+            }
+            total = masked_sum(policy.loss, part.mask)
+            if out.values is not None:
+                assert part.old_values is not None
+                assert part.returns is not None
+                value = value_loss(out.values, part.old_values, part.returns, cliprange=args.cliprange_value)
+                terms |= {"loss/value": value.loss, "clip/value": value.clipped.float()}
+                total = total + args.vf_coef * masked_sum(value.loss, part.mask)
+            for name, x in terms.items():
+                stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
+            return total / tokens
+
+        total = self.backward(model, self._micro_batches(batch), loss)
+        means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
+        self.record(**dict(zip(stats, means)))
+        return total
+
+    # --- scoring
+
+    def _act(self, model: nn.Module, samples: Sequences) -> TokenOutputs:
+        """The policy's and the critic's numbers before the update, in micro-batches."""
+        shape, device = samples.mask.shape, samples.mask.device
+        logp, entropy, values = (torch.zeros(shape, device=device) for _ in range(3))
+        for rows in self._micro_batches(samples):
+            part = samples.rows(rows).trim()
+            out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, self.args.temperature)
+            at, width = rows.to(device), part.mask.shape[1]
+            logp[at, :width], entropy[at, :width] = out.logp.float(), out.entropy
+            if out.values is not None:
+                values[at, :width] = out.values
+        return TokenOutputs(logp, entropy, values if self.estimator.needs_values else None)
+
+    def _reference_logprobs(self, model: nn.Module, samples: Sequences) -> Float[Tensor, "B T"]:
+        budget = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens_per_micro_batch}
+        if self.reference is not None:
+            return score_logprobs(self.reference, samples, **budget)
+        policy: Any = self.accelerator.unwrap_model(model).policy
+        with policy.disable_adapter():
+            return score_logprobs(policy, samples, **budget)
+
+    def _scores(self, samples: Samples, prompts: Sequence[Prompt]) -> Float[Tensor, " B"]:
+        """Σ weight · score over the reward functions, standardized if asked for."""
+        total = torch.zeros(len(samples), device=samples.tokens.device)
+        if not self.score_sources:
+            return total
+        batch = self._completed(samples, prompts)
+        logged: dict[str, list[float]] = {}
+        for source, weight in zip(self.score_sources, self.score_weights):
+            with self.accelerator.autocast():
+                logged[source.name] = source(batch)
+            total += weight * torch.tensor(logged[source.name], device=total.device)
+        self._record_scores(batch, {**logged, "": total.tolist()})
+        if self.args.normalize_scores:
+            self.score_moments.update(total, all_reduce=self.all_reduce)
+            total = self.score_moments.normalize(total)
+        return total
+
+    def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
+        ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        raw = [p.raw for p in prompts]
+        spoken = isinstance(raw[0], str)
+        names = prompts[0].columns
+        return Completed(
+            prompts=raw,
+            completions=texts if spoken else [[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=ids,
+            ended=samples.ended.tolist(),
+            columns={name: [p.columns[name] for p in prompts] for name in names},
+        )
+
+    def _micro_batches(self, sequences: Sequences) -> list[Tensor]:
+        """Cuts by the token budget; as many on every process, since sharded models run in step."""
+        lengths = sequences.lengths.cpu()
+        cuts = micro_batches(lengths, self.args.max_tokens_per_micro_batch)
+        if self.accelerator.num_processes == 1:
+            return cuts
+        most = self.accelerator.gather(torch.tensor([len(cuts)], device=self.args.device)).max()
+        return micro_batches(lengths, self.args.max_tokens_per_micro_batch, at_least=int(most))
+
+    def _token_text(self, token: int) -> str:
+        return self.processing_class.decode([token])
+
+    def _reward_models(self) -> list[RewardModel]:
+        return [s for s in self.score_sources if isinstance(s, RewardModel)]
+
+    def _critic(
+        self, value_model: Source | None, model: Source, tokenizer: PreTrainedTokenizerBase, init: dict[str, Any]
+    ) -> nn.Module:
+        if value_model is not None:
+            return load_scalar(value_model, **init)
+        for reward_model in self._reward_models():
+            if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
+                return clone(reward_model.model).requires_grad_(True)
+        name = source_name(model)
+        if not Path(name).is_dir() and isinstance(model, nn.Module):
+            raise ValueError("a policy given as an object needs a value_model, or a reward model with its tokenizer")
+        return load_scalar(name, **init)
+
+    # --- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer, two learning rates: the policy's and the critic's."""
+        if self.optimizer is None:
+            acting = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(acting))
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in acting.named_parameters():
+                if parameter.requires_grad:
+                    lr = self.args.value_learning_rate if ".value_model." in f".{name}" else self.args.learning_rate
+                    decay = self.args.weight_decay if name in decayed else 0.0
+                    groups.setdefault((lr, decay), []).append(parameter)
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, acting)
+            kwargs.pop("lr", None)
+            self.optimizer = kind(
+                [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
+                lr=self.args.learning_rate,
+                **kwargs,
+            )
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip policy and critic each by its own norm: a young critic's large gradient must not stall the policy."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        actor: Actor = self.accelerator.unwrap_model(model)
+        norm = self.accelerator.clip_grad_norm_(actor.policy.parameters(), self.args.max_grad_norm)
+        if actor.value_model is not None:
+            value_norm = self.accelerator.clip_grad_norm_(actor.value_model.parameters(), self.args.max_grad_norm)
+            self.record(**{"grad_norm/value": value_norm})
+        self.record(**{"grad_norm/policy": norm})
+        return norm
+
+    # --- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Prompts of this process, the same batch for every update of a rollout."""
+        sampler = RolloutSampler(
+            size=len(self.train_dataset),
+            rollouts=self.args.per_device_train_batch_size,
+            repeats=self.args.updates_per_rollout,
+            seed=self.args.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            updates_done=lambda: self.state.global_step,
+        )
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+
+    def _seed(self, iteration: int) -> int:
+        """Seed of everything random in an iteration: a function of what a checkpoint knows, so nothing is lost."""
+        return (self.args.seed * 1_000_003 + iteration) * 1_009 + 101 * self.accelerator.process_index
+
+    # --- evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
+        prompts = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(prompts, Dataset):
+            room = _room(self.args, self.model.policy)
+            prompts, _ = read_prompts(prompts, self.processing_class, max_length=room, what="eval_dataset")
+        mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        kept, self._metrics = self._metrics, type(self._metrics)(list)
+        moments, self.score_moments = self.score_moments, replace(self.score_moments)
+        samples = self.sample(self.model, mine, seed=self.args.seed)
+        rollout = self.score(self.model, samples, mine)
+        self._record_lengths(rollout)
+        self.record(kl=self._mean(masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)))
+        found = {f"{metric_key_prefix}_{name}": values[-1] for name, values in self._metrics.items()}
+        self._metrics, self.score_moments = kept, moments
+        super(TokenTrainer, self).log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    # --- metrics
+
+    def _mean(self, x: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+        return masked_mean(x, torch.ones_like(x, dtype=torch.bool), all_reduce=self.all_reduce)
+
+    def _record_rollout(self, rollout: Rollout, terms: RewardTerms, returns: Tensor, reward: RTOReward) -> None:
+        """What a rollout tells: per source, per completion; everything over all processes."""
+        mask, reduce = rollout.mask, self.all_reduce
+        kl = self._mean(masked_sum(rollout.policy_logp - rollout.ref_logp, mask, dim=-1))
+        weights = {name: reduce(x) for name, x in shares(terms, mask).items()}
+        everything = sum(weights.values(), torch.tensor(1e-12, device=mask.device))
+        self.record(
+            kl=kl,
+            kl_coef=reward.kl_coef,
+            **{
+                "return": self._mean(masked_sum(terms.total, mask, dim=-1)),
+                "episodes": (self.state.global_step // self.args.updates_per_rollout + 1)
+                * self.args.per_device_train_batch_size
+                * self.accelerator.num_processes,
+            },
+            **{f"reward/{n}": self._mean(masked_sum(getattr(terms, n), mask, dim=-1)) for n in weights},
+            **{f"share/{n}": w / everything for n, w in weights.items()},
+        )
+        if rollout.token_logratio is not None:
+            ratio = rollout.token_logratio
+            self.record(**{"logratio/dpo": self._mean(masked_sum(ratio, mask, dim=-1))})
+            clipped = (reward.clip(ratio) != ratio).float()
+            self.record(**{"clip/token_reward": masked_mean(clipped, mask, all_reduce=reduce)})
+        if rollout.values is not None:
+            explained = explained_variance(rollout.values, returns, mask, all_reduce=reduce)
+            self.record(explained_variance=explained)
+            self.record(value=masked_mean(rollout.values, mask, all_reduce=reduce))
+        self._record_lengths(rollout)
+        if self.kl_control is not None:
+            self.kl_control.update(float(kl), int(self.all_reduce(torch.tensor(float(len(mask)), device=mask.device))))
+
+    def _record_lengths(self, rollout: Rollout) -> None:
+        lengths = rollout.mask.sum(1).float()
+        self._tokens = self.all_reduce(lengths.sum())
+        everywhere = self.accelerator.gather(lengths)
+        self.record(
+            **{
+                "completions/mean_length": self._mean(lengths),
+                "completions/min_length": everywhere.min(),
+                "completions/max_length": everywhere.max(),
+                "completions/eos_rate": self._mean(rollout.ended.float()),
+            }
+        )
+
+    def _record_scores(self, batch: Completed, scores: dict[str, list[float]]) -> None:
+        for name, values in scores.items():
+            x = torch.tensor(values, device=self.args.device)
+            key = f"score/{name}" if name else "score"
+            mean = self._mean(x)
+            self.record(**{key: mean, f"{key}_std": self._mean((x - mean).square()).sqrt()})
+        if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
+            path = Path(str(self.args.output_dir)) / "completions.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                for i in range(min(self.args.log_completions, len(batch.prompts))):
+                    row = {"step": self.state.global_step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
+                    row |= {f"score/{name}" if name else "score": values[i] for name, values in scores.items()}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _record_seconds(self) -> None:
+        total = sum(self._seconds.values())
+        self.record(**{f"seconds/{name}": seconds for name, seconds in self._seconds.items()})
+        if "sample" in self._seconds:  # false on the rest of a rollout that a checkpoint brought
+            self.record(**{"seconds/iteration": total, "tokens_per_second": float(self._tokens) / total})
+
+    # --- checkpoints
+
+    def _save_state(self, folder: Path) -> None:
+        """Controller, running statistics, and the rollout in progress where a checkpoint falls between its updates."""
+        if self.is_world_process_zero():
+            state = {
+                "kl_control": None if self.kl_control is None else self.kl_control.state_dict(),
+                "score_moments": self.score_moments.state_dict(),
+                "processes": self.accelerator.num_processes,
+            }
+            write_atomically(folder / "rto_state.json", json.dumps(state))
+        if self.state.global_step % self.args.updates_per_rollout:
+            assert self._targets is not None
+            tensors = {name: x.cpu().contiguous() for name, x in self._targets.tensors().items()}
+            safetensors.torch.save_file(tensors, folder / f"rollout_{self.accelerator.process_index}.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        state = json.loads((folder / "rto_state.json").read_text())
+        if state["processes"] != self.accelerator.num_processes:
+            raise CheckpointError(
+                f"{folder} was written by {state['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: resume with as many"
+            )
+        self.score_moments.load_state_dict(state["score_moments"])
+        if self.kl_control is not None and state["kl_control"] is not None:
+            self.kl_control.load_state_dict(state["kl_control"])
+        rollout = folder / f"rollout_{self.accelerator.process_index}.safetensors"
+        if rollout.is_file():
+            fields = dict.fromkeys(Targets.__dataclass_fields__) | safetensors.torch.load_file(rollout)
+            self._targets = Targets(**fields).to(self.args.device)
+
+
+class RolloutSampler(IndexSampler[list[int]]):
+    """Indices of the prompts of each update: a rollout's batch, once for each update it serves.
+
+    The order of an epoch is a permutation seeded by (seed, epoch), cut into global batches, of which each process
+    takes its slice. The epoch follows from the number of updates done, which a checkpoint knows.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        rollouts: int,
+        repeats: int,
+        seed: int,
+        rank: int,
+        world: int,
+        updates_done: Callable[[], int],
+    ) -> None:
+        self.size, self.rollouts, self.repeats, self.seed = size, rollouts, repeats, seed
+        self.rank, self.world, self.updates_done = rank, world, updates_done
+
+    def __len__(self) -> int:
+        return self.size // (self.rollouts * self.world) * self.repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.updates_done() // len(self)
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.size, generator=shuffle).tolist()
+        batch = self.rollouts * self.world
+        for start in range(0, self.size - batch + 1, batch):
+            mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
+            for _ in range(self.repeats):
+                yield mine
+
+
+def _listed(x: Any) -> list[Any]:
+    if x is None:
+        return []
+    return list(x) if isinstance(x, list | tuple) else [x]
+
+
+def _check_rewards(args: RTOConfig, dpo_model: Source | None, functions: list[RewardFunc]) -> None:
+    if args.dpo_coef != 0 and dpo_model is None:
+        raise ValueError(
+            f"dpo_coef={args.dpo_coef} asks for a token reward: pass dpo_model, or set dpo_coef=0 for PPO"
+        )
+    if args.score_coef != 0 and not functions:
+        raise ValueError(
+            f"score_coef={args.score_coef} asks for a sentence score: pass reward_funcs, or set score_coef=0"
+        )
+    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {len(functions)} reward_funcs")
+
+
+def _room(args: RTOConfig, policy: nn.Module) -> int:
+    """The longest prompt that leaves room for a completion.
+
+    Raises:
+        ValueError: a completion alone fills the model's context.
+    """
+    context = max_positions(policy)
+    room = None if context is None else context - args.max_completion_length
+    if room is not None and room < 1:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context} tokens"
+        )
+    return min(x for x in (room, args.max_prompt_length, 2**31) if x is not None)
+
+
+def _set_max_steps(args: RTOConfig, prompts: list[Prompt] | None) -> None:
+    """Turn ``total_episodes`` into updates, and check that the prompts fill a rollout batch."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if prompts is not None and len(prompts) < batch:
+        raise ValueError(
+            f"{len(prompts)} prompts do not fill one batch of {batch} rollouts "
+            f"({args.per_device_train_batch_size} on each of {args.world_size} processes): lower "
+            "per_device_train_batch_size or bring more prompts"
+        )
+    if args.total_episodes is not None:
+        args.max_steps = math.ceil(args.total_episodes / batch) * args.updates_per_rollout
