@@ -17,6 +17,7 @@ from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
 logger = logging.getLogger(__name__)
 
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -115,6 +116,9 @@ def read_prompts(
 def usable_pairs(dataset: Dataset | IterableDataset, *, what: str = "train_dataset") -> tuple[Dataset, Skipped]:
     """The pairs that carry a preference: no empty side, no two equal sides; with an explicit prompt.
 
+    Completions count as ended unless a column ``chosen_ended`` or ``rejected_ended`` says that one was cut off
+    at a length limit: such a one gets no EOS, since nobody wrote it.
+
     Raises:
         DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
     """
@@ -128,7 +132,7 @@ def usable_pairs(dataset: Dataset | IterableDataset, *, what: str = "train_datas
             skipped.add("with two equal sides", i)
         else:
             kept = maybe_extract_prompt(dict(row))
-            rows.append({key: kept[key] for key in ("prompt", "chosen", "rejected")})
+            rows.append({key: kept.get(key, True) for key in _PAIR_COLUMNS})
     _tell(skipped, rows, what, "every pair needs two different, non-empty completions")
     return Dataset.from_list(rows), skipped
 
@@ -148,8 +152,8 @@ def read_pairs(
     usable, skipped = usable_pairs(dataset, what=what)
     kept = []
     for i, row in enumerate(usable):
-        prompt, chosen = completion_ids(row["prompt"], row["chosen"], tokenizer)
-        _, rejected = completion_ids(row["prompt"], row["rejected"], tokenizer)
+        prompt, chosen = completion_ids(row["prompt"], row["chosen"], tokenizer, ended=row["chosen_ended"])
+        _, rejected = completion_ids(row["prompt"], row["rejected"], tokenizer, ended=row["rejected_ended"])
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             skipped.add(f"over {max_length} tokens", i)
         elif chosen == rejected:
@@ -169,15 +173,16 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def completion_ids(
-    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase
+    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, ended: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of a completion that ends, cut exactly where the prompt ends.
+    """Token ids of a prompt and of a completion (with EOS if it ended), cut exactly where the prompt ends.
 
     The cut must be there because a policy writes its first token after the prompt's last one: where a
     tokenizer would merge across it, the completion is tokenized by itself.
     """
     if isinstance(prompt, str):
-        text, special = {"prompt": prompt, "completion": completion + _eos(completion, tokenizer)}, True
+        eos = tokenizer.eos_token if ended and not completion.endswith(tokenizer.eos_token) else ""
+        text, special = {"prompt": prompt, "completion": completion + eos}, True
     else:
         text = apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
         special = False
@@ -186,10 +191,6 @@ def completion_ids(
     if whole[: len(before)] == before:
         return before, whole[len(before) :]
     return before, tokenizer(text["completion"], add_special_tokens=False).input_ids
-
-
-def _eos(completion: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
 
 
 def _blank(side: Any) -> bool:

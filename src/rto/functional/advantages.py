@@ -1,7 +1,7 @@
 """Credit assignment: from rewards a token to advantages and returns. One object an estimator."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ class Credit(NamedTuple):
     returns: Float[Tensor, "B T"]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Rewards (and values, for those that need a critic) to `Credit`."""
 

@@ -51,9 +51,7 @@ def token_logprobs(
     parts = []
     for h, y in zip(hidden.split(rows), tokens.split(rows)):
         args = (h, head, y, temperature)
-        parts.append(
-            checkpoint(_token_logprobs, *args, use_reentrant=False) if again else _token_logprobs(*args)
-        )
+        parts.append(checkpoint(_token_logprobs, *args, use_reentrant=False) if again else _token_logprobs(*args))
     logp, entropy = (torch.cat(column) for column in zip(*parts))
     return logp, entropy
 

@@ -18,9 +18,7 @@ def local(x: Tensor) -> Tensor:
     return x
 
 
-def masked_sum(
-    x: Float[Tensor, "*dims"], mask: Bool[Tensor, "*dims"], dim: int | None = None
-) -> Float[Tensor, "..."]:
+def masked_sum(x: Float[Tensor, "*dims"], mask: Bool[Tensor, "*dims"], dim: int | None = None) -> Float[Tensor, "..."]:
     """Σ x over the kept entries, along ``dim`` or over everything."""
     kept = torch.where(mask, x, 0.0)
     return kept.sum() if dim is None else kept.sum(dim)

@@ -1,7 +1,7 @@
 """Losses that learn a policy from preferences; each is a frozen dataclass that is also its own config."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -41,6 +41,7 @@ class PairLoss(NamedTuple):
     rejected_reward: Float[Tensor, " B"]
 
 
+@runtime_checkable
 class PreferenceLoss(Protocol):
     """A loss over pairs."""
 

@@ -111,9 +111,7 @@ def place(
     """
     rewards = torch.where(mask, rewards, 0.0)
     anchors = (anchors & mask) | last_kept(mask)
-    segment = (
-        anchors.long().cumsum(-1) - anchors.long()
-    )  # tokens up to and including an anchor share a number
+    segment = anchors.long().cumsum(-1) - anchors.long()  # tokens up to and including an anchor share a number
     sums = torch.zeros_like(rewards).scatter_add(-1, segment.clamp(max=rewards.shape[-1] - 1), rewards)
     paid = sums.gather(-1, segment.clamp(max=rewards.shape[-1] - 1))
     return torch.where(anchors, paid, 0.0)
@@ -130,9 +128,7 @@ def on_tokens(
     return mask
 
 
-def on_final(
-    tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], text: Callable[[int], str]
-) -> Bool[Tensor, "B T"]:
+def on_final(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], text: Callable[[int], str]) -> Bool[Tensor, "B T"]:
     """Everything is paid at the last token (DDPO)."""
     return torch.zeros_like(mask)
 
@@ -188,9 +184,7 @@ class RunningMoments:
     def update(self, x: Float[Tensor, " B"], *, all_reduce: AllReduce = local) -> None:
         """Add one batch of scores."""
         x = x.double()
-        n, total = all_reduce(
-            torch.stack([torch.tensor(float(len(x)), dtype=x.dtype, device=x.device), x.sum()])
-        )
+        n, total = all_reduce(torch.stack([torch.tensor(float(len(x)), dtype=x.dtype, device=x.device), x.sum()]))
         mean = total / n
         m2 = all_reduce((x - mean).square().sum())
         delta, seen = mean.item() - self.mean, self.count + n.item()

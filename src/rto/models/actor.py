@@ -54,7 +54,9 @@ class Actor(nn.Module):
         values = None if self.value_model is None else token_values(self.value_model, sequences)
         return TokenOutputs(logp, entropy, values)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
+    ) -> None:
         """Recompute activations in the backward pass, in both models."""
         for model in (self.policy, self.value_model):
             if model is not None:
@@ -79,7 +81,7 @@ def hidden_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B L 
 def policy_outputs(
     model: nn.Module, sequences: Sequences, temperature: float = 1.0
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """log π(y_t|x,y_<t) and the entropy of π(·|x,y_<t), 0 outside the mask."""
+    """Log π(y_t|x,y_<t) and the entropy of π(·|x,y_<t), 0 outside the mask."""
     mask = sequences.mask
     hidden = predicting(hidden_states(model, sequences), mask.shape[1])[mask]
     head = output_layer(model)
@@ -97,7 +99,7 @@ def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]
     return scatter(scalar_head(model)(hidden).squeeze(-1).float(), mask)
 
 
-class output_layer:  # noqa: N801  (used as a function of hidden states)
+class output_layer:
     """A policy's output layer with what its architecture does to logits after it.
 
     Logits are multiplied by ``logit_scale`` (Cohere), divided by ``logits_scaling`` (Granite) and squashed to
@@ -151,7 +153,7 @@ def check_output_layer(model: nn.Module) -> None:
 def score_logprobs(
     model: nn.Module, sequences: Sequences, *, temperature: float, max_tokens: int
 ) -> Float[Tensor, "B T"]:
-    """log π(y_t|x,y_<t) by a model that is only read, in micro-batches of like length."""
+    """Log π(y_t|x,y_<t) by a model that is only read, in micro-batches of like length."""
     out = torch.zeros(sequences.mask.shape, dtype=torch.float32, device=sequences.tokens.device)
     for rows in micro_batches(sequences.lengths.cpu(), max_tokens):
         part = sequences.rows(rows).trim()

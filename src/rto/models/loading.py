@@ -127,7 +127,11 @@ def max_positions(model: nn.Module) -> int | None:
 
 def source_name(source: Any) -> str:
     """How messages call a model."""
-    return str(source) if isinstance(source, str | Path) else str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+    return (
+        str(source)
+        if isinstance(source, str | Path)
+        else str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+    )
 
 
 def check_same_vocabulary(

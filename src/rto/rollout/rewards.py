@@ -169,9 +169,7 @@ class TokenReward:
                 model.to(device)
         return self
 
-    def __call__(
-        self, sequences: Sequences, ref_logp: Float[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, sequences: Sequences, ref_logp: Float[Tensor, "B T"] | None = None) -> Float[Tensor, "B T"]:
         """The raw log-ratio for each response token, 0 outside the mask.
 
         Args:

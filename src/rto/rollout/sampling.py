@@ -1,7 +1,7 @@
 """From prompts to completions. One interface; the sampler on transformers is here."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,7 @@ class SamplingConfig:
             )
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Anything that completes prompts: transformers here, an inference engine elsewhere.
 
@@ -168,9 +169,7 @@ class _Decoder:
             layer.batch_size = len(rows)
 
 
-def draw(
-    logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.Generator
-) -> Int[Tensor, " B"]:
+def draw(logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.Generator) -> Int[Tensor, " B"]:
     """One token a row from softmax(logits / τ), within top-k and top-p."""
     if config.temperature == 0:
         return logits.argmax(-1)

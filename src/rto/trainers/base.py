@@ -68,7 +68,43 @@ class TokenTrainingArguments(TrainingArguments):
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
 
 
-class TokenTrainer(Trainer):
+class SealedCheckpoints(Trainer):
+    """Checkpoints that are whole or not there: written, then sealed; a folder without a seal does not count."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
+
+        Raises:
+            CheckpointError: a named checkpoint is not whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_seal(Path(str(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)  # left by a run that was killed while it wrote
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_state(folder)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _save_state(self, folder: Path) -> None:
+        """What a subclass adds to a checkpoint; called on every process."""
+
+
+class TokenTrainer(SealedCheckpoints):
     """A `transformers.Trainer` over an `Actor`, whose checkpoints are whole or not there.
 
     A folder written by `save_model` holds the policy as `from_pretrained` reads it, and the critic, where there
@@ -85,11 +121,7 @@ class TokenTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=list, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
-        if not args.disable_tqdm:
-            self.add_callback(Progress)
-        self.add_callback(JsonLines)
+        tell_quietly(self)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
@@ -121,41 +153,6 @@ class TokenTrainer(Trainer):
         means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
         self._metrics.clear()
         super().log({**logs, **means}, start_time)
-
-    # --- checkpoints: written, then sealed; a folder without a seal does not count
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
-
-        Raises:
-            CheckpointError: a named checkpoint is not whole.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_seal(Path(str(resume_from_checkpoint)))
-        self._resumed_from = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and folder.exists():
-            shutil.rmtree(folder)  # left by a run that was killed while it wrote
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            self._save_state(folder)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(folder)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _save_state(self, folder: Path) -> None:
-        """What a subclass adds to a checkpoint; called on every process."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -241,7 +238,9 @@ def check_seal(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
     if not (folder / SEAL).is_file():
-        raise CheckpointError(f"{folder}: not a whole checkpoint ({SEAL} is missing, writing it was cut off): {remedy}")
+        raise CheckpointError(
+            f"{folder}: not a whole checkpoint ({SEAL} is missing, writing it was cut off): {remedy}"
+        )
     for name, size in json.loads((folder / SEAL).read_text())["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -265,10 +264,21 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
+def tell_quietly(trainer: Trainer) -> None:
+    """Log to ``log.jsonl`` and a progress bar, not to the terminal."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress)
+    trainer.add_callback(JsonLines)
+
+
 class JsonLines(TrainerCallback):
     """Every log as one line of ``log.jsonl`` in the run folder; a resumed run drops the lines it will write again."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Cut the log back to the step that training starts from."""
         path = Path(str(args.output_dir)) / "log.jsonl"
         if not state.is_world_process_zero or not path.exists():
@@ -278,7 +288,12 @@ class JsonLines(TrainerCallback):
         write_atomically(path, "".join(line + "\n" for line in kept))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         """Add a line."""
         if state.is_world_process_zero:
@@ -294,7 +309,12 @@ class Progress(ProgressCallback):
     shown = {"loss": "loss", "accuracy": "acc", "score": "score", "kl": "kl", "completions/mean_length": "len"}
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         """Show the few."""
         if state.is_world_process_zero and self.training_bar is not None:

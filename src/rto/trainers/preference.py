@@ -137,7 +137,9 @@ class PreferenceTrainer(TokenTrainer):
         self.record(**self._means(stats, len(inputs)))
         return loss
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Mean loss, pair accuracy (with its standard error) and margin on held-out pairs."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(data, Dataset):

@@ -19,7 +19,8 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler as IndexSampler
+from torch.utils.data import DataLoader
+from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Rollout, Samples, Sequences, Targets, micro_batches
@@ -77,7 +78,9 @@ class RTOConfig(TokenTrainingArguments):
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Learning rate of the critic."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Rollouts a process draws in one iteration."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Rollouts a process draws in one iteration."}
+    )
     total_episodes: int | None = field(default=None, metadata={"help": "Stop after so many rollouts."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
@@ -535,7 +538,9 @@ class RTOTrainer(TokenTrainer):
 
     # --- evaluation
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
         prompts = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(prompts, Dataset):
@@ -614,7 +619,11 @@ class RTOTrainer(TokenTrainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 for i in range(min(self.args.log_completions, len(batch.prompts))):
-                    row = {"step": self.state.global_step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
+                    row = {
+                        "step": self.state.global_step,
+                        "prompt": batch.prompts[i],
+                        "completion": batch.completions[i],
+                    }
                     row |= {f"score/{name}" if name else "score": values[i] for name, values in scores.items()}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

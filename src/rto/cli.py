@@ -1,0 +1,262 @@
+"""`rto run | sft | reward | prefer | train`: the whole method, or one stage of it."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+USAGE = """usage: rto COMMAND [options]
+
+the whole method:
+  run [RECIPE.yaml] [--output_dir DIR] [--KEY VALUE ...]
+                      sft → dpo → reward → PPO, RTO → evaluate → report; the embedded recipe when none is named.
+                      A key of the recipe is overridden by its dotted name: --train.total_episodes 512.
+                      On a folder that was begun, it continues where it stopped.
+
+one stage (flags as in TRL; --config FILE.yaml holds the same keys):
+  sft                 fine-tune on demonstrations
+  prefer              learn π_dpo from preference pairs
+  reward              learn a sentence reward model from preference pairs
+  train               PPO on the token reward of π_dpo (RTO), or without it (--dpo_coef 0)
+
+and:
+  theory              the paper's statements, run
+  report DIR          write report.html of a run again
+
+rto COMMAND --help tells the options of a command."""
+
+
+@dataclass
+class DataArguments:
+    """Which data set."""
+
+    dataset_name: str = field(metadata={"help": "A local file or folder, or a hub name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data, read like dataset_name."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of the held-out data."})
+
+
+@dataclass
+class ReferenceArguments:
+    """Models of `rto prefer` besides the one it trains."""
+
+    ref_model: str | None = field(default=None, metadata={"help": "π_ref; the starting policy when not given."})
+
+
+@dataclass
+class RewardArguments:
+    """Models and rewards of `rto train` besides the policy."""
+
+    dpo_model: str | None = field(default=None, metadata={"help": "π_dpo: folder, hub id or adapter."})
+    dpo_ref_model: str | None = field(default=None, metadata={"help": "π_dpo's reference, if it is not ref_model."})
+    ref_model: str | None = field(default=None, metadata={"help": "π_ref; the starting policy when not given."})
+    value_model: str | None = field(default=None, metadata={"help": "What the critic starts from."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Reward models (folder or hub id) or functions (module:function)."}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
+        if args and args[0] not in ("-h", "--help"):
+            print(f"rto: no such command: {args[0]}\n", file=sys.stderr)
+        print(USAGE)
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        return COMMANDS[args[0]](args[1:])
+    except ValueError as error:  # RecipeError, DataError, CheckpointError and the checks of the configurations
+        print(f"rto {args[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: list[str]) -> int:
+    """`rto run`."""
+    if {"-h", "--help"} & set(args):
+        print(USAGE)
+        return 0
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()  # one for each weight file; the stages have their own
+    named = args and not args[0].startswith("--")
+    path, rest = (Path(args[0]), args[1:]) if named else (None, args)
+    overrides = _overrides(rest)
+    folder = overrides.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
+    from rto.pipeline import run as run_recipe
+    from rto.recipe import load_recipe
+
+    run_recipe(load_recipe(path, overrides), Path(folder))
+    return 0
+
+
+def _overrides(args: list[str]) -> dict[str, Any]:
+    """``--a.b VALUE`` pairs; values are YAML."""
+    found = {}
+    pairs = iter(args)
+    for key in pairs:
+        value = next(pairs, None)
+        if not key.startswith("--") or value is None:
+            raise ValueError(f"{key}: expected --KEY VALUE, with KEY the dotted name of a key of the recipe")
+        found[key[2:]] = yaml.safe_load(value)
+    return found
+
+
+def sft(args: list[str]) -> int:
+    """`rto sft`."""
+    from trl import SFTConfig
+
+    data, config, model = _parse("sft", args, DataArguments, SFTConfig)
+    from rto.trainers.supervised import SFTTrainer
+
+    trainer = SFTTrainer(
+        model.model_name_or_path,
+        config,
+        train_dataset=_train_rows(data),
+        eval_dataset=_eval_rows(data),
+        peft_config=_peft(model),
+    )
+    return _finish(trainer)
+
+
+def reward(args: list[str]) -> int:
+    """`rto reward`."""
+    from trl import RewardConfig
+
+    data, config, model = _parse("reward", args, DataArguments, RewardConfig)
+    from rto.models.loading import load_scalar, load_tokenizer
+    from rto.trainers.supervised import RewardTrainer
+
+    trainer = RewardTrainer(
+        load_scalar(model.model_name_or_path, **_init(model)),
+        config,
+        train_dataset=_train_rows(data),
+        eval_dataset=_eval_rows(data),
+        processing_class=load_tokenizer(model.model_name_or_path),
+        peft_config=_peft(model),
+    )
+    return _finish(trainer)
+
+
+def prefer(args: list[str]) -> int:
+    """`rto prefer`."""
+    from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
+
+    data, others, config, model = _parse("prefer", args, DataArguments, ReferenceArguments, PreferenceConfig)
+    config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
+    trainer = PreferenceTrainer(
+        model.model_name_or_path,
+        config,
+        ref_model=others.ref_model,
+        train_dataset=_train_rows(data),
+        eval_dataset=_eval_rows(data),
+        peft_config=_peft(model),
+    )
+    return _finish(trainer)
+
+
+def train(args: list[str]) -> int:
+    """`rto train`."""
+    from rto.recipe import is_function, resolve
+    from rto.trainers.rto import RTOConfig, RTOTrainer
+
+    data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
+    config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
+    rewards = [resolve(f) if is_function(f) else f for f in others.reward_funcs or []]
+    trainer = RTOTrainer(
+        model.model_name_or_path,
+        config,
+        dpo_model=others.dpo_model,
+        dpo_ref_model=others.dpo_ref_model,
+        ref_model=others.ref_model,
+        value_model=others.value_model,
+        reward_funcs=rewards,
+        train_dataset=_train_rows(data),
+        eval_dataset=_eval_rows(data),
+        peft_config=_peft(model),
+    )
+    return _finish(trainer)
+
+
+def report(args: list[str]) -> int:
+    """`rto report`."""
+    parser = argparse.ArgumentParser(prog="rto report", description="Write report.html of a run folder again.")
+    parser.add_argument("folder", type=Path)
+    from rto.report.page import write_report
+
+    print(write_report(parser.parse_args(args).folder))
+    return 0
+
+
+def theory(args: list[str]) -> int:
+    """`rto theory`."""
+    from rto.theory.__main__ import main as run_theory
+
+    return run_theory(args)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run,
+    "sft": sft,
+    "reward": reward,
+    "prefer": prefer,
+    "train": train,
+    "report": report,
+    "theory": theory,
+}
+
+
+def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
+    """Flags and ``--config`` into ``kinds`` and TRL's ``ModelConfig``; an unknown key is an error."""
+    from trl import ModelConfig, TrlParser
+
+    parser = TrlParser([*kinds, ModelConfig], prog=f"rto {command}")
+    *parsed, model = parser.parse_args_and_config(args=args)
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")
+    return (*parsed, model)
+
+
+def _train_rows(data: DataArguments) -> Any:
+    from rto.data.formats import load_rows
+
+    return load_rows(data.dataset_name, name=data.dataset_config, split=data.dataset_train_split)
+
+
+def _eval_rows(data: DataArguments) -> Any:
+    from rto.data.formats import load_rows
+
+    if data.eval_dataset_name is None:
+        return None
+    return load_rows(data.eval_dataset_name, name=data.dataset_config, split=data.dataset_test_split)
+
+
+def _init(model: Any) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` from TRL's ``ModelConfig``."""
+    names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
+    found = {name: getattr(model, ours, None) for name, ours in names.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _peft(model: Any) -> Any:
+    from trl import get_peft_config
+
+    return get_peft_config(model)
+
+
+def _finish(trainer: Any) -> int:
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.eval_dataset is not None:
+        trainer.accelerator.print(trainer.evaluate())
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.print(f"model: {trainer.args.output_dir}")
+    return 0

@@ -1,0 +1,96 @@
+"""Policies side by side on held-out prompts: gold reward, win rate and KL, each with its standard error."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rto.batches import Samples
+from rto.functional.masked import masked_sum
+from rto.models.actor import score_logprobs
+from rto.models.loading import eos_ids
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over prompts with its standard error (s / √n)."""
+
+    mean: float
+    se: float
+
+    @classmethod
+    def of(cls, x: Sequence[float] | np.ndarray) -> "Estimate":
+        """Mean and standard error of independent numbers."""
+        x = np.asarray(x, dtype=float)
+        return cls(mean=float(x.mean()), se=float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What one policy wrote, and how far it has moved."""
+
+    completions: list[str]
+    gold: list[float]
+    kl: list[float]
+    """log π/π_ref of each completion, nats: its mean estimates KL(π ‖ π_ref) for a completion."""
+    lengths: list[int]
+    ended: list[bool]
+    samples: Samples
+
+
+@torch.no_grad()
+def answer(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    judge: Callable[[list[str], list[bool]], list[float]],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    max_tokens: int,
+) -> Answers:
+    """Complete each prompt once and judge the completions."""
+    sampler = TransformersSampler(config=sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
+    samples = sampler(policy, prompts, seed)
+    ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    budget = {"temperature": sampling.temperature or 1.0, "max_tokens": max_tokens}
+    ratio = score_logprobs(policy, samples, **budget) - score_logprobs(reference, samples, **budget)
+    ended = samples.ended.tolist()
+    return Answers(
+        completions=texts,
+        gold=judge(texts, ended),
+        kl=masked_sum(ratio, samples.mask, dim=-1).tolist(),
+        lengths=samples.mask.sum(1).tolist(),
+        ended=ended,
+        samples=samples,
+    )
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Share of prompts on which ours scores higher; a draw counts half."""
+    a, b = np.asarray(ours), np.asarray(theirs)
+    return Estimate.of((a > b) + 0.5 * (a == b))
+
+
+def summary(answers: Answers, baseline: Answers | None, seconds: float, folder: str) -> dict[str, object]:
+    """One row of the results table."""
+    gold, kl = Estimate.of(answers.gold), Estimate.of(answers.kl)
+    wins = None if baseline is None else win_rate(answers.gold, baseline.gold)
+    return {
+        "folder": folder,
+        "gold": gold.mean,
+        "gold_se": gold.se,
+        "win_rate": None if wins is None else wins.mean,
+        "win_rate_se": None if wins is None else wins.se,
+        "kl": kl.mean,
+        "kl_se": kl.se,
+        "mean_length": float(np.mean(answers.lengths)),
+        "eos_rate": float(np.mean(answers.ended)),
+        "seconds": seconds,
+    }

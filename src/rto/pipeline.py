@@ -1,0 +1,383 @@
+"""The whole method, stage by stage: sft → pairs → prefer → reward → train each method → evaluate → report.
+
+A stage writes its folder and, when all of it is there, ``done.json``. A second run on the same folder passes over
+what is done and resumes what is not from its last whole checkpoint.
+"""
+
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import RewardConfig, SFTConfig
+
+from rto.data.formats import load_rows, read_prompts
+from rto.evaluation.comparison import Answers, answer, summary
+from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
+from rto.recipe import Recipe, RecipeError, is_function, resolve
+from rto.report.page import write_report
+from rto.report.table import results_table
+from rto.rollout.rewards import Completed, RewardModel, TokenReward
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.trainers.base import last_checkpoint, write_atomically
+from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
+from rto.trainers.rto import RTOConfig, RTOTrainer
+from rto.trainers.supervised import RewardTrainer, SFTTrainer
+
+logger = logging.getLogger(__name__)
+SHOWN = 16  # completions whose token rewards are kept for the heat-map
+MAX_TOKENS = 2**15
+SIDE_BY_SIDE = 512
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.25,
+    "save_total_limit": 1,
+}
+
+
+def run(recipe: Recipe, output_dir: str | Path) -> Path:
+    """Run what is not done yet, print the results, and return the path of the report.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe.
+        DataError: an input cannot be used.
+    """
+    pipeline = Pipeline(recipe, Path(output_dir), Console())
+    pipeline.claim()
+    pipeline.sft()
+    pipeline.pairs()
+    pipeline.prefer()
+    pipeline.reward()
+    for name in recipe.methods:
+        pipeline.train(name)
+    return pipeline.evaluate()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run: a recipe and its folder."""
+
+    recipe: Recipe
+    folder: Path
+    console: Console
+
+    def claim(self) -> None:
+        """Make the folder this recipe's own.
+
+        Raises:
+            RecipeError: it is another's already; the message names the first key that differs.
+        """
+        saved = self.folder / "recipe.yaml"
+        if saved.is_file():
+            theirs, ours = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(self.recipe.to_yaml())
+            if theirs != ours:
+                key = _first_difference(theirs, ours)
+                raise RecipeError(
+                    f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
+                )
+        elif PartialState().is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(saved, self.recipe.to_yaml())
+
+    # --- stages
+
+    def sft(self) -> None:
+        """The starting policy: fine-tuned on demonstrations, or as it comes."""
+        with self._stage("sft", "SFT: the starting policy") as folder:
+            if folder is None:
+                return
+            recipe = self.recipe
+            set_seed(recipe.seed)
+            if is_function(recipe.model):
+                model, tokenizer = resolve(recipe.model)(recipe.seed)
+            else:
+                model, tokenizer = load_policy(recipe.model), load_tokenizer(recipe.model)
+            if recipe.sft is None:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                return
+            assert recipe.data.demonstrations is not None
+            defaults = {"bf16": False, "gradient_checkpointing": False, **TRAINING_DEFAULTS}
+            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**defaults, **recipe.sft})
+            rows = recipe.data.demonstrations.load(recipe.seed)
+            trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+            trainer.train(resume_from_checkpoint=True)
+            trainer.save_model()
+
+    def pairs(self) -> None:
+        """Preference pairs: two completions of the starting policy for each prompt, labelled by the gold reward."""
+        if self.recipe.data.pairs is not None:
+            return
+        with self._stage(
+            "pairs", "pairs: two completions a prompt, labelled by Bradley–Terry on the gold reward"
+        ) as folder:
+            if folder is None or not PartialState().is_main_process:
+                return
+            recipe = self.recipe
+            assert recipe.gold is not None
+            assert recipe.data.pair_prompts is not None
+            gold = resolve(recipe.gold)
+            prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
+            scores = [gold(prompts=prompts, completions=[text for text, _ in side]) for side in sides]
+            gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
+            draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
+            first = (draw < torch.sigmoid(gap / recipe.label_temperature)).tolist()
+            lines = []
+            for prompt, a, b, a_wins in zip(prompts, *sides, first):
+                (won, won_ended), (lost, lost_ended) = (a, b) if a_wins else (b, a)
+                row = {"prompt": prompt, "chosen": won, "rejected": lost}
+                row |= {"chosen_ended": won_ended, "rejected_ended": lost_ended}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            write_atomically(folder / "pairs.jsonl", "".join(lines))
+
+    def prefer(self) -> None:
+        """π_dpo, from the starting policy."""
+        with self._stage("dpo", "DPO: the policy that carries the token reward") as folder:
+            if folder is None:
+                return
+            trainer = PreferenceTrainer(
+                str(self.folder / "sft"),
+                PreferenceConfig(
+                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.prefer}
+                ),
+                train_dataset=self._pairs(),
+                eval_dataset=self._eval_pairs(),
+            )
+            trainer.train(resume_from_checkpoint=True)
+            self._held_out(trainer, folder)
+            trainer.save_model()
+
+    def reward(self) -> None:
+        """The sentence reward model, from the starting policy's backbone."""
+        if self.recipe.reward is None:
+            return
+        with self._stage("reward", "reward model: one score a completion") as folder:
+            if folder is None:
+                return
+            start = self.folder / "sft"
+            tokenizer = load_tokenizer(start)
+            set_seed(self.recipe.seed)
+            defaults = {"bf16": False, "gradient_checkpointing": False, **TRAINING_DEFAULTS}
+            trainer = RewardTrainer(
+                model=load_scalar(start),
+                args=RewardConfig(output_dir=str(folder), seed=self.recipe.seed, **{**defaults, **self.recipe.reward}),
+                train_dataset=self._pairs(),
+                eval_dataset=self._eval_pairs(),
+                processing_class=tokenizer,
+            )
+            trainer.train(resume_from_checkpoint=True)
+            self._held_out(trainer, folder)
+            trainer.save_model()
+
+    def train(self, name: str) -> None:
+        """One on-line method, from the starting policy, on the same prompts as every other."""
+        recipe = self.recipe
+        kwargs = {**TRAINING_DEFAULTS, "logging_steps": 0, **recipe.train, **recipe.methods[name]}
+        with self._stage(_folder_of(name), f"{name}: on-line, from the starting policy") as folder:
+            if folder is None:
+                return
+            args = RTOConfig(
+                output_dir=str(folder),
+                seed=recipe.seed,
+                max_completion_length=recipe.completion_length,
+                **kwargs,
+            )
+            rewards: list[Any] = [str(self.folder / "reward")] if recipe.reward is not None else []
+            if recipe.gold is not None:  # logged beside the score, with no weight in it
+                args.reward_weights = [1.0] * len(rewards) + [0.0]
+                rewards.append(resolve(recipe.gold))
+            trainer = RTOTrainer(
+                str(self.folder / "sft"),
+                args,
+                dpo_model=str(self.folder / "dpo") if args.dpo_coef != 0 else None,
+                reward_funcs=rewards,
+                train_dataset=recipe.data.prompts.load(recipe.seed),
+            )
+            trainer.train(resume_from_checkpoint=True)
+            trainer.save_model()
+
+    def evaluate(self) -> Path:
+        """Every policy on the same held-out prompts; the table and the report."""
+        with self._stage("evaluation", "evaluation on held-out prompts") as folder:
+            if folder is not None and PartialState().is_main_process:
+                self._evaluate(folder)
+        results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
+        report = write_report(self.folder)
+        if PartialState().is_main_process:
+            self.console.print(results_table(results))
+            self.console.print(f"report: {report}")
+        return report
+
+    def _evaluate(self, folder: Path) -> None:
+        recipe = self.recipe
+        start = self.folder / "sft"
+        tokenizer, reference = load_tokenizer(start), load_policy(start)
+        reference.eval().to(self._device)
+        rows = recipe.data.test_prompts.load(recipe.seed)
+        prompts, _ = read_prompts(
+            rows, tokenizer, max_length=_room(reference, recipe.completion_length), what="data.test_prompts"
+        )
+        raw = [p.raw for p in prompts]
+        judge, judged_by = self._judge(raw)
+        sampling = SamplingConfig(
+            max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
+        )
+        policies = {"SFT": "sft", "DPO": "dpo", **{name: _folder_of(name) for name in recipe.methods}}
+        answers: dict[str, Answers] = {}
+        methods: dict[str, Any] = {}
+        for name, where in track(policies.items(), "sampling and judging", console=self.console):
+            policy = load_policy(str(self.folder / where)).eval().to(self._device)
+            answers[name] = answer(
+                policy,
+                reference,
+                tokenizer,
+                [p.ids for p in prompts],
+                judge,
+                sampling,
+                seed=recipe.seed + 1_000_003,
+                max_tokens=MAX_TOKENS,
+            )
+            seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
+            methods[name] = summary(answers[name], None if name == "SFT" else answers["SFT"], seconds, where)
+        self._write_token_rewards(folder, raw, answers, tokenizer)
+        lines = [
+            {
+                "prompt": prompt,
+                "completions": {name: a.completions[i] for name, a in answers.items()},
+                "gold": {name: a.gold[i] for name, a in answers.items()},
+            }
+            for i, prompt in enumerate(raw)
+        ]
+        _write_lines(folder / "completions.jsonl", lines)
+        results = {"gold": judged_by, "baseline": "SFT", "prompts": len(raw), "methods": methods}
+        write_atomically(folder / "results.json", json.dumps(results, indent=1))
+
+    def _write_token_rewards(
+        self, folder: Path, raw: list[Any], answers: dict[str, Answers], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
+        name = list(answers)[-1]
+        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
+        source = TokenReward(str(self.folder / "dpo"), str(self.folder / "sft")).to(self._device)
+        ratios = source(rows)
+        lines = []
+        for i, (ids, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
+            pieces = [tokenizer.decode([token]) for token in ids[keep].tolist()]
+            gold = answers[name].gold[i]
+            lines.append(
+                {"method": name, "prompt": raw[i], "tokens": pieces, "rewards": ratio[keep].tolist(), "gold": gold}
+            )
+        _write_lines(folder / "token_rewards.jsonl", lines)
+
+    def _judge(self, raw: list[Any]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
+        """The gold reward where the task has one, else the learned reward model; and what to call it."""
+        if self.recipe.gold is not None:
+            gold = resolve(self.recipe.gold)
+            return lambda texts, ended: list(gold(prompts=raw, completions=texts)), gold.__name__
+        where = self.folder / "reward"
+        model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
+
+        def learned(texts: list[str], ended: list[bool]) -> list[float]:
+            said = texts if isinstance(raw[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
+            return model(Completed(prompts=raw, completions=said, completion_ids=[[]] * len(texts), ended=ended))
+
+        return learned, "reward model"
+
+    # --- help
+
+    def _complete_twice(self, rows: Dataset) -> tuple[list[Any], list[list[tuple[str, bool]]]]:
+        """Prompts that fit, and two completions of each by the starting policy: text, and whether it ended."""
+        start = self.folder / "sft"
+        tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
+        length = self.recipe.completion_length
+        prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
+        sampler = TransformersSampler(
+            config=SamplingConfig(max_completion_length=length),
+            eos_ids=eos_ids(policy, tokenizer),
+            pad_id=tokenizer.pad_token_id,
+        )
+        ids = [p.ids for p in prompts for _ in range(2)]
+        drawn: list[tuple[str, bool]] = []
+        for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
+            samples = sampler(policy, ids[i : i + SIDE_BY_SIDE], self.recipe.seed * 1_000_003 + i)
+            kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
+            drawn += zip(tokenizer.batch_decode(kept, skip_special_tokens=True), samples.ended.tolist())
+        return [p.raw for p in prompts], [drawn[0::2], drawn[1::2]]
+
+    def _pairs(self) -> Dataset:
+        if self.recipe.data.pairs is not None:
+            return self.recipe.data.pairs.load(self.recipe.seed)
+        return load_rows(self.folder / "pairs" / "pairs.jsonl")
+
+    def _eval_pairs(self) -> Dataset | None:
+        held_out = self.recipe.data.eval_pairs
+        return None if held_out is None else held_out.load(self.recipe.seed)
+
+    def _held_out(self, trainer: Any, folder: Path) -> None:
+        if self.recipe.data.eval_pairs is not None:
+            write_atomically(folder / "held_out.json", json.dumps(trainer.evaluate(), indent=1))
+
+    @contextmanager
+    def _stage(self, name: str, title: str) -> Iterator[Path | None]:
+        """The folder of a stage that has work left, or None; marks it done when the work is."""
+        folder = self.folder / name
+        done = folder / "done.json"
+        main = PartialState().is_main_process
+        if done.is_file():
+            if main:
+                self.console.print(f"[dim]{title}: done[/dim]")
+            yield None
+            return
+        if main:
+            again = last_checkpoint(folder) if folder.is_dir() else None
+            self.console.print(f"[bold]{title}[/bold]" + (f" (continues from {Path(again).name})" if again else ""))
+        start = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        PartialState().wait_for_everyone()
+        if main:
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            write_atomically(done, json.dumps({"seconds": time.perf_counter() - start}))
+        PartialState().wait_for_everyone()
+        gc.collect()
+
+    @property
+    def _device(self) -> torch.device:
+        return PartialState().device
+
+
+def _folder_of(method: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in method.lower())
+
+
+def _room(policy: Any, completion_length: int) -> int:
+    context = max_positions(policy)
+    return 2**31 if context is None else context - completion_length
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _first_difference(theirs: Any, ours: Any, key: str = "") -> str:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in [*theirs, *ours]:
+            if theirs.get(name) != ours.get(name):
+                return _first_difference(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name)
+    return f"{key} is {theirs!r} there and {ours!r} here"
