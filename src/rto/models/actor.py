@@ -135,10 +135,10 @@ def check_output_layer(model: nn.Module) -> None:
     tokens = torch.arange(8, device=next(model.parameters()).device)[None]
     training, _ = model.training, model.eval()
     try:
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
         none = torch.zeros(1, 0, dtype=torch.bool, device=tokens.device)
         sequences = Sequences(tokens=tokens, prompt_mask=none, mask=torch.ones_like(tokens, dtype=torch.bool))
-        ours = output_layer(model)(hidden_states(model, sequences)).float()
+        ours = output_layer(model)(hidden_states(model, sequences)[0]).float()
     finally:
         model.train(training)
     gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()

@@ -131,7 +131,7 @@ def reward_source(
         return FunctionReward(source)
     if tokenizer is None:
         name = source_name(source)
-        if isinstance(source, nn.Module) and not name:
+        if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
         tokenizer = load_tokenizer(name, trust_remote_code=bool(init_kwargs.get("trust_remote_code", False)))
     return RewardModel(load_scalar(source, **init_kwargs), tokenizer, max_tokens=max_tokens)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import safetensors.torch
 import torch
@@ -228,6 +228,14 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop rows of a JSON-lines file, and a last line that a kill cut off."""
+    if not path.exists():
+        return
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
+    write_atomically(path, "".join(line + "\n" for line in whole if keep(json.loads(line))))
+
+
 def check_seal(folder: Path) -> None:
     """Compare a checkpoint's files with its seal.
 
@@ -274,18 +282,16 @@ def tell_quietly(trainer: Trainer) -> None:
 
 
 class JsonLines(TrainerCallback):
-    """Every log as one line of ``log.jsonl`` in the run folder; a resumed run drops the lines it will write again."""
+    """Every log as one line of ``log.jsonl`` in the run folder."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut the log back to the step that training starts from."""
-        path = Path(str(args.output_dir)) / "log.jsonl"
-        if not state.is_world_process_zero or not path.exists():
-            return
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        """Cut the run's logs back to the step that training starts from: what follows is written again."""
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir))
+            keep_lines(folder / "log.jsonl", lambda row: row["step"] <= state.global_step)
+            keep_lines(folder / "completions.jsonl", lambda row: row["step"] < state.global_step)
 
     def on_log(
         self,
@@ -306,7 +312,13 @@ class JsonLines(TrainerCallback):
 class Progress(ProgressCallback):
     """The progress bar of `transformers`, with a few numbers beside it instead of a dictionary below it."""
 
-    shown = {"loss": "loss", "accuracy": "acc", "score": "score", "kl": "kl", "completions/mean_length": "len"}
+    shown: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "accuracy": "acc",
+        "score": "score",
+        "kl": "kl",
+        "completions/mean_length": "len",
+    }
 
     def on_log(
         self,

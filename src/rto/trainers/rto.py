@@ -229,7 +229,7 @@ class RTOTrainer(TokenTrainer):
         tokenizer = processing_class or load_tokenizer(source_name(model))
         policy = load_policy(model, **init)
         for role, other in (("dpo_model", dpo_model), ("dpo_ref_model", dpo_ref_model), ("ref_model", ref_model)):
-            if other is not None:
+            if other is not None and (args.dpo_coef != 0 or role == "ref_model"):
                 check_same_vocabulary(role, other, tokenizer, policy, **init)
         check_output_layer(policy)
 
