@@ -71,7 +71,9 @@ def test_beta1_zero_is_ppo_exactly(trainer: Callable[..., RTOTrainer], dpo_folde
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_credit_is_the_equation(trainer: Callable[..., RTOTrainer], clip: float | None) -> None:
     """Rewards to advantages against loops over Eq. 4.7 and the definition of GAE."""
-    run = trainer(dpo_coef=0.5, kl_coef=0.2, score_coef=2.0, token_reward_clip=clip, whiten_advantages=False, gamma=0.9)
+    run = trainer(
+        dpo_coef=0.5, kl_coef=0.2, score_coef=2.0, token_reward_clip=clip, whiten_advantages=False, gamma=0.9
+    )
     rollout = rollout_of(run)
     targets = run.credit(rollout)
     assert rollout.token_logratio is not None

@@ -122,19 +122,27 @@ def usable_pairs(dataset: Dataset | IterableDataset, *, what: str = "train_datas
     Raises:
         DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
     """
+    rows, _, skipped = _usable(dataset, what)
+    return Dataset.from_list(rows), skipped
+
+
+def _usable(dataset: Dataset | IterableDataset, what: str) -> tuple[list[dict[str, Any]], list[int], Skipped]:
+    """The rows that carry a preference, their places in the data set, and what was left out."""
     _need_columns(dataset, ("chosen", "rejected"), what)
-    skipped, rows = Skipped(), []
+    skipped, rows, places = Skipped(), [], []
     for i, row in enumerate(dataset):
         skipped.total += 1
         if not row["chosen"] or not row["rejected"] or _blank(row["chosen"]) or _blank(row["rejected"]):
             skipped.add("with an empty side", i)
         elif row["chosen"] == row["rejected"]:
             skipped.add("with two equal sides", i)
+        elif not (kept := {**row, **maybe_extract_prompt(dict(row))})["prompt"]:
+            skipped.add("with an empty prompt", i)  # no token would predict the completion's first one
         else:
-            kept = maybe_extract_prompt(dict(row))
             rows.append({key: kept.get(key, True) for key in _PAIR_COLUMNS})
-    _tell(skipped, rows, what, "every pair needs two different, non-empty completions")
-    return Dataset.from_list(rows), skipped
+            places.append(i)
+    _tell(skipped, rows, what, "every pair needs a prompt and two different, non-empty completions")
+    return rows, places, skipped
 
 
 def read_pairs(
@@ -149,9 +157,9 @@ def read_pairs(
     Raises:
         DataError: a column is missing, or no row is left.
     """
-    usable, skipped = usable_pairs(dataset, what=what)
+    rows, places, skipped = _usable(dataset, what)
     kept = []
-    for i, row in enumerate(usable):
+    for i, row in zip(places, rows):
         prompt, chosen = completion_ids(row["prompt"], row["chosen"], tokenizer, ended=row["chosen_ended"])
         _, rejected = completion_ids(row["prompt"], row["rejected"], tokenizer, ended=row["rejected_ended"])
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:

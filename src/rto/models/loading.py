@@ -39,8 +39,11 @@ def load_scalar(source: Source, **init_kwargs: Any) -> nn.Module:
     if isinstance(source, nn.Module):
         labels = getattr(source.config, "num_labels", None)
         if labels != 1:
-            raise ValueError(f"a reward or value model has one output, this one has num_labels={labels}")
+            raise ValueError(f"a reward or value model has one output, {source_name(source)} has num_labels={labels}")
         return source
+    config = _config_of(source, bool(init_kwargs.get("trust_remote_code", False)))
+    if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # the report of a missing head: we say it ourselves, below
     try:

@@ -1,6 +1,7 @@
 """The table of results: one row a method, the same cells on the page and in the terminal."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     caption = f"± one standard error over {prompts:,} test prompts" if prompts else None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, caption=caption)
     for i, (heading, *cells) in enumerate(zip(headings, *rows)):
-        width = max(map(len, cells), default=0)  # in a narrow terminal headings fold, values do not
-        table.add_column(Text(heading), justify="right" if i else "left", min_width=width)
+        width = max(map(len, [*cells, *heading.split()]))  # headings fold so that values need not
+        table.add_column(Text(textwrap.fill(heading, width)), justify="right" if i else "left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is not markup
     return table

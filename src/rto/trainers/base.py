@@ -103,6 +103,14 @@ class SealedCheckpoints(Trainer):
     def _save_state(self, folder: Path) -> None:
         """What a subclass adds to a checkpoint; called on every process."""
 
+    def _load_state(self, folder: Path) -> None:
+        """Take up what `_save_state` wrote; called on every process."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_state(Path(checkpoint))
+
 
 class TokenTrainer(SealedCheckpoints):
     """A `transformers.Trainer` over an `Actor`, whose checkpoints are whole or not there.
@@ -153,6 +161,13 @@ class TokenTrainer(SealedCheckpoints):
         means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
         self._metrics.clear()
         super().log({**logs, **means}, start_time)
+
+    def _save_state(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            write_atomically(folder / "metrics.json", json.dumps(self._metrics))
+
+    def _load_state(self, folder: Path) -> None:
+        self._metrics.update(json.loads((folder / "metrics.json").read_text()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -645,6 +645,7 @@ class RTOTrainer(TokenTrainer):
 
     def _save_state(self, folder: Path) -> None:
         """Controller, running statistics, and the rollout in progress where a checkpoint falls between its updates."""
+        super()._save_state(folder)
         if self.is_world_process_zero():
             state = {
                 "kl_control": None if self.kl_control is None else self.kl_control.state_dict(),
@@ -657,11 +658,8 @@ class RTOTrainer(TokenTrainer):
             tensors = {name: x.cpu().contiguous() for name, x in self._targets.tensors().items()}
             safetensors.torch.save_file(tensors, folder / f"rollout_{self.accelerator.process_index}.safetensors")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
+    def _load_state(self, folder: Path) -> None:
+        super()._load_state(folder)
         state = json.loads((folder / "rto_state.json").read_text())
         if state["processes"] != self.accelerator.num_processes:
             raise CheckpointError(

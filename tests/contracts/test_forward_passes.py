@@ -1,0 +1,166 @@
+"""Our log-probabilities and values against the models' own, row by row and without any padding."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from rto.batches import micro_batches
+from rto.models.actor import (
+    Actor,
+    check_output_layer,
+    output_layer,
+    policy_outputs,
+    score_logprobs,
+    token_values,
+)
+
+
+def own_logprobs(model, prompt, response, temperature=1.0):
+    """log π of each response token, from ``model(ids).logits`` of one unpadded row."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].double() / temperature
+    logp = logits.log_softmax(-1)
+    return [logp[len(prompt) + t - 1, y].item() for t, y in enumerate(response)], logp
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_models_own(architecture, ragged, batch, temperature):
+    """On each architecture: the output layer, the label shift, positions and attention under padding."""
+    vocab = architecture.config.vocab_size
+    logp, entropy = policy_outputs(architecture, batch(vocab, left=3, right=2), temperature)
+    for i, (x, y) in enumerate(zip(*ragged(vocab))):
+        expected, full = own_logprobs(architecture, x, y, temperature)
+        n = len(y)
+        assert logp[i, :n].tolist() == pytest.approx(expected, abs=1e-4)
+        at = full[len(x) - 1 : len(x) + n - 1]
+        assert entropy[i, :n].tolist() == pytest.approx((-(at.exp() * at).sum(-1)).tolist(), abs=1e-4)
+        assert (logp[i, n:] == 0).all()
+        assert (entropy[i, n:] == 0).all()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj", "lm_head"]], ids=str)
+def test_adapters_are_read_and_learn(tiny_model, ragged, batch, targets):
+    """A LoRA policy scores with its adapters in place, also on the output layer, and only they get a gradient."""
+    base = tiny_model(tie_word_embeddings=False)
+    vocab = base.config.vocab_size
+    plain = policy_outputs(base, batch(vocab))[0].detach()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    logp, _ = policy_outputs(model, batch(vocab, left=2))
+    for i, (x, y) in enumerate(zip(*ragged(vocab))):
+        assert logp[i, : len(y)].tolist() == pytest.approx(own_logprobs(model, x, y)[0], abs=1e-4)
+    assert (logp - plain).abs().max() > 0.1
+    check_output_layer(model)
+    logp.sum().backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learned == {name for name, _ in model.named_parameters() if "lora_" in name}
+    with model.disable_adapter():
+        assert torch.equal(policy_outputs(model, batch(vocab))[0], plain)
+
+
+def test_known_output_layers_pass_the_check(architecture):
+    check_output_layer(architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "forgotten"),
+    [("cohere", {"scale": 1.0}), ("granite", {"scale": 1.0}), ("gemma2", {"softcap": None})],
+    indirect=["architecture"],
+    ids=str,
+)
+def test_the_check_sees_what_would_be_forgotten(architecture, forgotten, monkeypatch):
+    """Where an architecture scales or caps its logits, leaving that out must not pass."""
+    original = output_layer.__init__
+
+    def forget(self, model):
+        original(self, model)
+        self.__dict__.update(forgotten)
+
+    monkeypatch.setattr(output_layer, "__init__", forget)
+    with pytest.raises(ValueError, match="does something to its logits"):
+        check_output_layer(architecture)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tiny_model, monkeypatch):
+    model = tiny_model().train()
+    original = type(model).forward
+
+    def with_a_twist(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        out.logits = out.logits * 1.3
+        return out
+
+    monkeypatch.setattr(type(model), "forward", with_a_twist)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does something .* teach rto\.models\.actor\.output_layer"):
+        check_output_layer(model)
+    assert model.training  # and the check leaves the mode as it was
+
+
+@pytest.fixture(params=["tiny", "stories"])
+def policy(request, tiny_model):
+    if request.param == "tiny":
+        return tiny_model()
+    return AutoModelForCausalLM.from_pretrained(request.getfixturevalue("stories")).eval()
+
+
+@pytest.fixture
+def critic(policy):
+    """The policy's backbone with a random scalar head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        critic = LlamaForSequenceClassification(type(policy.config)(**policy.config.to_dict() | {"num_labels": 1}))
+    critic.model.load_state_dict(policy.model.state_dict())
+    nn.init.normal_(critic.score.weight)
+    return critic.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("left", "right", "pad"), [(5, 0, 0), (0, 7, 0), (4, 3, 0), (4, 3, 17)])
+def test_padding_is_inert(policy, critic, batch, left, right, pad):
+    """More padding, or padding that looks like a real token, changes no number."""
+    vocab = policy.config.vocab_size
+    actor = Actor(policy, critic)
+    few, more = batch(vocab), batch(vocab, left=left, right=right, pad=pad)
+    for a, b in zip(actor(few.tokens, few.prompt_mask, few.mask), actor(more.tokens, more.prompt_mask, more.mask)):
+        assert a.abs().sum() > 1
+        torch.testing.assert_close(b[:, : few.mask.shape[1]], a, rtol=1e-4, atol=1e-4)
+        assert (b[:, few.mask.shape[1] :] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [1, 30, 64, 10_000])
+def test_micro_batches_change_no_number(policy, batch, max_tokens):
+    x = batch(policy.config.vocab_size, left=2, right=2)
+    whole = policy_outputs(policy, x, 0.8)[0]
+    torch.testing.assert_close(
+        score_logprobs(policy, x, temperature=0.8, max_tokens=max_tokens), whole, rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_values_are_of_the_state_before_the_token(policy, critic, ragged, batch):
+    """V(s_t) is the head over the unpadded prefix (x, y_<t): y_t and what follows it are not seen."""
+    vocab = policy.config.vocab_size
+    values = token_values(critic, batch(vocab, left=2))
+    for i, (x, y) in enumerate(zip(*ragged(vocab))):
+        for t in range(len(y)):
+            hidden = critic.model(input_ids=torch.tensor([[*x, *y[:t]]])).last_hidden_state[0, -1]
+            assert values[i, t].item() == pytest.approx(critic.score(hidden).item(), rel=1e-3, abs=1e-3)
+
+
+def test_gradients_of_micro_batches_add_up(tiny_model, batch):
+    model = tiny_model()
+    x = batch(model.config.vocab_size)
+    grads = []
+    for budget in (10_000, 30):
+        model.zero_grad()
+        for rows in micro_batches(x.lengths, budget):
+            part = x.rows(rows).trim()
+            policy_outputs(model, part)[0].sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in grads[0]:
+        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-4, atol=1e-4)
+        assert grads[0][name].abs().sum() > 0

@@ -1,0 +1,158 @@
+"""What is refused before any work is done, and how the message helps."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rto.models.actor import token_values
+from rto.models.loading import (
+    check_same_vocabulary,
+    eos_ids,
+    freeze,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+    scalar_head,
+)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_a_folder_and_a_live_model_load(tiny_folder, tiny_model):
+    model = load_policy(tiny_folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model().parameters()))
+    assert model.dtype == torch.float32
+    assert load_policy(model) is model
+    assert load_policy(tiny_folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert max_positions(model) == 128
+
+
+def test_a_model_that_is_only_read_takes_no_gradient(tiny_model):
+    model = freeze(tiny_model().train())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_pickled_weights_are_refused(folder):
+    """They can run code when they load: safetensors only."""
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    for load in (load_policy, load_scalar):
+        with pytest.raises(OSError, match="safetensors"):
+            load(folder)
+
+
+def test_code_in_a_model_folder_does_not_run(folder, tmp_path):
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"trust_remote_code|evil"):
+        load_policy(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- Tokenizers
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(tiny_folder, tokenizer, tmp_path):
+    assert load_tokenizer(tiny_folder).pad_token == "<pad>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "<eos>"
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no EOS token: set eos_token in its tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(None, (2,)), (2, (2,)), (7, (2, 7)), ([7, 2, 5], (2, 5, 7))], ids=str
+)
+def test_every_id_that_ends_a_completion(tiny_model, tokenizer, listed, expected):
+    model = tiny_model()
+    model.generation_config.eos_token_id = listed
+    assert eos_ids(model, tokenizer) == expected
+
+
+# --- The policy's vocabulary
+
+
+def test_the_same_vocabulary_passes(tiny_folder, tiny_model, tokenizer):
+    check_same_vocabulary("dpo_model", tiny_folder, tokenizer, tiny_model())
+    check_same_vocabulary("dpo_model", tiny_model(seed=1), tokenizer, tiny_model())
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_another_vocabulary_size_is_refused(tiny_model, tokenizer, tmp_path, live):
+    other = tiny_model(vocab_size=300)
+    if not live:
+        other.save_pretrained(tmp_path)
+    match = "dpo_model .* has a vocabulary of 300 tokens, the policy one of 260: .* own starting point"
+    with pytest.raises(ValueError, match=match):
+        check_same_vocabulary("dpo_model", other if live else tmp_path, tokenizer, tiny_model())
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(folder, tiny_model, tokenizer):
+    """Two ids exchanged: every shape fits, every token reward would be wrong."""
+    path = folder / "tokenizer.json"
+    text = json.loads(path.read_text())
+    vocab = text["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"ref_model .* another tokenizer than the policy .*'[ab]'"):
+        check_same_vocabulary("ref_model", folder, tokenizer, tiny_model())
+
+
+# --- Models with one scalar head
+
+
+@pytest.fixture
+def scalar_config(tiny_model):
+    return lambda labels: LlamaConfig(**tiny_model().config.to_dict() | {"num_labels": labels})
+
+
+def test_a_causal_model_as_critic_starts_at_zero(tiny_folder, tiny_model, batch):
+    critic = load_scalar(tiny_folder)
+    policy = tiny_model()
+    assert all(torch.equal(a, b) for a, b in zip(critic.model.parameters(), policy.model.parameters()))
+    values = token_values(critic, batch(policy.config.vocab_size))
+    assert (values == 0).all()
+    values.sum().backward()  # and can learn
+    assert scalar_head(critic).weight.grad.abs().sum() > 0
+
+
+def test_a_reward_model_as_critic_keeps_its_head(scalar_config, tmp_path):
+    model = LlamaForSequenceClassification(scalar_config(1))
+    model.save_pretrained(tmp_path)
+    critic = load_scalar(tmp_path)
+    assert torch.equal(critic.score.weight, model.score.weight)
+    assert critic.score.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_model_with_two_outputs_is_refused(scalar_config, tmp_path, live):
+    model = LlamaForSequenceClassification(scalar_config(2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has one output, .* has num_labels=2"):
+        load_scalar(model if live else tmp_path)
+
+
+def test_a_model_without_a_scalar_head_is_refused_by_name(tiny_model):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no `score` head"):
+        scalar_head(tiny_model())

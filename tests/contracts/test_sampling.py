@@ -1,0 +1,294 @@
+"""The sampler against `generate`, against the model's own probabilities, and against itself."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rto.batches import collate
+from rto.models.actor import policy_outputs
+from rto.models.loading import eos_ids, load_tokenizer
+from rto.rollout import sampling
+from rto.rollout.sampling import SamplingConfig, TransformersSampler, draw
+
+NO_EOS = (-1,)  # no token has this id: every row runs to its limit
+
+
+def sampler(length=16, *, eos=NO_EOS, pad=0, rows=512, **config):
+    config = SamplingConfig(max_completion_length=length, **config)
+    return TransformersSampler(config=config, eos_ids=eos, pad_id=pad, max_rows=rows)
+
+
+def greedy(length=16, **kwargs):
+    return sampler(length, temperature=0.0, **kwargs)
+
+
+def completions(samples):
+    return [y[m].tolist() for y, m in zip(samples.responses, samples.mask)]
+
+
+def generated(model, prompts, length, eos=None, pad=0):
+    """Greedy completions by transformers' own `generate`, one prompt at a time."""
+    settings = {"do_sample": False, "max_new_tokens": length, "pad_token_id": pad, "eos_token_id": eos}
+    out = []
+    for x in prompts:
+        ids = torch.tensor([x])
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        out.append(whole[0, len(x) :].tolist())
+    return out
+
+
+@pytest.fixture
+def prompts(ragged):
+    return lambda vocab, rows=8: ragged(vocab, rows=rows)[0]
+
+
+def cut(completion, eos):
+    """Up to and including the first EOS."""
+    ends = [t for t, y in enumerate(completion) if y in eos]
+    return completion[: ends[0] + 1] if ends else completion
+
+
+def test_greedy_is_generate_on_every_architecture(architecture, prompts):
+    """Ragged prompts in one left-padded batch, full and sliding-window attention, beyond the window."""
+    x = prompts(architecture.config.vocab_size)
+    expected = generated(architecture, x, 12, eos=-1)
+    assert completions(greedy(12)(architecture, x, seed=0)) == expected
+
+
+def test_greedy_is_generate_on_a_trained_model(stories):
+    model = AutoModelForCausalLM.from_pretrained(stories).eval()
+    tokenizer = load_tokenizer(stories)
+    texts = ["Once", "Tim and Sue went to the park. They saw a big", "The", "One day, a cat", "Lily was sad because"]
+    x = tokenizer(texts).input_ids
+    ends = eos_ids(model, tokenizer)
+    samples = greedy(60, eos=ends, pad=tokenizer.pad_token_id)(model, x, seed=0)
+    assert completions(samples) == generated(model, x, 60, eos=list(ends), pad=tokenizer.pad_token_id)
+
+
+def test_the_published_story_is_reproduced(stories):
+    """Karpathy's llama2.c gives this text for this model from BOS alone, in 200 steps."""
+    published = (stories.parent / "stories260K_expected_greedy_200_tokens.txt").read_text().strip()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    ends = eos_ids(model, tokenizer)
+    assert ends == (1, 2)
+    samples = greedy(200, eos=ends)(model, [[tokenizer.bos_token_id]], seed=0)
+    assert not samples.ended.any()
+    text = tokenizer.decode(completions(samples)[0])
+    assert text.strip().startswith(published)
+    assert len(text.strip()) - len(published) < 8  # one token more at most
+
+
+@pytest.fixture
+def shrinks(monkeypatch):
+    """How many rows stay, each time the decoder forgets some."""
+    sizes = []
+    keep = sampling._Decoder.keep
+
+    def spy(self, rows):
+        sizes.append(len(rows))
+        keep(self, rows)
+
+    monkeypatch.setattr(sampling._Decoder, "keep", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "cohere2"], indirect=True)
+@pytest.mark.parametrize("ends_at", [(0, 2, 5, 11), (3, 3, 3, 9), (19,)])
+def test_rows_that_end_leave_the_others_alone(architecture, prompts, shrinks, ends_at):
+    """Each row is its own endless completion, cut at the first EOS, while the batch shrinks around it."""
+    x = prompts(architecture.config.vocab_size)
+    endless = generated(architecture, x, 24, eos=-1)
+    eos = tuple(sorted({endless[i][t] for i, t in enumerate(ends_at)}))
+    expected = [cut(y, eos) for y in endless]
+    samples = greedy(24, eos=eos)(architecture, x, seed=0)
+    assert completions(samples) == expected
+    assert samples.ended.tolist() == [y[-1] in eos for y in expected]
+    if len({len(y) for y in expected}) > 2:
+        assert shrinks
+
+
+def test_the_batch_does_shrink(tiny_model, prompts, shrinks):
+    """The test above would show nothing if rows never left."""
+    model = tiny_model()
+    x = prompts(model.config.vocab_size)
+    endless = completions(greedy(24)(model, x, seed=0))
+    greedy(24, eos=tuple({y[1] for y in endless[:4]}))(model, x, seed=0)
+    assert shrinks
+    assert all(n < 8 for n in shrinks)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 512])
+def test_rows_do_not_depend_on_their_company(tiny_model, prompts, rows):
+    model = tiny_model()
+    x = prompts(model.config.vocab_size)
+    together = completions(greedy(rows=rows)(model, x, seed=0))
+    assert together == [completions(greedy()(model, [p], seed=0))[0] for p in x]
+
+
+def test_pad_that_is_eos_does_not_hide_the_eos(tiny_model, prompts):
+    """Also when the prompt holds that id itself."""
+    model = tiny_model()
+    x = prompts(model.config.vocab_size)
+    endless = completions(greedy(12)(model, x, seed=0))
+    end = next(y[t] for y in endless for t in range(2, 9) if y[t] not in y[:t])
+    x[1] = [end, *x[1], end]
+    endless = completions(greedy(12)(model, x, seed=0))
+    samples = greedy(12, eos=(end,), pad=end)(model, x, seed=0)
+    expected = [cut(y, (end,)) for y in endless]
+    assert completions(samples) == expected
+    assert any(len(y) < 12 for y in expected)
+    width = samples.prompt_mask.shape[1]
+    assert [row[:width][m].tolist() for row, m in zip(samples.tokens, samples.prompt_mask)] == x
+
+
+def test_eos_on_the_last_step_ends_and_a_cut_off_row_gets_none(tiny_model, prompts):
+    model = tiny_model()
+    x = prompts(model.config.vocab_size)
+    endless = completions(greedy(10)(model, x, seed=0))
+    i, length, end = next((i, t + 1, y[t]) for i, y in enumerate(endless) for t in range(3, 10) if y[t] not in y[:t])
+    samples = greedy(length, eos=(end,))(model, x, seed=0)
+    assert samples.ended[i]
+    assert samples.mask[i].sum() == length
+    assert completions(samples)[i][-1] == end
+    cut_off = [y for y, ended in zip(completions(samples), samples.ended) if not ended]
+    assert cut_off
+    assert all(len(y) == length and end not in y for y in cut_off)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.5}])
+def test_nothing_follows_the_first_eos(tiny_model, prompts, settings):
+    model = tiny_model()
+    eos = tuple(range(0, model.config.vocab_size, 9))
+    samples = sampler(20, eos=eos, **settings)(model, prompts(model.config.vocab_size) * 8, seed=0)
+    lengths = samples.mask.sum(1)
+    assert len(lengths.unique()) > 4
+    for y, ended in zip(completions(samples), samples.ended.tolist()):
+        assert not any(token in eos for token in y[:-1])
+        assert ended == (y[-1] in eos)
+        assert ended or len(y) == 20
+    assert torch.equal(samples.mask, torch.arange(samples.mask.shape[1]) < lengths[:, None])
+
+
+def test_same_seed_same_samples_and_no_other_random_state_is_touched(tiny_model, prompts):
+    model = tiny_model().train()
+    x = prompts(model.config.vocab_size)
+    before = torch.random.get_rng_state()
+    first, again, other = (sampler()(model, x, seed=s) for s in (3, 3, 4))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    assert completions(first) != completions(other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+
+
+def chi_square(counts, probs):
+    """Pearson's statistic; degrees of freedom are one less than the outcomes."""
+    expected = probs.double() * counts.sum()
+    return ((counts - expected).square() / expected).sum().item()
+
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "support"),
+    [
+        ({}, 6),
+        ({"temperature": 0.5}, 6),
+        ({"temperature": 3.0}, 6),
+        ({"top_k": 3}, 3),
+        ({"top_k": 100}, 6),
+        ({"top_p": 0.5}, 2),  # probabilities .45 .27 .17 .06 .04 .02: .45 is not half
+        ({"top_p": 0.4}, 1),
+        ({"top_p": 0.8}, 3),
+        ({"top_p": 0.8, "temperature": 0.5}, 2),  # .64 .24 …: top-p is of the tempered distribution
+        ({"top_k": 4, "top_p": 0.6}, 2),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_softmax_on_its_support(settings, support):
+    n, order = 20_000, torch.tensor([3, 0, 5, 1, 4, 2])  # the support is by rank, whatever the column
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(LOGITS[order].expand(n, 6), SamplingConfig(**settings), generator)
+    counts = torch.zeros(6).index_put((order[drawn],), torch.ones(n), accumulate=True)
+    assert counts[support:].sum() == 0
+    probs = (LOGITS[:support] / settings.get("temperature", 1.0)).softmax(-1)
+    # 20.5 is the 99.9 % quantile of chi-square with five degrees of freedom
+    assert chi_square(counts[:support], probs) < 20.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_sampler_draws_from_what_the_trainer_scores(tiny_model, temperature):
+    """Frequencies of all 6² completions of two tokens against exp Σ log π of `policy_outputs`."""
+    model = tiny_model(seed=5, vocab_size=6, initializer_range=0.15, pad_token_id=0)
+    prompt, n = [1, 3, 2, 5], 6000
+    every = [list(y) for y in itertools.product(range(6), repeat=2)]
+    x = collate([prompt] * len(every), every, pad=0)
+    with torch.no_grad():
+        probs = policy_outputs(model, x, temperature)[0].sum(1).exp()
+    assert probs.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert probs.min() * n > 2  # chi-square wants no empty cells
+    assert probs.max() > 2 * probs.min()
+    samples = sampler(2, temperature=temperature)(model, [prompt] * n, seed=0)
+    counts = torch.bincount(samples.responses @ torch.tensor([6, 1]), minlength=36)
+    assert chi_square(counts, probs) < 66.6  # the 99.9 % quantile with 35 degrees of freedom
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (4, 5), (6, 7)], ids=["prefill", "first step", "third step"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_token_sees_what_exists_before_it_and_padding_sees_itself(tiny_model, implementation, start, stop):
+    """No query sees nothing at all: some attention kernels answer that with NaN, which spreads through the values."""
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    exists = [[False, False, True, True], [True] * 4]
+    decoder = sampling._Decoder(model, torch.tensor(exists), 8)
+    decoder.visible[:, 4:stop] = True
+    mask = decoder._mask(start, stop)
+    seen = mask if implementation == "sdpa" else mask == 0
+    assert implementation == "sdpa" or (mask[mask != 0] == torch.finfo(torch.float32).min).all()
+    assert seen.shape == (2, 1, stop - start, 8)
+    for b, row in enumerate(exists):
+        row = [*row, *[True] * 4]
+        for q in range(start, stop):
+            expected = [k for k in range(8) if (k <= q and row[k]) or k == q]
+            assert seen[b, 0, q - start].nonzero().flatten().tolist() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_decoder_logits_are_those_of_the_whole_sequence(tiny_model, ragged, implementation):
+    """Prefill and every step, under either kind of mask, against unpadded rows without a cache."""
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    prompts, responses = ragged(model.config.vocab_size)
+    steps = torch.tensor([(y * 4)[:4] for y in responses])
+    batch = collate(prompts, [[]] * len(prompts), pad=0)
+    width = batch.prompt_mask.shape[1]
+    decoder = sampling._Decoder(model, batch.prompt_mask, width + 4)
+    assert decoder.full
+    tokens = batch.tokens[:, :width]
+    for t in range(4):
+        ours = decoder.step(tokens)
+        for i, x in enumerate(prompts):
+            ids = torch.tensor([[*x, *steps[i, :t].tolist()]])
+            torch.testing.assert_close(ours[i], model(input_ids=ids).logits[0, -1], rtol=1e-4, atol=1e-4)
+        tokens = steps[:, t : t + 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_completion_length": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match=r"max_completion_length must be|sampling needs temperature"):
+        SamplingConfig(**settings)

@@ -1,0 +1,156 @@
+"""Nothing is lost: killed runs resume bit for bit, damaged checkpoints are named, processes agree."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from killable import build
+
+from rto.trainers.base import SEAL, CheckpointError, check_seal, keep_lines, last_checkpoint
+
+PROGRAM = Path(__file__).with_name("killable.py")
+
+
+def start(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launch = [sys.executable]
+    if processes > 1:
+        # "--multi_gpu" is how `accelerate launch` spells several processes; use_cpu in the arguments makes them gloo.
+        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([*launch, str(PROGRAM), *args], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    policy = safetensors.torch.load_file(folder / "model.safetensors")
+    critic = safetensors.torch.load_file(folder / "value_model" / "model.safetensors")
+    return policy | {f"critic.{name}": x for name, x in critic.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, dpo_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = build(str(tiny_folder), str(dpo_folder), str(folder))
+    run.train()
+    run.save_model()
+    return folder
+
+
+@pytest.mark.parametrize(("where", "resumes_at"), [("mid-rollout", 3), ("half-written", 3), ("before-seal", 3)])
+def test_killed_run_resumes_bit_for_bit(
+    where: str, resumes_at: int, uninterrupted: Path, tiny_folder: Path, dpo_folder: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, then resume: the weights, the log and the samples of a run that was left alone."""
+    killed = start(str(tiny_folder), str(dpo_folder), str(tmp_path), "--kill", where)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{resumes_at}")
+    run = build(str(tiny_folder), str(dpo_folder), str(tmp_path))
+    run.train(resume_from_checkpoint=True)
+    run.save_model()
+
+    expected, found = final_weights(uninterrupted), final_weights(tmp_path)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, found[name]), name
+    assert comparable(tmp_path / "log.jsonl") == comparable(uninterrupted / "log.jsonl")
+    assert (tmp_path / "completions.jsonl").read_text() == (uninterrupted / "completions.jsonl").read_text()
+
+
+def comparable(log: Path) -> list[dict]:
+    """The rows of a log without what a clock wrote, without the summary at its end, and without ``loss``:
+    `transformers` averages that since the last log and does not save the sum."""
+    rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
+    clock = ("seconds/", "tokens_per_second", "loss")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(clock[:2]) and k != clock[2]}
+        for row in rows
+        if "episodes" in row
+    ]
+
+
+def test_checkpoint_holds_everything(uninterrupted: Path) -> None:
+    """Policy, critic, both optimizers' moments, schedule, random streams, controller, statistics, rollout."""
+    folder = Path(last_checkpoint(uninterrupted) or "")
+    for name in (
+        *("model.safetensors", "value_model/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("rto_state.json", "trainer_state.json", SEAL),
+    ):
+        assert (folder / name).is_file(), name
+    state = json.loads((folder / "rto_state.json").read_text())
+    assert state["score_moments"]["count"] > 0
+    assert state["kl_control"]["coef"] != 0.01
+    middle = sorted(uninterrupted.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert [p.name for p in middle] == ["checkpoint-9", "checkpoint-12"]  # save_total_limit
+    assert (middle[0] / "rollout_0.safetensors").is_file()  # between the two updates of a rollout
+    assert not (middle[1] / "rollout_0.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "unseal"])
+def test_damaged_checkpoint_is_refused_by_name(damage: str, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-12"
+    folder.mkdir()
+    for path in (uninterrupted / "checkpoint-12").rglob("*"):
+        if path.is_file():
+            (folder / path.relative_to(uninterrupted / "checkpoint-12")).parent.mkdir(exist_ok=True)
+            (folder / path.relative_to(uninterrupted / "checkpoint-12")).write_bytes(path.read_bytes())
+    check_seal(folder)
+    victim = folder / (SEAL if damage == "unseal" else "optimizer.pt")
+    if damage == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-10])
+    else:
+        victim.unlink()
+    with pytest.raises(CheckpointError, match=victim.name) as error:
+        check_seal(folder)
+    assert "delete this folder" in str(error.value)
+
+
+def test_unsealed_folders_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoint-7").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    assert "checkpoint-7" in caplog.text
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "completion": "}')
+    keep_lines(log, lambda row: row["step"] <= 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_two_processes_do_what_one_does(tiny_folder: Path, dpo_folder: Path, tmp_path: Path) -> None:
+    """Half the batch on each of two processes gives the updates of the whole batch on one.
+
+    With SGD: a step is then the gradient itself, where Adam would divide rounding noise by its own size.
+    """
+    folders = str(tiny_folder), str(dpo_folder)
+    flags = "--batch", "4", "--greedy", "--mini_batches", "1", "--optim", "sgd"
+    both = start(*folders, str(tmp_path / "two"), *flags, processes=2)
+    assert both.returncode == 0, both.stderr[-2000:]
+    run = build(*folders, str(tmp_path / "one"), batch=8, greedy=True, num_mini_batches=1, optim="sgd")
+    run.train()
+    run.save_model()
+    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+    before = safetensors.torch.load_file(tiny_folder / "model.safetensors")
+    assert max(float((one[name] - x).abs().max()) for name, x in before.items()) > 1e-3
+    rows = comparable(tmp_path / "one" / "log.jsonl"), comparable(tmp_path / "two" / "log.jsonl")
+    assert len(rows[0]) == len(rows[1]) == 6
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
