@@ -45,7 +45,7 @@ def normalise(logits: Float[Tensor, "X N A"], tree: PrefixTree) -> Float[Tensor,
 def random_policy(
     tree: PrefixTree, prompts: int, generator: torch.Generator, *, spread: float = 1.0
 ) -> Float[Tensor, "X N A"]:
-    """log π(a|s) with independent N(0, spread²) logits; spread 0 is uniform."""
+    """A policy, log π(a|s), with independent N(0, spread²) logits; spread 0 is uniform."""
     return normalise(spread * _normal((prompts, tree.size, tree.vocabulary), generator), tree)
 
 
@@ -109,9 +109,7 @@ def linear_mdp(
     features = torch.where(_alive(mdp.tree)[..., None], features, 0.0)
     theta = _normal((dimension,), generator)
     theta = radius * theta / theta.norm()
-    return LinearMDP(
-        mdp=replace(mdp, reward=features @ theta), features=features, theta=theta, radius=radius
-    )
+    return LinearMDP(mdp=replace(mdp, reward=features @ theta), features=features, theta=theta, radius=radius)
 
 
 def best_logp(mdp: TokenMDP) -> float:
@@ -142,7 +140,7 @@ def with_xi(mdp: TokenMDP, xi: float) -> TokenMDP:
 
 
 def comb(vocabulary: int, horizon: int, xi: int) -> Float[Tensor, "1 N A"]:
-    """log π* of the instance with the most nodes to visit: uniform for ξ steps, then one certain token.
+    """The log π* of the instance with the most nodes to visit: uniform for ξ steps, then one certain token.
 
     A^ξ responses of probability A^{−ξ} each, A^ξ − 1 of them not unique optima: the hardest case of
     Assumption 3.1 for integer ξ.

@@ -109,8 +109,8 @@ class Responses:
             ValueError: responses that share a state and a token disagree, so it is no function of (s, a).
         """
         table = along.new_zeros(along.shape[0], self.tree.size, self.tree.vocabulary)
-        kept = self.mask.nonzero(as_tuple=True)
-        table[:, self.nodes[kept], self.tokens[kept]] = along[:, *kept]
+        y, h = self.mask.nonzero(as_tuple=True)
+        table[:, self.nodes[y, h], self.tokens[y, h]] = along[:, y, h]
         if not torch.allclose(self.read(table), torch.where(self.mask, along, 0.0), rtol=0, atol=tolerance):
             raise ValueError("the rewards differ between responses that share a prefix")
         return table
@@ -151,7 +151,7 @@ class TokenMDP:
             raise ValueError("an ended response pays nothing")
 
     def logratio(self, logp: Float[Tensor, "X N A"]) -> Float[Tensor, "X N A"]:
-        """log π/π_ref, 0 where a token is not legal."""
+        """The log-ratio log π/π_ref, 0 where a token is not legal."""
         return torch.where(self.tree.legal, logp - self.ref_logp, 0.0)
 
 

@@ -38,7 +38,7 @@ def dpo_loss(mdp: TokenMDP, data: Preferences, logp: Float[Tensor, "X N A"]) -> 
 
 
 def fit_dpo(mdp: TokenMDP, data: Preferences, *, ridge: float = 0.1) -> Float[Tensor, "X N A"]:
-    """log π_dpo = log softmax(log π_ref + δ), with δ = argmin DPO loss + ridge/2 ‖δ‖², by L-BFGS.
+    """π_dpo = softmax(log π_ref + δ), with δ = argmin DPO loss + ridge/2 ‖δ‖², by L-BFGS; returns its log.
 
     The ridge stands for what early stopping does to a language model: without it, a response that was
     preferred in every comparison drives its log-ratio to infinity. At 0.1 it weighs as much as a fraction of
@@ -114,8 +114,19 @@ def train(
     scores: Float[Tensor, "X Y"],
     iterations: int,
     seed: int,
+    until: float = float("inf"),
 ) -> Run:
-    """Sample → score → credit → update, ``iterations`` times; one forward pass is one look at the table."""
+    """Sample → score → credit → update, at most ``iterations`` times; a forward pass is a look at the table.
+
+    Args:
+        mdp: the problem; prompts are drawn from it and every policy's value is computed in it.
+        recipe: what is optimised, and how.
+        dpo: log π_dpo, or None when β₁ = 0.
+        scores: r_MLE(x, y) of all responses.
+        iterations: batches of rollouts.
+        seed: of the rollouts.
+        until: stop as soon as the value is this high.
+    """
     torch_rng = torch.Generator().manual_seed(seed)
     responses = mdp.tree.responses
     base = torch.where(mdp.tree.legal, mdp.ref_logp, 0.0)
@@ -162,6 +173,8 @@ def train(
             optimiser.step()
         value.append(mean_value(mdp, evaluate(mdp, normalise(logits.detach(), mdp.tree))))
         spent.append(float((step + 1) * recipe.batch_size))
+        if value[-1] >= until:
+            break
     return Run(
         rollouts=torch.tensor(spent, dtype=torch.float64), value=torch.tensor(value, dtype=torch.float64)
     )

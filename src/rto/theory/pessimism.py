@@ -150,10 +150,11 @@ def solve_value_pessimism(evidence: Evidence) -> ValuePessimism:
     The objective is concave in the occupancy measure, and −ϱ‖v‖_{Σ⁻¹} = min_{‖u‖≤1} −ϱ uᵀΣ^{−1/2}v, so by
     the minimax theorem max and min change places:
 
-        min_{‖u‖≤1} V*_β(θ_MLE − ϱ Σ^{−1/2} u):   the soft-optimal value is convex in θ, its gradient E_{d^π_θ}[φ],
+        min_{‖u‖≤1} V*_β(θ_MLE − ϱ Σ^{−1/2} u).
 
-    a smooth convex problem in d dimensions, solved by sequential quadratic programming. π̂ is soft-optimal
-    for the worst θ. The gap between both sides certifies it.
+    The soft-optimal value is convex in θ with gradient E_{d^π_θ}[φ], so this is smooth and convex, in d
+    dimensions; solved by sequential quadratic programming. π̂ is soft-optimal for the worst θ.
+    The gap between both sides certifies it.
     """
     problem = evidence.problem
     root = torch.linalg.cholesky(evidence.sigma)

@@ -73,7 +73,7 @@ def population_preferences(mdp: TokenMDP, behaviour: Float[Tensor, "X N A"]) -> 
 
 
 def differences(data: Preferences, features: Float[Tensor, "X Y D"]) -> Float[Tensor, "M D"]:
-    """z = φ(y¹) − φ(y²), with φ(y) = Σ_h φ(s_h, a_h)."""
+    """Feature differences z = φ(y¹) − φ(y²), with φ(y) = Σ_h φ(s_h, a_h)."""
     return features[data.prompt, data.first] - features[data.prompt, data.second]
 
 
@@ -89,13 +89,11 @@ class Estimate:
 
 
 def _newton(z: Tensor, count: Tensor, wins: Tensor, mu: float, start: Tensor) -> Tensor:
-    """argmin L(θ) + μ/2 ‖θ‖², by Newton's method with backtracking; strictly convex as μ > 0."""
+    """The argmin of L(θ) + μ/2 ‖θ‖², by Newton's method with backtracking; strictly convex as μ > 0."""
 
     def loss(theta: Tensor) -> Tensor:
         margin = z @ theta
-        return (
-            count @ torch.nn.functional.softplus(margin) - wins @ margin + 0.5 * mu * theta.square().sum()
-        )
+        return count @ torch.nn.functional.softplus(margin) - wins @ margin + 0.5 * mu * theta.square().sum()
 
     theta, eye = start, torch.eye(z.shape[1], dtype=z.dtype)
     for _ in range(100):
@@ -107,8 +105,10 @@ def _newton(z: Tensor, count: Tensor, wins: Tensor, mu: float, start: Tensor) ->
         if decrement < 1e-20 * float(count.sum()):
             break
         scale, here = 1.0, loss(theta)
-        while scale > 1e-10 and loss(theta - scale * step) > here - 1e-4 * scale * decrement:
+        while scale > 1e-4 and loss(theta - scale * step) > here - 1e-4 * scale * decrement:
             scale /= 2
+        if scale <= 1e-4:  # the loss no longer tells the points apart
+            break
         theta = theta - scale * step
     return theta
 
@@ -118,16 +118,16 @@ def fit_bradley_terry(
 ) -> Estimate:
     r"""θ_MLE = argmin_{‖θ‖≤B} L(θ),  L(θ) = −Σ [wins·log σ(zᵀθ) + (count − wins)·log σ(−zᵀθ)].
 
-    Convex on a ball, so θ(μ) = argmin L + μ/2 ‖θ‖² solves it for the one μ ≥ 0 with ‖θ(μ)‖ = B, or for μ → 0
-    when that stays inside; ‖θ(μ)‖ falls with μ, which makes it the root of a function of one number. Without preferences that contradict
-    each other L has no minimiser on ℝ^D; on the ball it always has. A vanishing μ picks the shortest θ where
-    the data leave directions open.
+    Convex on a ball, so θ(μ) = argmin L + μ/2 ‖θ‖² solves it for the one μ ≥ 0 with ‖θ(μ)‖ = B, or for
+    μ → 0 when that stays inside; ‖θ(μ)‖ falls with μ, which leaves the root of a function of one number.
+    Without preferences that contradict each other L has no minimiser on ℝ^D; on the ball it always has. A
+    vanishing μ picks the shortest θ where the data leave directions open.
     """
     scale = float(count.sum())
     theta = torch.zeros(z.shape[1], dtype=z.dtype)
 
     def excess(log_mu: float) -> float:
-        """log ‖θ(μ)‖ − log B, falling in μ; each call starts from the last θ."""
+        """How far out θ(μ) is: log ‖θ(μ)‖ − log B, falling in μ; each call starts from the last θ."""
         nonlocal theta
         theta = _newton(z, count, wins, scale * exp(log_mu), theta)
         return log(float(theta.norm()) / radius + 1e-300)

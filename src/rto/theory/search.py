@@ -27,7 +27,7 @@ SLACK = 1e-9
 
 @dataclass
 class SentenceOracle:
-    """Answers a response with r(y), here log π*(y|x), which is r(y) up to scale and shift if π_ref is uniform."""
+    """Answers a response with r(y): here log π*(y|x), the same up to scale and shift if π_ref is uniform."""
 
     logp: Float[Tensor, "N A"]
     samples: int = 0
@@ -63,7 +63,7 @@ class RowOracle:
         self.samples += 1
 
     def row(self, prefix: Response) -> list[float]:
-        """log π*(·|prefix)."""
+        """The row log π*(·|prefix)."""
         return [float(v) for v in self.logp[_node(prefix, self.logp.shape[1])]]
 
 
@@ -118,7 +118,7 @@ class _Node:
         return max(best, self.unseen(vocabulary))
 
     def unseen(self, vocabulary: int) -> float:
-        """log of π*(prefix) (1 − Σ π* of the tokens seen here): what a token not seen could have at most."""
+        """The log of π*(prefix) (1 − Σ π* of the tokens seen): the most that a token not seen could have."""
         if len(self.children) == vocabulary:
             return -inf
         if not self.children:
@@ -203,7 +203,8 @@ def row_search(oracle: RowOracle, tree: PrefixTree) -> Found:
     most A^ξ dives. Returns one optimum and needs no ξ.
     """
     waiting: dict[Response, float] = {(): 0.0}
-    best, top = (), -inf
+    best: Response = ()
+    top = -inf
     while waiting and max(waiting.values()) > top + SLACK:
         prefix = max(waiting, key=lambda p: waiting[p])
         logp = waiting.pop(prefix)
@@ -221,7 +222,7 @@ def row_search(oracle: RowOracle, tree: PrefixTree) -> Found:
 def nodes_to_visit(logp: Float[Tensor, "N A"], tree: PrefixTree, xi: float) -> int:
     """|𝒩 ∪ 𝒩*|, by enumerating all prefixes."""
     threshold = -xi * log(tree.vocabulary) - SLACK
-    count, level = 0, {(): 0.0}
+    count, level = 0, dict[Response, float]({(): 0.0})
     for _ in range(tree.horizon):
         level = {
             (*prefix, t): total + float(logp[_node(prefix, tree.vocabulary), t])

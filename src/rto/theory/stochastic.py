@@ -58,7 +58,7 @@ def soft_optimal(mdp: StochasticMDP) -> tuple[Float[Tensor, "H S"], Float[Tensor
 
 
 def value_fixed_in_advance(mdp: StochasticMDP) -> float:
-    """max over responses written before any state is seen of E[Σ r], by enumerating all A^H of them.
+    """The maximum of E[Σ r] over responses written before any state is seen, by enumerating all A^H of them.
 
     A distribution over responses does no better: its value is the mean of theirs.
     """
@@ -76,8 +76,7 @@ def value_fixed_in_advance(mdp: StochasticMDP) -> float:
 
 
 def counter_example(vocabulary: int = 2, beta: float = 0.0) -> StochasticMDP:
-    """Proposition C.2: two steps; after any first token the environment draws a state s ∈ {1, …, A}, and
-    only the token that names it pays 1.
+    """Proposition C.2: after any first token a state s ∈ {1, …, A} is drawn; the token that names it pays 1.
 
     Who sees the state gets 1. Whatever is written in advance gets 1/A: it loses 1 − 1/A ≥ 1/2.
     """
@@ -90,9 +89,25 @@ def counter_example(vocabulary: int = 2, beta: float = 0.0) -> StochasticMDP:
     return StochasticMDP(reward=reward, transition=transition, ref_logp=uniform, beta=beta)
 
 
+def random_stochastic(horizon: int, states: int, vocabulary: int, *, beta: float, seed: int) -> StochasticMDP:
+    """Normal rewards, and transitions and a reference that are softmaxes of normal logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return StochasticMDP(
+        reward=normal(horizon, states, vocabulary),
+        transition=normal(horizon - 1, states, vocabulary, states).softmax(-1),
+        ref_logp=normal(horizon, states, vocabulary).log_softmax(-1),
+        beta=beta,
+    )
+
+
 def from_tokens(mdp: TokenMDP) -> StochasticMDP:
-    """The first prompt of a token MDP (without end-of-sequence) as a stochastic one: S = N, each drawn state
-    certain. Both solvers must agree on it.
+    """The first prompt of a token MDP as a stochastic one, with S = N and every transition certain.
+
+    Both solvers must agree on it.
 
     Raises:
         ValueError: the token MDP has an end-of-sequence token.
