@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from scipy.optimize import minimize
 from torch import Tensor
 
-from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
+from rto.functional.advantages import GAE, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, whiten
 from rto.functional.ppo import policy_loss, value_loss
 from rto.functional.preference import DPO, Completions
@@ -75,7 +75,7 @@ class Recipe:
 
     reward: RTOReward
     placement: str = "token"
-    estimator: Estimator = field(default_factory=ReinforcePlusPlus)
+    estimator: GAE | ReinforcePlusPlus = field(default_factory=ReinforcePlusPlus)
     learning_rate: float = 0.05
     batch_size: int = 32
     epochs: int = 2
@@ -190,7 +190,7 @@ def score_only(mdp: TokenMDP) -> RTOReward:
     return RTOReward(dpo_coef=0.0, kl_coef=mdp.beta, score_coef=1.0, token_reward_clip=None)
 
 
-ESTIMATORS: dict[str, Estimator] = {
+ESTIMATORS: dict[str, GAE | ReinforcePlusPlus] = {
     "REINFORCE++": ReinforcePlusPlus(),
     "GAE, learned critic": GAE(gamma=1.0, lam=0.95),
 }

@@ -89,27 +89,30 @@ class Estimate:
 
 
 def _newton(z: Tensor, count: Tensor, wins: Tensor, mu: float, start: Tensor) -> Tensor:
-    """The argmin of L(θ) + μ/2 ‖θ‖², by Newton's method with backtracking; strictly convex as μ > 0."""
+    """The argmin of L(θ) + μ/2 ‖θ‖², strictly convex as μ > 0, by Newton's method.
+
+    Steps are backtracked while the loss can tell points apart, then whole until they stop shrinking.
+    """
 
     def loss(theta: Tensor) -> Tensor:
         margin = z @ theta
         return count @ torch.nn.functional.softplus(margin) - wins @ margin + 0.5 * mu * theta.square().sum()
 
     theta, eye = start, torch.eye(z.shape[1], dtype=z.dtype)
+    last = float("inf")
     for _ in range(100):
         chance = torch.sigmoid(z @ theta)
         gradient = z.T @ (count * chance - wins) + mu * theta
         hessian = (z.T * (count * chance * (1 - chance))) @ z + mu * eye
         step = torch.linalg.solve(hessian, gradient)
         decrement = float(gradient @ step)
-        if decrement < 1e-20 * float(count.sum()):
-            break
         scale, here = 1.0, loss(theta)
-        while scale > 1e-4 and loss(theta - scale * step) > here - 1e-4 * scale * decrement:
-            scale /= 2
-        if scale <= 1e-4:  # the loss no longer tells the points apart
+        if decrement > 1e-8 * abs(float(here)):
+            while scale > 1e-10 and loss(theta - scale * step) > here - 1e-4 * scale * decrement:
+                scale /= 2
+        elif decrement >= 0.25 * last:  # quadratic convergence has ended in rounding
             break
-        theta = theta - scale * step
+        theta, last = theta - scale * step, decrement
     return theta
 
 

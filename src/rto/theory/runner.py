@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rto.theory.page import Section, render
 from rto.theory.studies import STUDIES
 
-LONGEST_FIRST = ("miniature", "pessimism", "search", "identities")
+LONGEST_FIRST = ("dense", "pessimism", "fitting", "search", "identities")
 
 
 def run_study(name: str, seed: int, quick: bool) -> Section:

@@ -135,6 +135,9 @@ def token_search(oracle: TokenOracle, tree: PrefixTree, xi: float, rng: Random) 
     Sample only paths that avoid visited nodes of
     𝒩 = {y_1:h : π*(y_1:h) < A^{−ξ} ≤ π*(y_1:h−1)} and 𝒩* = {y_1:H : π*(y) ≥ A^{−ξ}},
     until there are none; then rank 𝒩*. Each sample visits exactly one new node, so it takes |𝒩 ∪ 𝒩*| samples.
+
+    Raises:
+        ValueError: 𝒩* is empty: Assumption 3.1 does not hold with this ξ.
     """
     a, horizon = tree.vocabulary, tree.horizon
     threshold = -xi * log(a) - SLACK
@@ -160,6 +163,8 @@ def token_search(oracle: TokenOracle, tree: PrefixTree, xi: float, rng: Random) 
             kept[y] = path[-1].logp
         for node in reversed(path):
             node.closed |= len(node.children) == a and all(c.closed for c in node.children.values())
+    if not kept:
+        raise ValueError(f"𝒩* is empty: no response has π*(y|x) ≥ A^−{xi:g}")
     return Found(_argmax(kept), oracle.samples)
 
 

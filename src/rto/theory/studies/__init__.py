@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from rto.theory.page import Section
-from rto.theory.studies import identities, miniature, pessimism, search
+from rto.theory.studies import dense, fitting, identities, pessimism, search
 
 Study = Callable[[int, bool], Section]
 """(seed, quick) to a section of the page."""
@@ -12,5 +12,6 @@ STUDIES: dict[str, Study] = {
     "identities": identities.study,
     "search": search.study,
     "pessimism": pessimism.study,
-    "miniature": miniature.study,
+    "fitting": fitting.study,
+    "dense": dense.study,
 }

@@ -233,7 +233,7 @@ def _coverage(
 
 
 def starved(size: int, rng: np.random.Generator) -> tuple[LinearMDP, Preferences]:
-    """After Zhu et al. (2023), Theorem 3.9: three first tokens, r = 0, ½ and −½; a second token that pays nothing.
+    """After Zhu et al. (2023), Theorem 3.9: three first tokens, r = 0, ½, −½; the second pays nothing.
 
     ``size`` − 1 comparisons of the first two, and one with the third: whichever way that one label falls,
     maximum likelihood believes it as far as the ball allows.
