@@ -1,9 +1,10 @@
 """The page and the command."""
 
+import numpy as np
 import pytest
 
 from rto.theory import __main__ as command
-from rto.theory.page import PALETTE, Section, Table, canvas, plot, render
+from rto.theory.page import PALETTE, Section, Table, canvas, mean_error, plot, render, typeset
 from rto.theory.runner import write
 from rto.theory.studies import STUDIES, identities
 
@@ -26,6 +27,25 @@ def test_page_is_escaped_and_self_contained():
     assert "data:image/png;base64," in page
     assert "http" not in page
     assert "Seed 3." in page
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("π_ref(y|x)", "π<sub>ref</sub>(y|x)"),
+        ("A^{min(ξ+1, H)}", "A<sup>min(ξ+1, H)</sup>"),
+        ("E_{d^π}KL", "E<sub>d<sup>π</sup></sub>KL"),
+        ("|D|^-0.98 here", "|D|<sup>-0.98</sup> here"),
+        ("`a_b` < V*(s_h)", "<code>a_b</code> &lt; V*(s<sub>h</sub>)"),
+    ],
+)
+def test_typesetting(text, html):
+    assert typeset(text) == html
+
+
+def test_mean_and_error_to_the_errors_second_digit():
+    assert mean_error(np.array([1.0, 2.0, 3.0, 4.0])) == "2.50 ± 0.65"
+    assert mean_error(np.array([0.001, 0.0012])) == "0.00110 ± 0.00010"
 
 
 def test_a_failed_check_shows_and_fails_the_command(tmp_path, monkeypatch, capsys):

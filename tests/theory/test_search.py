@@ -197,3 +197,15 @@ def test_bounds_do_not_depend_on_which_random_policy():
         logp = random_policy(tree, 1, torch.Generator().manual_seed(seed), spread=3.0)
         xi = -float(tree.responses.read(logp).sum(-1).max()) / log(3)
         assert nodes_to_visit(logp[0], tree, xi) <= proven_bound(3, 3, xi)
+
+
+def test_best_first_search_does_not_stop_while_the_rest_may_be_better():
+    """π* = (0.45, 0.55), one token: the likelier one is found whichever is sampled first."""
+    tree = PrefixTree(vocabulary=2, horizon=1)
+    logp = torch.tensor([[0.45, 0.55]], dtype=torch.float64).log()
+    used = set()
+    for seed in range(20):
+        found = bounded_search(TokenOracle(logp), tree, Random(seed))
+        assert found.best == {(1,)}
+        used.add(found.samples)
+    assert used == {1, 2}  # after the likelier one, what is left cannot be better

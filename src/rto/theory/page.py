@@ -1,10 +1,14 @@
 """What a study hands back, and the self-contained page that shows it."""
 
+import re
 from base64 import b64encode
 from dataclasses import dataclass, field
 from io import BytesIO
+from math import floor, log10
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 PALETTE = {
@@ -60,7 +64,7 @@ class Section:
 
 def canvas(columns: int = 1, *, width: float = 4.6, height: float = 3.6) -> Figure:
     """An empty figure for panels side by side, in the page's style."""
-    return Figure(figsize=(width * columns, height), layout="constrained", dpi=110)
+    return Figure(figsize=(width * columns, height), layout="constrained", dpi=104)
 
 
 def plot(figure: Figure, *, name: str, statement: str, caption: str) -> Plot:
@@ -73,6 +77,29 @@ def plot(figure: Figure, *, name: str, statement: str, caption: str) -> Plot:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return Plot(name=name, statement=statement, caption=caption, png=buffer.getvalue())
+
+
+def mean_error(sample: np.ndarray) -> str:
+    """Mean ± standard error, to the error's second digit."""
+    mean, error = float(sample.mean()), float(sample.std(ddof=1)) / len(sample) ** 0.5
+    digits = 3 if error == 0 else max(0, 1 - floor(log10(error)))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+_SCRIPT = re.compile(r"([_^])(\{[^{}]*\}|[-−]?[\w½]+(?:\.\d+)?)")
+
+
+def typeset(text: str) -> Markup:
+    """Plain text as HTML, escaped: x_h and A^{ξ+1} get subscripts and superscripts, `code` its font."""
+
+    def script(match: re.Match[str]) -> str:
+        tag = "sub" if match[1] == "_" else "sup"
+        return f"<{tag}>{_SCRIPT.sub(script, match[2].strip('{}'))}</{tag}>"
+
+    parts = str(escape(text)).split("`")
+    return Markup(
+        "".join(f"<code>{s}</code>" if i % 2 else _SCRIPT.sub(script, s) for i, s in enumerate(parts))
+    )
 
 
 TEMPLATE = """<!doctype html>
@@ -93,7 +120,9 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem }
 figure { margin: 1.6rem 0 } img { max-width: 100%; height: auto } figcaption { font-size: .92rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; margin: 1rem 0;
   font-variant-numeric: tabular-nums } caption { text-align: left; padding-bottom: .4rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: bottom }
+td { white-space: nowrap } sub, sup { line-height: 0; font-size: .75em }
 th:first-child, td:first-child { text-align: left } nav a { margin-right: 1.1rem }
 .ok { color: var(--good) } .no { color: var(--bad); font-weight: 600 }
 ul.checks { list-style: none; padding: 0 }
@@ -109,22 +138,22 @@ Seed {{ seed }}{{ ", quick" if quick }}.</p>
 {% for s in sections %}
 <section id="{{ s.key }}">
 <h2>{{ s.title }}</h2>
-<blockquote>{{ s.statement }}</blockquote>
+<blockquote>{{ s.statement | typeset }}</blockquote>
 <h3>What was found</h3>
-<ul>{% for line in s.findings %}<li>{{ line }}</li>{% endfor %}</ul>
-{% for p in s.plots %}<figure><img src="{{ p.source }}" alt="{{ p.statement }}. {{ p.caption }}">
-<figcaption>{{ p.caption }}</figcaption></figure>{% endfor %}
-{% for t in s.tables %}<div class="wide"><table><caption>{{ t.caption }}</caption>
-<thead><tr>{% for cell in t.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<ul>{% for line in s.findings %}<li>{{ line | typeset }}</li>{% endfor %}</ul>
+{% for p in s.plots %}<figure><img src="{{ p.source }}" alt="{{ p.caption }}">
+<figcaption>{{ p.caption | typeset }}</figcaption></figure>{% endfor %}
+{% for t in s.tables %}<div class="wide"><table><caption>{{ t.caption | typeset }}</caption>
+<thead><tr>{% for cell in t.header %}<th>{{ cell | typeset }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in t.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+<tr>{% for cell in row %}<td>{{ cell | typeset }}</td>{% endfor %}</tr>{% endfor %}</tbody>
 </table></div>{% endfor %}
 <h3>How the statement has to be read</h3>
-<ul>{% for line in s.reading %}<li>{{ line }}</li>{% endfor %}</ul>
+<ul>{% for line in s.reading %}<li>{{ line | typeset }}</li>{% endfor %}</ul>
 <h3>Checked in this run</h3>
 <ul class="checks">{% for name, holds in s.checks.items() %}
 <li class="{{ "ok" if holds else "no" }}">
-{{ "holds" if holds else "FAILS" }} — {{ name }}</li>{% endfor %}</ul>
+{{ "holds" if holds else "FAILS" }} — {{ name | typeset }}</li>{% endfor %}</ul>
 </section>
 {% endfor %}
 <footer>Written by <code>rto theory</code>; the docs walk through it in <code>docs/theory.md</code>.</footer>
@@ -136,4 +165,5 @@ Seed {{ seed }}{{ ", quick" if quick }}.</p>
 def render(sections: list[Section], *, seed: int, quick: bool) -> str:
     """The page: one file, no network, everything escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["typeset"] = typeset
     return environment.from_string(TEMPLATE).render(sections=sections, seed=seed, quick=quick)

@@ -70,9 +70,9 @@ def exact_errors(mdp: TokenMDP, seed: int) -> Errors:
         "… and V* becomes V* − Φ": _worst(
             torch.where(tree.ended, 0.0, bumped.value + potential - best.value), torch.zeros(())
         ),
-        "RS-PPO (RTOReward(shaping=True)) has the π* of the score": _worst(credited_best, old),
+        "RS-PPO (`RTOReward(shaping=True)`) has the π* of the score": _worst(credited_best, old),
         "SubOpt(π) = β E_{d^π} KL(π ‖ π*)": abs(suboptimality(mdp, policy) - kl),
-        "E_π[Σ_t of RTOReward] = V_β^π": _worst(mean, value[:, 0]),
+        "E_π[Σ_t `RTOReward`] = V_β^π": _worst(mean, value[:, 0]),
         "GAE(λ=0) with the exact critic = A^π": _worst(gae, responses.read(advantage(mdp, policy))),
         "Σ_y π(y) = 1 over the enumeration": _worst(whole.sum(-1), torch.ones(()).double()),
         "occupancies: E_d[log π] = E_y[log π(y)]": abs(

@@ -197,7 +197,7 @@ def study(seed: int, quick: bool) -> Section:
             Table(
                 caption="The hardest instances: A^ξ responses of equal probability, each certain after ξ "
                 "tokens.",
-                header=("A", "H", "ξ", "A^H", "A^min(ξ+1,H)", "most nodes", *SEARCHERS),
+                header=("A", "H", "ξ", "A^H", "A^{min(ξ+1,H)}", "most nodes", *SEARCHERS),
                 rows=tuple(tuple(f"{v:g}" for v in row) for row in hard),
             ),
         ),
