@@ -22,7 +22,7 @@ from rto.theory.pessimism import (
     weigh,
 )
 from rto.theory.preferences import draw_preferences, inverse_norm
-from rto.theory.studies.pessimism import starved
+from rto.theory.studies.pessimism import slope, starved
 
 
 def evidence_of(seed=0, size=300, beta=0.3, eos=False):
@@ -148,3 +148,12 @@ def test_pessimism_lowers_the_value_by_what_it_takes_off():
     width = evidence.rho * inverse_norm(evidence.problem.features, evidence.sigma)
     first_order = float(expectation(mdp, token_pessimism(evidence), width))
     assert plain - lower >= first_order - 1e-9
+
+
+def test_slope_of_a_power_law_and_its_error():
+    """Values c·n^−p have slope −p whatever the seeds' constants; noise in one seed shows in the error."""
+    sizes, constants = (10, 100, 1_000, 10_000), np.array([1.0, 2.0, 5.0])
+    values = np.array(sizes, float)[:, None] ** -0.5 * constants
+    assert slope(sizes, values) == pytest.approx((-0.5, 0.0), abs=1e-12)
+    values[-1, 0] *= 3
+    assert slope(sizes, values)[1] > 0.01

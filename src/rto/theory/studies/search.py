@@ -153,7 +153,7 @@ def study(seed: int, quick: bool) -> Section:
             max(bounded_search(TokenOracle(logp), tree, Random(s)).samples for s in seeds),
             row_search(RowOracle(logp), tree).samples,
         ]
-        hard.append((a, h, xi, a**h, paper_bound(a, h, xi), proven_bound(a, h, xi), *used))
+        hard.append((a, h, xi, a**h, paper_bound(a, h, float(xi)), proven_bound(a, h, float(xi)), *used))
     over = [
         (key, float((runs["visited nodes"] > paper_bound(*key)).mean())) for key, runs in measured.items()
     ]
