@@ -137,7 +137,13 @@ def slope(sizes: tuple[int, ...], values: np.ndarray, *, last: int = 4) -> tuple
 
 
 def _band(
-    axis: Axes, xs: Sequence[float], rows: np.ndarray, *, color: str, label: str, marker: str = "o"
+    axis: Axes,
+    xs: Sequence[int] | Sequence[float],
+    rows: np.ndarray,
+    *,
+    color: str,
+    label: str,
+    marker: str = "o",
 ) -> None:
     mean, error = rows.mean(1), rows.std(1, ddof=1) / rows.shape[1] ** 0.5
     bars = np.minimum(error, 0.9 * mean)
