@@ -8,7 +8,7 @@ RUN ?= runs/demo
 .PHONY: demo test lint slow clean
 
 demo: $(VENV)/.installed
-	$(BIN)/rto run --output_dir $(RUN)
+	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest

@@ -42,12 +42,15 @@ SHOWN = 16  # completions whose token rewards are kept for the heat-map
 MAX_TOKENS = 2**15
 SIDE_BY_SIDE = 512
 TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1,
     "report_to": "none",
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.25,
     "save_total_limit": 1,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
+TRL_DEFAULTS: dict[str, Any] = {"bf16": False, "gradient_checkpointing": None, **TRAINING_DEFAULTS}
 
 
 def run(recipe: Recipe, output_dir: str | Path) -> Path:
@@ -112,8 +115,7 @@ class Pipeline:
                 tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
-            defaults = {"bf16": False, "gradient_checkpointing": False, **TRAINING_DEFAULTS}
-            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**defaults, **recipe.sft})
+            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**TRL_DEFAULTS, **recipe.sft})
             rows = recipe.data.demonstrations.load(recipe.seed)
             trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
             trainer.train(resume_from_checkpoint=True)
@@ -172,10 +174,9 @@ class Pipeline:
             start = self.folder / "sft"
             tokenizer = load_tokenizer(start)
             set_seed(self.recipe.seed)
-            defaults = {"bf16": False, "gradient_checkpointing": False, **TRAINING_DEFAULTS}
             trainer = RewardTrainer(
                 model=load_scalar(start),
-                args=RewardConfig(output_dir=str(folder), seed=self.recipe.seed, **{**defaults, **self.recipe.reward}),
+                args=RewardConfig(output_dir=str(folder), seed=self.recipe.seed, **{**TRL_DEFAULTS, **self.recipe.reward}),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
                 processing_class=tokenizer,

@@ -1,6 +1,8 @@
 """A run as a value: what `rto run` reads, checks before any work, and saves beside the results."""
 
 import importlib
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -123,7 +125,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(_expand(path.read_text(encoding="utf-8"), path))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -133,6 +135,18 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     recipe = _build(Recipe, tree, str(path), "")
     check_recipe(recipe, str(path))
     return recipe
+
+
+def _expand(text: str, path: Path) -> str:
+    """Put environment variables in the place of ``${NAME}``."""
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if found is None:
+            raise RecipeError(f"{path}: it reads the environment variable {match[1]}, which is not set")
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:

@@ -64,9 +64,9 @@ class RTOReward:
         ref_logp: Float[Tensor, "B T"],
         token_logratio: Float[Tensor, "B T"] | None,
         scores: Float[Tensor, " B"],
-        ended: Bool[Tensor, " B"],
         mask: Bool[Tensor, "B T"],
         anchors: Bool[Tensor, "B T"],
+        ended: Bool[Tensor, " B"] | None = None,
     ) -> RewardTerms:
         """The terms of r_t for each token, 0 outside the mask.
 
@@ -75,12 +75,12 @@ class RTOReward:
             ref_logp: log π_ref(y_t|x,y_<t), same temperature.
             token_logratio: log π_dpo/π_ref per token; None is allowed only when ``dpo_coef`` is 0.
             scores: r_MLE(x, y), one a rollout.
-            ended: EOS was sampled before the length limit.
             mask: True on the sampled tokens, EOS included.
             anchors: where token rewards are paid out; see `place`.
+            ended: EOS was sampled before the length limit; read when there is a penalty for its absence.
 
         Raises:
-            ValueError: β₁ ≠ 0 and no log-ratio is given.
+            ValueError: β₁ ≠ 0 and no log-ratio is given, or there is a penalty and ``ended`` is not given.
         """
         zeros = torch.zeros_like(policy_logp)
         token = zeros
@@ -91,7 +91,11 @@ class RTOReward:
         if self.shaping:
             token = token + place(-token, mask, torch.zeros_like(mask))
         kl = torch.where(mask, -self.kl_coef * (policy_logp - ref_logp), 0.0)
-        final = self.score_coef * scores - self.missing_eos_penalty * (~ended).to(scores.dtype)
+        final = self.score_coef * scores
+        if self.missing_eos_penalty != 0:
+            if ended is None:
+                raise ValueError("missing_eos_penalty needs to know which completions ended")
+            final = final - self.missing_eos_penalty * (~ended).to(scores.dtype)
         score = torch.where(last_kept(mask), final[:, None], 0.0)
         return RewardTerms(token=token, kl=kl, score=score)
 

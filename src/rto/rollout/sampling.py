@@ -182,4 +182,8 @@ def draw(logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.
         ranked, index = probs.sort(descending=True)
         before = ranked.cumsum(-1) - ranked
         probs = probs.masked_fill((before >= config.top_p).gather(-1, index.argsort(-1)), 0.0)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    # By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary.
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    point = total * torch.rand(len(probs), 1, dtype=total.dtype, device=total.device, generator=generator)
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)

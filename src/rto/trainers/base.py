@@ -60,6 +60,10 @@ class TokenTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Kept at False: reward functions are given the data set's columns."}
     )
 
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Kept at False: batches are token lists until their turn has come."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.model_init_kwargs, str):

@@ -29,6 +29,7 @@ class PreferenceConfig(TokenTrainingArguments):
     """
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
     loss: str = field(default="dpo", metadata={"help": f"Which loss: {', '.join(LOSSES)}."})
     loss_kwargs: dict | str | None = field(

@@ -118,6 +118,9 @@ class RTOConfig(TokenTrainingArguments):
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
     def __post_init__(self) -> None:
+        for name in ("num_ppo_epochs", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.logging_steps == 0:
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
         super().__post_init__()
@@ -141,9 +144,6 @@ class RTOConfig(TokenTrainingArguments):
                 f"per_device_train_batch_size={self.per_device_train_batch_size} does not divide into "
                 f"num_mini_batches={self.num_mini_batches}"
             )
-        for name in ("num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def updates_per_rollout(self) -> int:

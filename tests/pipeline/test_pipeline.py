@@ -1,0 +1,92 @@
+"""The whole method on a few rows: every stage leaves what the next one and the report read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rto.pipeline import Pipeline, run
+from rto.recipe import load_recipe
+
+SMALL = {
+    "data.demonstrations.rows": 64,
+    "data.pair_prompts.rows": 48,
+    "data.prompts.rows": 32,
+    "data.test_prompts.rows": 16,
+    "completion_length": 24,
+    "train.per_device_train_batch_size": 16,
+    "prefer.per_device_train_batch_size": 16,
+    "reward.per_device_train_batch_size": 16,
+    "sft.per_device_train_batch_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert run(load_recipe(None, SMALL), folder) == folder / "report.html"
+    return folder
+
+
+def test_every_stage_leaves_its_work(finished: Path) -> None:
+    for stage in ("sft", "dpo", "ppo", "rto"):
+        AutoModelForCausalLM.from_pretrained(finished / stage)
+    for stage in ("sft", "pairs", "dpo", "reward", "ppo", "rto", "evaluation"):
+        assert json.loads((finished / stage / "done.json").read_text())["seconds"] > 0
+        assert not list((finished / stage).glob("checkpoint-*"))
+    results = json.loads((finished / "evaluation" / "results.json").read_text())
+    assert list(results["methods"]) == ["SFT", "DPO", "PPO", "RTO"]
+    assert results["methods"]["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert results["methods"]["RTO"]["kl"] != 0
+
+
+def test_pairs_carry_labels_only(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "pairs" / "pairs.jsonl").read_text().split("\n")[:-1]]
+    assert len(rows) == 48
+    assert all(row.keys() == {"prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"} for row in rows)
+    assert not all(row["chosen_ended"] for row in rows)  # 24 tokens do not suffice for a reply
+
+
+def test_second_run_does_nothing(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "report.html"}
+    run(load_recipe(None, SMALL), finished)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_stage_that_died_is_done_again_and_no_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = (finished / "evaluation" / "results.json").read_text()
+    (finished / "evaluation" / "done.json").unlink()
+    (finished / "evaluation" / "results.json").unlink()
+    trained = []
+    original: Callable = Pipeline._stage
+
+    def stage(self: Pipeline, name: str, title: str) -> object:
+        if not (self.folder / name / "done.json").is_file():
+            trained.append(name)
+        return original(self, name, title)
+
+    monkeypatch.setattr(Pipeline, "_stage", stage)
+    run(load_recipe(None, SMALL), finished)
+    assert trained == ["evaluation"]
+    assert (finished / "evaluation" / "results.json").read_text() == results
+
+
+def test_same_recipe_same_results(finished: Path, tmp_path: Path) -> None:
+    """One seed decides everything: a second folder holds the same numbers but for the clock."""
+    run(load_recipe(None, SMALL), tmp_path)
+    numbers = []
+    for folder in (finished, tmp_path):
+        methods = json.loads((folder / "evaluation" / "results.json").read_text())["methods"]
+        numbers.append({name: {k: v for k, v in row.items() if k != "seconds"} for name, row in methods.items()})
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
+    monkeypatch.setenv("RTO_DATA", str(data_dir))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    recipe = load_recipe(path)
+    assert yaml.safe_load(recipe.to_yaml())["model"] == recipe.model
