@@ -34,7 +34,7 @@ def ratings() -> dict[str, float]:
 
 
 def word_rating(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """Gold: ten times the mean rating of a completion's words, 0 where none is rated; half words at the cut count not."""
+    """Gold: ten times the mean rating of the words of a completion; 0 where none is rated."""
     table = ratings()
     scores = []
     for text in completions:

@@ -150,7 +150,7 @@ def prefer(args: list[str]) -> int:
     from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 
     data, others, config, model = _parse("prefer", args, DataArguments, ReferenceArguments, PreferenceConfig)
-    config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
+    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,
@@ -168,7 +168,7 @@ def train(args: list[str]) -> int:
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
-    config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
+    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
     rewards = [resolve(f) if is_function(f) else f for f in others.reward_funcs or []]
     trainer = RTOTrainer(
         model.model_name_or_path,
@@ -217,7 +217,8 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     """Flags and ``--config`` into ``kinds`` and TRL's ``ModelConfig``; an unknown key is an error."""
     from trl import ModelConfig, TrlParser
 
-    parser = TrlParser([*kinds, ModelConfig], prog=f"rto {command}")
+    every: list[Any] = [*kinds, ModelConfig]
+    parser = TrlParser(every, prog=f"rto {command}")
     *parsed, model = parser.parse_args_and_config(args=args)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")

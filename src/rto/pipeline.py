@@ -176,7 +176,9 @@ class Pipeline:
             set_seed(self.recipe.seed)
             trainer = RewardTrainer(
                 model=load_scalar(start),
-                args=RewardConfig(output_dir=str(folder), seed=self.recipe.seed, **{**TRL_DEFAULTS, **self.recipe.reward}),
+                args=RewardConfig(
+                    output_dir=str(folder), seed=self.recipe.seed, **{**TRL_DEFAULTS, **self.recipe.reward}
+                ),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
                 processing_class=tokenizer,

@@ -13,7 +13,7 @@ from rto.cli import main
 from rto.pipeline import Pipeline
 from rto.recipe import EMBEDDED, RecipeError, load_recipe
 
-WORDS = [{"prompt": word} for word in "abba cab back abacus crab dab fable garb".split()]
+WORDS = [{"prompt": word} for word in ["abba", "cab", "back", "abacus", "crab", "dab", "fable", "garb"]]
 
 
 @pytest.fixture

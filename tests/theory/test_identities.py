@@ -81,9 +81,7 @@ def test_every_placement_has_the_same_optimum(kind, place_):
     best = soft_optimal(mdp)
     reward = replace(dense(mdp), kl_coef=0.0)
     zeros = torch.zeros_like(response_reward(mdp))
-    rows = trained_reward(
-        mdp, reward, policy=mdp.ref_logp, dpo=best.logp, scores=zeros, anchors=anchors(mdp, place_)
-    )
+    rows = trained_reward(mdp, reward, policy=mdp.ref_logp, dpo=best.logp, scores=zeros, anchors=anchors(mdp, place_))
     placed = soft_optimal(replace(mdp, reward=mdp.tree.responses.write(rows)))
     close(placed.logp.exp(), best.logp.exp())
 
@@ -159,9 +157,7 @@ def test_every_placement_has_the_exact_gradient_as_its_mean(kind, place_):
     mdp = make(kind)
     policy, best = policy_of(mdp), soft_optimal(mdp).logp
     zeros = torch.zeros_like(response_reward(mdp))
-    rows = trained_reward(
-        mdp, dense(mdp), policy=policy, dpo=best, scores=zeros, anchors=anchors(mdp, place_)
-    )
+    rows = trained_reward(mdp, dense(mdp), policy=policy, dpo=best, scores=zeros, anchors=anchors(mdp, place_))
     mask = mdp.tree.responses.mask.repeat(2, 1)
     credit = ReinforcePlusPlus()(rows.flatten(0, 1), None, mask).advantages.view(rows.shape)
     close(gradient_moments(mdp, policy, credit).mean, exact_gradient(mdp, policy))

@@ -51,8 +51,7 @@ def test_soft_values_and_policy_by_brute_force(kind):
     best = soft_optimal(mdp)
     for x in range(2):
         weight = {
-            y: exp(sum(along(mdp.ref_logp, x, y)) + sum(along(mdp.reward, x, y)) / mdp.beta)
-            for y in walk(mdp.tree)
+            y: exp(sum(along(mdp.ref_logp, x, y)) + sum(along(mdp.reward, x, y)) / mdp.beta) for y in walk(mdp.tree)
         }
         total = sum(weight.values())
         assert float(best.value[x, 0]) == pytest.approx(mdp.beta * log(total), abs=1e-12)
@@ -79,9 +78,7 @@ def test_occupancy_by_brute_force(kind):
     policy = random_policy(mdp.tree, 2, torch.Generator().manual_seed(5))
     table = torch.randn(mdp.reward.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     expected = sum(
-        0.5 * exp(sum(along(policy, x, y))) * sum(along(table, x, y))
-        for x in range(2)
-        for y in walk(mdp.tree)
+        0.5 * exp(sum(along(policy, x, y))) * sum(along(table, x, y)) for x in range(2) for y in walk(mdp.tree)
     )
     assert float(expectation(mdp, policy, table)) == pytest.approx(expected, abs=1e-12)
     reach = occupancy(mdp, policy)

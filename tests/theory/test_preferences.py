@@ -46,9 +46,7 @@ def test_maximum_likelihood_on_the_ball_by_another_optimiser(radius, size):
     data = draw_preferences(problem.mdp, problem.mdp.ref_logp, size, np.random.default_rng(0))
     z = differences(data, response_features(problem))
     mine = fit_bradley_terry(z, data.count, data.wins, radius)
-    np.testing.assert_allclose(
-        mine.theta.numpy(), by_another_optimiser(z, data.count, data.wins, radius), atol=2e-6
-    )
+    np.testing.assert_allclose(mine.theta.numpy(), by_another_optimiser(z, data.count, data.wins, radius), atol=2e-6)
     assert mine.residual < 1e-8
     assert mine.theta.norm() <= radius * (1 + 1e-9)
 
@@ -57,9 +55,7 @@ def test_separable_preferences_end_on_the_sphere():
     z = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
     count = torch.tensor([5.0, 5.0]).double()
     found = fit_bradley_terry(z, count, count, 3.0)
-    torch.testing.assert_close(
-        found.theta, torch.full((2,), 3.0 / sqrt(2), dtype=torch.float64), rtol=0, atol=1e-9
-    )
+    torch.testing.assert_close(found.theta, torch.full((2,), 3.0 / sqrt(2), dtype=torch.float64), rtol=0, atol=1e-9)
     assert found.multiplier > 0
 
 

@@ -88,9 +88,7 @@ def test_figure_2_with_two_optima_takes_the_proofs_search_6():
     assert all(bounded_search(TokenOracle(logp), tree, Random(s)).samples <= 4 for s in range(50))
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "horizon", "xi"), [(2, 4, 0), (3, 3, 0), (3, 4, 1), (3, 4, 2), (2, 4, 4)]
-)
+@pytest.mark.parametrize(("vocabulary", "horizon", "xi"), [(2, 4, 0), (3, 3, 0), (3, 4, 1), (3, 4, 2), (2, 4, 4)])
 def test_the_comb_attains_the_proven_bound(vocabulary, horizon, xi):
     tree, logp = PrefixTree(vocabulary=vocabulary, horizon=horizon), comb(vocabulary, horizon, xi)[0]
     closed_form = vocabulary**xi * (1 + (horizon - xi) * (vocabulary - 1))

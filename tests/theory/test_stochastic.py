@@ -62,6 +62,4 @@ def test_telescoping_fails_by_the_surprise_of_the_transitions():
 def test_transitions_must_be_distributions():
     mdp = stochastic.counter_example(2)
     with pytest.raises(ValueError, match="sum to one"):
-        stochastic.StochasticMDP(
-            reward=mdp.reward, transition=2 * mdp.transition, ref_logp=mdp.ref_logp, beta=0.0
-        )
+        stochastic.StochasticMDP(reward=mdp.reward, transition=2 * mdp.transition, ref_logp=mdp.ref_logp, beta=0.0)

@@ -12,7 +12,24 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rto import RTOConfig, RTOTrainer
 
-WORDS = "ab cab back abacus a bac crab dab baobab cabbage fable garb habit jab kebab lab".split()
+WORDS = [
+    "ab",
+    "cab",
+    "back",
+    "abacus",
+    "a",
+    "bac",
+    "crab",
+    "dab",
+    "baobab",
+    "cabbage",
+    "fable",
+    "garb",
+    "habit",
+    "jab",
+    "kebab",
+    "lab",
+]
 
 
 def count_b(completions: list[str], **columns: Any) -> list[float]:

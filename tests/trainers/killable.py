@@ -61,7 +61,24 @@ def score(prompts: list[str], completions: list[str], completion_ids: list[list[
 
 
 def build(policy: str, dpo: str, output: str, *, batch: int = 8, greedy: bool = False, **kwargs: Any) -> RTOTrainer:
-    words = "ab cab back abacus a bac crab dab baobab cabbage fable garb habit jab kebab lab".split()
+    words = [
+        "ab",
+        "cab",
+        "back",
+        "abacus",
+        "a",
+        "bac",
+        "crab",
+        "dab",
+        "baobab",
+        "cabbage",
+        "fable",
+        "garb",
+        "habit",
+        "jab",
+        "kebab",
+        "lab",
+    ]
     settings = {
         "output_dir": output,
         "per_device_train_batch_size": batch,

@@ -60,7 +60,7 @@ def test_learns_the_pairs(trainer: Callable[..., PreferenceTrainer]) -> None:
 
 
 def test_first_step_is_the_textbook_gradient(trainer: Callable[..., PreferenceTrainer], tiny_folder: Path) -> None:
-    """∇loss at π = π_ref is −β/2 · mean ∇[log π(y_w|x) − log π(y_l|x)], one pair at a time by transformers' own loss."""
+    """∇loss at π = π_ref is −β/2 · mean ∇[log π(y_w|x) − log π(y_l|x)], a pair at a time by transformers' loss."""
     run = trainer(loss_kwargs={"beta": 0.3})
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     for pair in run.train_dataset:

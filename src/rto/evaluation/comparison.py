@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,8 +60,8 @@ def answer(
     samples = sampler(policy, prompts, seed)
     ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    budget = {"temperature": sampling.temperature or 1.0, "max_tokens": max_tokens}
-    ratio = score_logprobs(policy, samples, **budget) - score_logprobs(reference, samples, **budget)
+    score = partial(score_logprobs, temperature=sampling.temperature or 1.0, max_tokens=max_tokens)
+    ratio = score(policy, samples) - score(reference, samples)
     ended = samples.ended.tolist()
     return Answers(
         completions=texts,

@@ -91,7 +91,7 @@ class RTOReward:
         if self.shaping:
             token = token + place(-token, mask, torch.zeros_like(mask))
         kl = torch.where(mask, -self.kl_coef * (policy_logp - ref_logp), 0.0)
-        final = self.score_coef * scores
+        final = self.score_coef * scores if self.score_coef != 0 else torch.zeros_like(scores)
         if self.missing_eos_penalty != 0:
             if ended is None:
                 raise ValueError("missing_eos_penalty needs to know which completions ended")

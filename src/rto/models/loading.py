@@ -14,12 +14,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
 
-Source = str | Path | PreTrainedModel
+Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
 
 
@@ -91,17 +90,17 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def unwrap_peft(model: nn.Module) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model, with its adapters in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> Any:
     """The part of a model that ends in hidden states."""
     return unwrap_peft(model).base_model
 
 
-def scalar_head(model: nn.Module) -> nn.Module:
+def scalar_head(model: nn.Module) -> Any:
     """The scalar head of a sequence classification model.
 
     Raises:

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,18 @@ class RewardModel:
 
     def _encode(self, batch: Completed) -> list[list[int]]:
         if batch.conversational:
-            texts = [
-                apply_chat_template({"messages": x + y}, self.tokenizer)["text"]
-                for x, y in zip(batch.prompts, batch.completions)
-            ]
+            texts = [self._spoken(*row) for row in zip(batch.prompts, batch.completions, batch.ended)]
             return self.tokenizer(text=texts, add_special_tokens=False).input_ids
         eos = self.tokenizer.eos_token
         ends = [eos if ended else "" for ended in batch.ended]
         texts = [x + y + end for x, y, end in zip(batch.prompts, batch.completions, ends)]
         return self.tokenizer(text=texts).input_ids
+
+    def _spoken(self, prompt: list[Any], completion: list[Any], ended: bool) -> str:
+        """A conversation as text; an answer that was cut off gets no end of turn."""
+        if ended:
+            return apply_chat_template({"messages": prompt + completion}, self.tokenizer)["text"]
+        return apply_chat_template({"prompt": prompt}, self.tokenizer)["prompt"] + completion[0]["content"]
 
 
 class FunctionReward:
@@ -179,9 +183,9 @@ class TokenReward:
         Raises:
             ValueError: neither is there.
         """
-        budget = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        score = partial(score_logprobs, temperature=self.temperature, max_tokens=self.max_tokens)
         if self.ref_model is not None:
-            ref_logp = score_logprobs(self.ref_model, sequences, **budget)
+            ref_logp = score(self.ref_model, sequences)
         if ref_logp is None:
             raise ValueError("a token reward needs the reference's log-probabilities or a reference model")
-        return score_logprobs(self.dpo_model, sequences, **budget) - ref_logp
+        return score(self.dpo_model, sequences) - ref_logp

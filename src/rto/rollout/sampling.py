@@ -1,7 +1,7 @@
 """From prompts to completions. One interface; the sampler on transformers is here."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -156,7 +156,7 @@ class _Decoder:
         itself = torch.zeros_like(causal)
         itself.diagonal(start).fill_(True)
         keep = (allowed | itself)[:, None]
-        if self.model.config._attn_implementation == "sdpa":
+        if unwrap_peft(self.model).config._attn_implementation == "sdpa":
             return keep
         dtype = next(self.model.parameters()).dtype
         return torch.zeros_like(keep, dtype=dtype).masked_fill_(~keep, torch.finfo(dtype).min)
@@ -164,7 +164,8 @@ class _Decoder:
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Forget all other rows."""
         self.visible, self.positions = self.visible[rows], self.positions[rows]
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
             layer.batch_size = len(rows)
 

@@ -17,9 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="where the page and its figures go")
     parser.add_argument("--seed", type=int, default=0, help="first seed of every study (default 0)")
     parser.add_argument("--quick", action="store_true", help="fewer seeds and sizes, for a first look")
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(STUDIES), default=tuple(STUDIES), help="some studies"
-    )
+    parser.add_argument("--only", nargs="+", choices=tuple(STUDIES), default=tuple(STUDIES), help="some studies")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
     console, start = Console(), perf_counter()

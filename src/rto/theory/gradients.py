@@ -29,9 +29,7 @@ def exact_gradient(mdp: TokenMDP, logp: Float[Tensor, "X N A"]) -> Float[Tensor,
     return weight[..., None] * logp.exp() * advantage(mdp, logp)
 
 
-def gradient_moments(
-    mdp: TokenMDP, logp: Float[Tensor, "X N A"], credit: Float[Tensor, "X Y H"]
-) -> GradientMoments:
+def gradient_moments(mdp: TokenMDP, logp: Float[Tensor, "X N A"], credit: Float[Tensor, "X Y H"]) -> GradientMoments:
     r"""Moments of g = Σ_h Ĝ_h ∇_θ log π(a_h|s_h) over x ~ ρ, y ~ π(·|x), for logits θ(x, s, a).
 
     ∇_{θ(x,s,·)} log π(a|s) = e_a − π(·|s), and a response passes each state at most once, so

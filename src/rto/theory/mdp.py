@@ -218,9 +218,7 @@ def occupancy(mdp: TokenMDP, logp: Float[Tensor, "X N A"]) -> Float[Tensor, "X N
     return torch.where(tree.ended, 0.0, reach)
 
 
-def expectation(
-    mdp: TokenMDP, logp: Float[Tensor, "X N A"], table: Float[Tensor, "X N A *D"]
-) -> Float[Tensor, "*D"]:
+def expectation(mdp: TokenMDP, logp: Float[Tensor, "X N A"], table: Float[Tensor, "X N A *D"]) -> Float[Tensor, "*D"]:
     """E_{x, d^π}[Σ_h f(s_h, a_h)], for a table of numbers or of vectors."""
     weight = mdp.prompts[:, None, None] * occupancy(mdp, logp)[..., None] * logp.exp()
     return torch.tensordot(weight, table, dims=3)

@@ -175,9 +175,7 @@ def train(
         spent.append(float((step + 1) * recipe.batch_size))
         if value[-1] >= until:
             break
-    return Run(
-        rollouts=torch.tensor(spent, dtype=torch.float64), value=torch.tensor(value, dtype=torch.float64)
-    )
+    return Run(rollouts=torch.tensor(spent, dtype=torch.float64), value=torch.tensor(value, dtype=torch.float64))
 
 
 def dense(mdp: TokenMDP) -> RTOReward:

@@ -97,9 +97,7 @@ def typeset(text: str) -> Markup:
         return f"<{tag}>{_SCRIPT.sub(script, match[2].strip('{}'))}</{tag}>"
 
     parts = str(escape(text)).split("`")
-    return Markup(
-        "".join(f"<code>{s}</code>" if i % 2 else _SCRIPT.sub(script, s) for i, s in enumerate(parts))
-    )
+    return Markup("".join(f"<code>{s}</code>" if i % 2 else _SCRIPT.sub(script, s) for i, s in enumerate(parts)))
 
 
 TEMPLATE = """<!doctype html>

@@ -148,9 +148,7 @@ def fit_bradley_terry(
     return Estimate(theta=theta, multiplier=high, residual=float(residual.norm()) / scale)
 
 
-def covariance(
-    z: Float[Tensor, "M D"], count: Float[Tensor, " M"], regulariser: float
-) -> Float[Tensor, "D D"]:
+def covariance(z: Float[Tensor, "M D"], count: Float[Tensor, " M"], regulariser: float) -> Float[Tensor, "D D"]:
     """Σ_𝒟 = Σ_𝒟 z zᵀ + λI."""
     return (z.T * count) @ z + regulariser * torch.eye(z.shape[1], dtype=z.dtype)
 
@@ -163,9 +161,7 @@ def inverse_norm(vectors: Float[Tensor, "*B D"], sigma: Float[Tensor, "D D"]) ->
     return whitened.square().sum(0).sqrt().reshape(vectors.shape[:-1])
 
 
-def confidence_radius(
-    dimension: int, longest: float, *, radius: float, regulariser: float, delta: float
-) -> float:
+def confidence_radius(dimension: int, longest: float, *, radius: float, regulariser: float, delta: float) -> float:
     r"""A ϱ with all constants for which ‖θ_MLE − θ*‖_{Σ_𝒟} ≤ ϱ with probability ≥ 1 − δ.
 
     The paper (Theorem 4.2, after Zhu et al., 2023, Lemma 3.1) gives the order,

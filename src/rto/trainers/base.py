@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -66,26 +67,30 @@ class TokenTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """``model_init_kwargs`` as a dictionary."""
+        given = self.model_init_kwargs
+        return dict(json.loads(given) if isinstance(given, str) else given or {})
 
 
 class SealedCheckpoints(Trainer):
     """Checkpoints that are whole or not there: written, then sealed; a folder without a seal does not count."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
 
         Raises:
             CheckpointError: a named checkpoint is not whole.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint:
             check_seal(Path(str(resume_from_checkpoint)))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -124,13 +129,16 @@ class TokenTrainer(SealedCheckpoints):
     """
 
     model: Actor
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        super().__init__(model=model, args=args, data_collator=list, **kwargs)
+        super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
         tell_quietly(self)
@@ -176,9 +184,10 @@ class TokenTrainer(SealedCheckpoints):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         actor: Actor = self.accelerator.unwrap_model(self.model)
+        part: Any
         for part, where in ((actor.policy, folder), (actor.value_model, folder / VALUE_MODEL)):
             if part is None:
                 continue
@@ -199,11 +208,16 @@ class TokenTrainer(SealedCheckpoints):
                 load_weights(part, where)
 
 
+def _as_it_is(rows: list[Any]) -> Any:
+    """Rows stay lists of token ids until their micro-batch is cut."""
+    return rows
+
+
 def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: Any, folder: Path) -> None:
     """Put the weights of a folder written by ``save_pretrained`` into ``model``, in place.
 
     Raises:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class PreferenceTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PreferenceConfig(output_dir="preference")
-        init = dict(args.model_init_kwargs or {})
+        init = dict(args.init_kwargs)
         tokenizer = processing_class or load_tokenizer(source_name(model))
         self.loss: PreferenceLoss = loss or args.make_loss()
         self.skipped = {}
@@ -128,9 +129,7 @@ class PreferenceTrainer(TokenTrainer):
         if self.reference is not None:
             self.reference.to(self.args.device)
 
-    def training_step(
-        self, model: nn.Module, inputs: list[Pair], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the pairs of one update, on all processes."""
         model.train()
         assert num_items_in_batch is not None
@@ -202,17 +201,17 @@ class PreferenceTrainer(TokenTrainer):
 
     @torch.no_grad()
     def _reference_logprobs(self, sequences: Sequences) -> Tensor:
-        budget = {"temperature": 1.0, "max_tokens": self.args.max_tokens_per_micro_batch}
+        score = partial(score_logprobs, temperature=1.0, max_tokens=self.args.max_tokens_per_micro_batch)
         with self.accelerator.autocast():
             if self.reference is not None:
-                return score_logprobs(self.reference, sequences, **budget)
+                return score(self.reference, sequences)
             policy: Any = self.accelerator.unwrap_model(self.model).policy
             with policy.disable_adapter():
-                return score_logprobs(policy, sequences, **budget)
+                return score(policy, sequences)
 
     def _collate(self, pairs: Sequence[Pair]) -> PairBatch:
         prompts = [p.prompt for p in pairs]
-        pad: int = self.processing_class.pad_token_id
+        pad = self.processing_class.pad_token_id
         sides = ([p.chosen for p in pairs], [p.rejected for p in pairs])
         chosen, rejected = (collate(prompts, side, pad=pad, device=self.args.device) for side in sides)
         return PairBatch(chosen=chosen, rejected=rejected)

@@ -8,11 +8,13 @@ rollouts never do: they are drawn when their turn has come, with the weights of 
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -134,8 +136,8 @@ class RTOConfig(TokenTrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory allows "
-                "and per_device_train_batch_size to the rollouts of an iteration"
+                "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
+                "allows and per_device_train_batch_size to the rollouts of an iteration"
             )
         if self.temperature == 0:
             raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
@@ -223,7 +225,7 @@ class RTOTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RTOConfig(output_dir="rto")
-        init = dict(args.model_init_kwargs or {})
+        init = dict(args.init_kwargs)
         functions = _listed(reward_funcs)
         _check_rewards(args, dpo_model, functions)
         tokenizer = processing_class or load_tokenizer(source_name(model))
@@ -290,10 +292,8 @@ class RTOTrainer(TokenTrainer):
 
     # --- the algorithm
 
-    def training_step(
-        self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One update; on the first of a rollout: sample → score → credit."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """One update on the rollouts of a list of `Prompt`; on the first of them: sample → score → credit."""
         args = self.args
         iteration, update = divmod(self.state.global_step, args.updates_per_rollout)
         if update == 0:
@@ -417,12 +417,13 @@ class RTOTrainer(TokenTrainer):
         return TokenOutputs(logp, entropy, values if self.estimator.needs_values else None)
 
     def _reference_logprobs(self, model: nn.Module, samples: Sequences) -> Float[Tensor, "B T"]:
-        budget = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens_per_micro_batch}
+        budget = self.args.max_tokens_per_micro_batch
+        score = partial(score_logprobs, temperature=self.args.temperature, max_tokens=budget)
         if self.reference is not None:
-            return score_logprobs(self.reference, samples, **budget)
+            return score(self.reference, samples)
         policy: Any = self.accelerator.unwrap_model(model).policy
         with policy.disable_adapter():
-            return score_logprobs(policy, samples, **budget)
+            return score(policy, samples)
 
     def _scores(self, samples: Samples, prompts: Sequence[Prompt]) -> Float[Tensor, " B"]:
         """Σ weight · score over the reward functions, standardized if asked for."""
@@ -465,7 +466,7 @@ class RTOTrainer(TokenTrainer):
         return micro_batches(lengths, self.args.max_tokens_per_micro_batch, at_least=int(most))
 
     def _token_text(self, token: int) -> str:
-        return self.processing_class.decode([token])
+        return str(self.processing_class.decode([token]))
 
     def _reward_models(self) -> list[RewardModel]:
         return [s for s in self.score_sources if isinstance(s, RewardModel)]
@@ -496,7 +497,7 @@ class RTOTrainer(TokenTrainer):
                     lr = self.args.value_learning_rate if ".value_model." in f".{name}" else self.args.learning_rate
                     decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((lr, decay), []).append(parameter)
-            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, acting)
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, acting))
             kwargs.pop("lr", None)
             self.optimizer = kind(
                 [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
@@ -547,7 +548,7 @@ class RTOTrainer(TokenTrainer):
             room = _room(self.args, self.model.policy)
             prompts, _ = read_prompts(prompts, self.processing_class, max_length=room, what="eval_dataset")
         mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        kept, self._metrics = self._metrics, type(self._metrics)(list)
+        kept, self._metrics = self._metrics, defaultdict(list)
         moments, self.score_moments = self.score_moments, replace(self.score_moments)
         samples = self.sample(self.model, mine, seed=self.args.seed)
         rollout = self.score(self.model, samples, mine)
@@ -671,7 +672,7 @@ class RTOTrainer(TokenTrainer):
             self.kl_control.load_state_dict(state["kl_control"])
         rollout = folder / f"rollout_{self.accelerator.process_index}.safetensors"
         if rollout.is_file():
-            fields = dict.fromkeys(Targets.__dataclass_fields__) | safetensors.torch.load_file(rollout)
+            fields: dict[str, Any] = dict.fromkeys(Targets.__dataclass_fields__) | safetensors.torch.load_file(rollout)
             self._targets = Targets(**fields).to(self.args.device)
 
 
@@ -739,8 +740,8 @@ def _room(args: RTOConfig, policy: nn.Module) -> int:
     room = None if context is None else context - args.max_completion_length
     if room is not None and room < 1:
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{context} tokens"
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context "
+            f"of {context} tokens"
         )
     return min(x for x in (room, args.max_prompt_length, 2**31) if x is not None)
 

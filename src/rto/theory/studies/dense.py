@@ -67,9 +67,7 @@ def rollouts_needed(horizon: int, place: str, estimator: str, seeds: range) -> E
         mdp = random_mdp(3, horizon, beta=0.5, spread=0.5, seed=seed)
         goals, best = [value_at(mdp, share) for share in SHARES], soft_optimal(mdp).logp
         for i, rate in enumerate(RATES):
-            recipe = Recipe(
-                reward=dense(mdp), placement=place, estimator=ESTIMATORS[estimator], learning_rate=rate
-            )
+            recipe = Recipe(reward=dense(mdp), placement=place, estimator=ESTIMATORS[estimator], learning_rate=rate)
             scores = torch.zeros_like(response_reward(mdp))
             run = train(mdp, recipe, dpo=best, scores=scores, iterations=BUDGET, seed=seed, until=max(goals))
             used[i, :, j] = [run.rollouts_to(goal) for goal in goals]
@@ -193,8 +191,6 @@ def study(seed: int, quick: bool) -> Section:
             "paid token by token, the last token's credit is closer to the truth than the first's": bool(
                 np.median(noise["token"][:, -1]) < np.median(noise["token"][:, 0])
             ),
-            "paid at the end, it is farther": bool(
-                np.median(noise["final"][:, -1]) > np.median(noise["final"][:, 0])
-            ),
+            "paid at the end, it is farther": bool(np.median(noise["final"][:, -1]) > np.median(noise["final"][:, 0])),
         },
     )

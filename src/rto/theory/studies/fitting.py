@@ -65,9 +65,7 @@ def planning(sizes: tuple[int, ...], seeds: range) -> dict[str, np.ndarray]:
             ):
                 policy = dpo
                 if dpo_coef is not None:
-                    reward = RTOReward(
-                        dpo_coef=dpo_coef, kl_coef=0.0, score_coef=weight, token_reward_clip=None
-                    )
+                    reward = RTOReward(dpo_coef=dpo_coef, kl_coef=0.0, score_coef=weight, token_reward_clip=None)
                     paid = trained_reward(mdp, reward, policy=dpo, dpo=dpo, scores=scores)
                     policy = soft_optimal(replace(mdp, reward=mdp.tree.responses.write(paid))).logp
                 rows.setdefault(name, []).append(suboptimality(mdp, policy))
@@ -86,9 +84,7 @@ def _fit_figure(sizes: tuple[int, ...], errors: dict[str, np.ndarray]) -> Plot:
     ):
         rows = errors[name]
         bars = np.minimum(rows.std(1, ddof=1) / rows.shape[1] ** 0.5, 0.9 * rows.mean(1))
-        left.errorbar(
-            sizes, rows.mean(1), bars, marker="o", ms=4, capsize=2, color=PALETTE[color], label=label
-        )
+        left.errorbar(sizes, rows.mean(1), bars, marker="o", ms=4, capsize=2, color=PALETTE[color], label=label)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xlabel(r"comparisons $|D|$")

@@ -185,8 +185,7 @@ def _counter_example() -> Table:
         fixed = stochastic.value_fixed_in_advance(mdp)
         rows.append((str(a), f"{seen:.3f}", f"{fixed:.3f}", f"{seen - fixed:.3f}"))
     return Table(
-        caption="Proposition C.2: two steps, A tokens; the second state is drawn, and one token pays "
-        "there. β = 0.",
+        caption="Proposition C.2: two steps, A tokens; the second state is drawn, and one token pays there. β = 0.",
         header=("A", "policy that sees the state", "best fixed in advance", "loss"),
         rows=tuple(rows),
     )
@@ -244,8 +243,7 @@ def study(seed: int, quick: bool) -> Section:
         reading=(
             "The paper puts β log π_ref into the reward, so its π* = exp{(Q* − V*)/β} has no π_ref in "
             "front. Here Q* is without that term, and π* = π_ref exp{(Q* − V*)/β}.",
-            "“Same soft-optimal policy” is at the same β and π_ref. V* of the dense reward is 0 in every "
-            "state.",
+            "“Same soft-optimal policy” is at the same β and π_ref. V* of the dense reward is 0 in every state.",
             "That the dense reward lowers the variance is a measurement, not a theorem: V* is a good "
             "baseline near π*, at π_ref it need not be.",
             "Proposition C.2 compares unregularised values (β = 0); “fixed in advance” means all tokens "
@@ -264,8 +262,6 @@ def study(seed: int, quick: bool) -> Section:
         checks={
             "every identity to 1e-9": max(worst.values()) < 1e-9,
             "drawn transitions: the gap is the surprise": abs(gap - explained) < 1e-12 and abs(gap) > 1e-3,
-            "Proposition C.2: the loss is at least ½": all(
-                float(r[3]) >= 0.5 for r in _counter_example().rows
-            ),
+            "Proposition C.2: the loss is at least ½": all(float(r[3]) >= 0.5 for r in _counter_example().rows),
         },
     )

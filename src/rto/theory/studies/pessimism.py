@@ -369,8 +369,7 @@ def study(seed: int, quick: bool) -> Section:
             "Theorem B.1's bound is the smaller one (the norm of a mean, not the mean of norms), but its "
             "policy is not the better one here: on the value scale the ellipsoid's worst θ is very "
             "pessimistic.",
-            "“Slope −½ under coverage” is true of the bound and of the worst case, not of a fixed MDP "
-            "with β > 0.",
+            "“Slope −½ under coverage” is true of the bound and of the worst case, not of a fixed MDP with β > 0.",
         ),
         plots=(
             _rates(sweep, hard, hard_sizes),

@@ -85,9 +85,7 @@ def _figure(measured: dict[tuple[int, int, float], dict[str, np.ndarray]], panel
                 [m - r.min() for m, r in zip(middle, runs)],
                 [r.max() - m for m, r in zip(middle, runs)],
             ]
-            axis.errorbar(
-                xs, middle, spread, color=PALETTE[color], marker=marker, ms=5, lw=1, capsize=2, label=text
-            )
+            axis.errorbar(xs, middle, spread, color=PALETTE[color], marker=marker, ms=5, lw=1, capsize=2, label=text)
         axis.set_yscale("log")
         axis.set_xlabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -154,9 +152,7 @@ def study(seed: int, quick: bool) -> Section:
             row_search(RowOracle(logp), tree).samples,
         ]
         hard.append((a, h, xi, a**h, paper_bound(a, h, float(xi)), proven_bound(a, h, float(xi)), *used))
-    over = [
-        (key, float((runs["visited nodes"] > paper_bound(*key)).mean())) for key, runs in measured.items()
-    ]
+    over = [(key, float((runs["visited nodes"] > paper_bound(*key)).mean())) for key, runs in measured.items()]
     share = float(np.mean([rate for _, rate in over]))
     return Section(
         key="search",
@@ -188,15 +184,13 @@ def study(seed: int, quick: bool) -> Section:
             "search.",
             "The proof's search must know ξ; the best-first one, which uses that probabilities sum to "
             "one, need not and never samples more.",
-            "A^H is what it takes to be sure; random order meets the best response after (A^H + 1)/2 on "
-            "average.",
+            "A^H is what it takes to be sure; random order meets the best response after (A^H + 1)/2 on average.",
         ),
         plots=(_figure(measured, panels),),
         tables=(
             figure_two(seeds),
             Table(
-                caption="The hardest instances: A^ξ responses of equal probability, each certain after ξ "
-                "tokens.",
+                caption="The hardest instances: A^ξ responses of equal probability, each certain after ξ tokens.",
                 header=("A", "H", "ξ", "A^H", "A^{min(ξ+1,H)}", "most nodes", *SEARCHERS),
                 rows=tuple(tuple(f"{v:g}" for v in row) for row in hard),
             ),
