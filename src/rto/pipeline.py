@@ -171,9 +171,9 @@ class Pipeline:
         with self._stage("reward", "reward model: one score a completion") as folder:
             if folder is None:
                 return
-            start = self.folder / "sft"
+            start = self.recipe.reward_model or str(self.folder / "sft")
             tokenizer = load_tokenizer(start)
-            set_seed(self.recipe.seed)
+            set_seed(self.recipe.seed)  # a new head is random where the start has none
             trainer = RewardTrainer(
                 model=load_scalar(start),
                 args=RewardConfig(
@@ -260,7 +260,7 @@ class Pipeline:
         self._write_token_rewards(folder, raw, answers, tokenizer)
         lines = [
             {
-                "prompt": prompt,
+                "prompt": _shown(prompt),
                 "completions": {name: a.completions[i] for name, a in answers.items()},
                 "gold": {name: a.gold[i] for name, a in answers.items()},
             }
@@ -283,7 +283,7 @@ class Pipeline:
             pieces = [tokenizer.decode([token]) for token in ids[keep].tolist()]
             gold = answers[name].gold[i]
             lines.append(
-                {"method": name, "prompt": raw[i], "tokens": pieces, "rewards": ratio[keep].tolist(), "gold": gold}
+                {"method": name, "prompt": _shown(raw[i]), "tokens": pieces, "rewards": ratio[keep].tolist(), "gold": gold}
             )
         _write_lines(folder / "token_rewards.jsonl", lines)
 
@@ -363,6 +363,11 @@ class Pipeline:
     @property
     def _device(self) -> torch.device:
         return PartialState().device
+
+
+def _shown(prompt: Any) -> str:
+    """A prompt as text for people."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def _folder_of(method: str) -> str:

@@ -92,6 +92,7 @@ class Recipe:
         sft: arguments of TRL's ``SFTConfig``; None skips the stage.
         prefer: arguments of `PreferenceConfig`.
         reward: arguments of TRL's ``RewardConfig``; None trains no reward model.
+        reward_model: what the reward model starts from, another family and size if need be; None: the SFT policy.
         train: arguments of `RTOConfig` that all methods share.
         methods: name to the arguments of `RTOConfig` that are its own.
         evaluate_temperature: sampling temperature of the evaluation.
@@ -106,6 +107,7 @@ class Recipe:
     sft: dict[str, Any] | None = None
     prefer: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] | None = None
+    reward_model: str | None = None
     train: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
     evaluate_temperature: float = 1.0

@@ -40,7 +40,7 @@ def load_scalar(source: Source, **init_kwargs: Any) -> nn.Module:
         if labels != 1:
             raise ValueError(f"a reward or value model has one output, {source_name(source)} has num_labels={labels}")
         return source
-    config = _config_of(source, bool(init_kwargs.get("trust_remote_code", False)))
+    config = _config_of(source, trusts(init_kwargs))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
     verbosity = hf_logging.get_verbosity()
@@ -69,6 +69,11 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def trusts(init_kwargs: dict[str, Any]) -> bool:
+    """Whether code that comes with a model may run."""
+    return bool(init_kwargs.get("trust_remote_code", False))
 
 
 def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
@@ -149,7 +154,7 @@ def check_same_vocabulary(
     if isinstance(source, nn.Module):
         found = unwrap_peft(source).config.get_text_config().vocab_size
     else:
-        trust = bool(init_kwargs.get("trust_remote_code", False))
+        trust = trusts(init_kwargs)
         found = _config_of(source, trust).get_text_config().vocab_size
     if found != expected:
         raise ValueError(

@@ -16,7 +16,16 @@ from trl.data_utils import apply_chat_template
 
 from rto.batches import Sequences, collate, micro_batches
 from rto.models.actor import hidden_states, score_logprobs
-from rto.models.loading import Source, freeze, load_policy, load_scalar, load_tokenizer, scalar_head, source_name
+from rto.models.loading import (
+    Source,
+    freeze,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    scalar_head,
+    source_name,
+    trusts,
+)
 
 RewardFunc = str | Path | nn.Module | Callable[..., list[float]]
 """As in TRL's GRPO: a folder or hub id of a reward model, such a model, or a Python function."""
@@ -137,7 +146,7 @@ def reward_source(
         name = source_name(source)
         if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
-        tokenizer = load_tokenizer(name, trust_remote_code=bool(init_kwargs.get("trust_remote_code", False)))
+        tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs))
     return RewardModel(load_scalar(source, **init_kwargs), tokenizer, max_tokens=max_tokens)
 
 

@@ -15,7 +15,16 @@ from rto.batches import PairBatch, Sequences, collate, micro_batches
 from rto.data.formats import Pair, read_pairs
 from rto.functional.preference import LOSSES, Completions, PairLoss, PreferenceLoss
 from rto.models.actor import Actor, check_output_layer, score_logprobs
-from rto.models.loading import Source, check_same_vocabulary, clone, freeze, load_policy, load_tokenizer, source_name
+from rto.models.loading import (
+    Source,
+    check_same_vocabulary,
+    clone,
+    freeze,
+    load_policy,
+    load_tokenizer,
+    source_name,
+    trusts,
+)
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments
 
 
@@ -98,7 +107,7 @@ class PreferenceTrainer(TokenTrainer):
     ) -> None:
         args = args or PreferenceConfig(output_dir="preference")
         init = dict(args.init_kwargs)
-        tokenizer = processing_class or load_tokenizer(source_name(model))
+        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
         self.loss: PreferenceLoss = loss or args.make_loss()
         self.skipped = {}
         pairs: dict[str, list[Pair] | None] = {"train": None, "eval": None}

@@ -43,6 +43,7 @@ from rto.models.loading import (
     load_tokenizer,
     max_positions,
     source_name,
+    trusts,
 )
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, TokenReward, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
@@ -228,7 +229,7 @@ class RTOTrainer(TokenTrainer):
         init = dict(args.init_kwargs)
         functions = _listed(reward_funcs)
         _check_rewards(args, dpo_model, functions)
-        tokenizer = processing_class or load_tokenizer(source_name(model))
+        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
         policy = load_policy(model, **init)
         for role, other in (("dpo_model", dpo_model), ("dpo_ref_model", dpo_ref_model), ("ref_model", ref_model)):
             if other is not None and (args.dpo_coef != 0 or role == "ref_model"):

@@ -1,0 +1,107 @@
+"""Each stage alone, from the command line, on files: what one writes the next reads.
+
+In a process of its own: the parser of arguments rewrites the annotations of the configurations, which the run-time
+shape checks of the other tests read.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+WORDS = "ab cab back abacus crab dab fable garb".split(" ")
+COMMON = ["--report_to", "none", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+TRL = ["--bf16", "false", "--gradient_checkpointing", "false"]
+PROGRAM = """
+import json, sys, torch
+torch.set_num_threads(1)
+from rto.cli import main
+for args in json.loads(sys.argv[1]):
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = stop.code
+    print("exit code", code, flush=True)
+    print("--- end of", args[0], file=sys.stderr, flush=True)
+"""
+
+
+def rto(*commands: list[str]) -> tuple[list[int], str, str]:
+    """Exit codes, standard output and standard error of several commands."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "trainers")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    codes = [int(line.split()[-1]) for line in done.stdout.split("\n") if line.startswith("exit code")]
+    assert len(codes) == len(commands), done.stderr[-3000:]
+    return codes, done.stdout, done.stderr
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
+    demos = write(tmp_path / "demos.jsonl.gz", [{"prompt": w, "completion": w + w} for w in WORDS])
+    pairs = write(tmp_path / "pairs.jsonl.gz", [{"prompt": w, "chosen": "ba" + w, "rejected": "zq"} for w in WORDS])
+    prompts = write(tmp_path / "prompts.jsonl.gz", [{"prompt": w} for w in WORDS])
+    sft, dpo, reward, out = (str(tmp_path / name) for name in ("sft", "dpo", "reward", "out"))
+    config = tmp_path / "train.yaml"
+    config.write_text("dpo_coef: 0.1\nper_device_train_batch_size: 8\nmax_completion_length: 4\nlearning_rate: 0.5\n")
+    on_pairs = ["--model_name_or_path", sft, "--dataset_name", pairs, *COMMON]
+    held_out = ["--eval_dataset_name", pairs, "--dataset_test_split", "train"]
+    rewards = ["--dpo_model", dpo, "--reward_funcs", reward, "killable:score"]
+    codes, _, errors = rto(
+        ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", demos, "--output_dir", sft, *COMMON, *TRL],
+        ["prefer", *on_pairs, *held_out, "--output_dir", dpo, "--loss_kwargs", '{"beta": 0.2}'],
+        ["reward", *on_pairs, "--output_dir", reward, *TRL],
+        [
+            *("train", "--model_name_or_path", sft, *rewards, "--dataset_name", prompts),
+            *("--config", str(config), "--learning_rate", "0.001", "--output_dir", out, *COMMON),
+        ],
+    )
+    assert codes == [0, 0, 0, 0], errors[-3000:]
+    for folder in (sft, dpo, out):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoModelForSequenceClassification.from_pretrained(reward).config.num_labels == 1
+    first = json.loads((Path(out) / "log.jsonl").read_text().split("\n")[0])
+    assert first["share/token"] > 0
+    assert {"score/reward", "score/score"} <= first.keys()  # a model by its folder, a function by its name
+    assert first["learning_rate"] <= 0.001  # the flag wins over the file
+
+
+def test_bad_input_ends_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text("dpo_cof: 0.1\n")
+    flags = ["--model_name_or_path", str(tiny_folder), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    codes, output, errors = rto(
+        ["train", *flags, "--dataset_name", "x.jsonl", "--config", str(config)],
+        ["prefer", *flags, "--dataset_name", "nothere.jsonl"],
+        ["train", *flags, "--dataset_name", "x.jsonl", "--dpo_cof", "0.1"],
+        ["train", "--help"],
+    )
+    assert codes == [2, 2, 2, 0]
+    unknown_key, missing_file, unknown_flag, _ = errors.split("--- end of")[:4]
+    assert "dpo_cof" in unknown_key
+    assert "rto prefer: nothere.jsonl: no such file" in missing_file
+    assert "dpo_cof" in unknown_flag
+    assert "--dpo_coef" in output
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(flag: str, capsys: pytest.CaptureFixture) -> None:
+    from rto.cli import main
+
+    assert main([flag]) == 0
+    assert "the whole method" in capsys.readouterr().out
