@@ -96,6 +96,7 @@ class Pipeline:
         elif PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(saved, self.recipe.to_yaml())
+        PartialState().wait_for_everyone()
 
     # --- stages
 
@@ -219,9 +220,10 @@ class Pipeline:
         with self._stage("evaluation", "evaluation on held-out prompts") as folder:
             if folder is not None and PartialState().is_main_process:
                 self._evaluate(folder)
-        results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
-        report = write_report(self.folder)
+        report = self.folder / "report.html"
         if PartialState().is_main_process:
+            report = write_report(self.folder)
+            results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
             self.console.print(f"report: {report}")
         return report

@@ -599,7 +599,6 @@ class RTOTrainer(TokenTrainer):
 
     def _record_lengths(self, rollout: Rollout) -> None:
         lengths = rollout.mask.sum(1).float()
-        self._tokens = self.all_reduce(lengths.sum())
         everywhere = self.accelerator.gather(lengths)
         self.record(
             **{
@@ -641,7 +640,9 @@ class RTOTrainer(TokenTrainer):
         total = sum(self._seconds.values())
         self.record(**{f"seconds/{name}": seconds for name, seconds in self._seconds.items()})
         if "sample" in self._seconds:  # false on the rest of a rollout that a checkpoint brought
-            self.record(**{"seconds/iteration": total, "tokens_per_second": float(self._tokens) / total})
+            assert self._targets is not None
+            tokens = float(self.all_reduce(self._targets.mask.sum().float()))
+            self.record(**{"seconds/iteration": total, "tokens_per_second": tokens / total})
 
     # --- checkpoints
 
