@@ -174,7 +174,6 @@ class Pipeline:
                 return
             start = self.recipe.reward_model or str(self.folder / "sft")
             tokenizer = load_tokenizer(start)
-            set_seed(self.recipe.seed)  # a new head is random where the start has none
             trainer = RewardTrainer(
                 model=load_scalar(start),
                 args=RewardConfig(
@@ -283,10 +282,8 @@ class Pipeline:
         lines = []
         for i, (ids, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
             pieces = [tokenizer.decode([token]) for token in ids[keep].tolist()]
-            gold = answers[name].gold[i]
-            lines.append(
-                {"method": name, "prompt": _shown(raw[i]), "tokens": pieces, "rewards": ratio[keep].tolist(), "gold": gold}
-            )
+            row = {"method": name, "prompt": _shown(raw[i]), "gold": answers[name].gold[i]}
+            lines.append({**row, "tokens": pieces, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
     def _judge(self, raw: list[Any]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -156,3 +158,19 @@ def test_a_model_with_two_outputs_is_refused(scalar_config, tmp_path, live):
 def test_a_model_without_a_scalar_head_is_refused_by_name(tiny_model):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no `score` head"):
         scalar_head(tiny_model())
+
+
+def test_a_language_model_is_no_reward_model(tiny_folder: Path) -> None:
+    """Without a trained head every score would be 0; as a critic to be trained the same folder is welcome."""
+    with pytest.raises(ValueError, match=f"{tiny_folder.name} has no trained scalar head"):
+        load_scalar(str(tiny_folder), new_head=False)
+    assert load_scalar(str(tiny_folder)) is not None
+
+
+def test_a_reward_model_is_no_policy(tiny_folder: Path, tmp_path: Path) -> None:
+    load_scalar(str(tiny_folder)).save_pretrained(tmp_path)
+    untied = AutoConfig.from_pretrained(tmp_path)
+    untied.tie_word_embeddings = False  # tied, the embeddings are the output layer, and nothing is missing
+    untied.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not a whole causal language model: it lacks lm_head\.weight"):
+        load_policy(str(tmp_path))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-WORDS = "ab cab back abacus crab dab fable garb".split(" ")
+WORDS = ["ab", "cab", "back", "abacus", "crab", "dab", "fable", "garb"]
 COMMON = ["--report_to", "none", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
 TRL = ["--bf16", "false", "--gradient_checkpointing", "false"]
 PROGRAM = """
@@ -69,6 +69,7 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
         [
             *("train", "--model_name_or_path", sft, *rewards, "--dataset_name", prompts),
             *("--config", str(config), "--learning_rate", "0.001", "--output_dir", out, *COMMON),
+            *("--report_to", "tensorboard"),
         ],
     )
     assert codes == [0, 0, 0, 0], errors[-3000:]
@@ -79,6 +80,7 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     assert first["share/token"] > 0
     assert {"score/reward", "score/score"} <= first.keys()  # a model by its folder, a function by its name
     assert first["learning_rate"] <= 0.001  # the flag wins over the file
+    assert list(Path(out).rglob("events.out.tfevents*"))
 
 
 def test_bad_input_ends_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,25 @@ def test_evaluation_leaves_training_alone(trainer: Callable[..., RTOTrainer], tm
     watched.train()
     assert torch.equal(weights(plain.model), weights(watched.model))
     assert any("eval_score" in row for row in watched.state.log_history)
+
+
+def test_conversations(trainer: Callable[..., RTOTrainer], reward_folder: Path) -> None:
+    """Messages go through the chat template; functions and reward models are given messages, as in TRL."""
+    seen: list[Any] = []
+
+    def look(prompts: list[Any], completions: list[Any], topic: list[str]) -> list[float]:
+        seen.extend(zip(prompts, completions, topic))
+        return [float(len(messages[0]["content"])) for messages in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": f"say {i}"}], "topic": f"t{i}"} for i in range(8)]
+    run = trainer(reward_funcs=[look, str(reward_folder)], train_dataset=Dataset.from_list(rows))
+    ids = run.train_dataset[0].ids
+    assert run.processing_class.decode(ids) == "<user>say 0<eos><assistant>"
+    run.train()
+    prompt, completion, topic = seen[0]
+    assert prompt[0]["content"].startswith("say")
+    assert topic == "t" + prompt[0]["content"].split()[1]
+    assert completion[0].keys() == {"role", "content"}
 
 
 def test_another_sampler(trainer: Callable[..., RTOTrainer]) -> None:

@@ -23,17 +23,31 @@ Source = str | Path | nn.Module
 
 
 def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
-    """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base."""
-    return _load(AutoModelForCausalLM, source, init_kwargs)
+    """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base.
+
+    Raises:
+        ValueError: weights are missing, as in the folder of a reward model.
+    """
+    if isinstance(source, nn.Module) or (Path(source) / "adapter_config.json").is_file():
+        return _load(AutoModelForCausalLM, source, init_kwargs)
+    model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
+    if missing:
+        raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
+    return model
 
 
-def load_scalar(source: Source, **init_kwargs: Any) -> nn.Module:
+def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:
     """A model with one scalar head, as reward model or critic.
 
     A folder of a causal language model gives its backbone with a new head that starts at zero: V = 0.
 
+    Args:
+        source: where from.
+        new_head: whether a new head will do; it will not for a reward model that is to score something.
+        init_kwargs: passed to ``from_pretrained``.
+
     Raises:
-        ValueError: the model has more than one output.
+        ValueError: the model has more than one output, or no trained head and none may be made.
     """
     if isinstance(source, nn.Module):
         labels = getattr(source.config, "num_labels", None)
@@ -43,17 +57,12 @@ def load_scalar(source: Source, **init_kwargs: Any) -> nn.Module:
     config = _config_of(source, trusts(init_kwargs))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the report of a missing head: we say it ourselves, below
-    try:
-        model, report = _load(
-            AutoModelForSequenceClassification,
-            source,
-            {**init_kwargs, "num_labels": 1, "output_loading_info": True},
+    model, missing = _load_and_report(AutoModelForSequenceClassification, source, {**init_kwargs, "num_labels": 1})
+    if missing and not new_head:
+        raise ValueError(
+            f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    if any(key.startswith("score.") for key in report["missing_keys"]):
+    if missing:
         nn.init.zeros_(scalar_head(model).weight)
     return model
 
@@ -74,6 +83,17 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
 def trusts(init_kwargs: dict[str, Any]) -> bool:
     """Whether code that comes with a model may run."""
     return bool(init_kwargs.get("trust_remote_code", False))
+
+
+def _load_and_report(auto: Any, source: str | Path, init_kwargs: dict[str, Any]) -> tuple[Any, set[str]]:
+    """A model and the names of the weights its folder lacks; the library's own report of them is kept quiet."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        model, report = _load(auto, source, {**init_kwargs, "output_loading_info": True})
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    return model, set(report["missing_keys"])
 
 
 def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:

@@ -147,7 +147,7 @@ def reward_source(
         if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
         tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs))
-    return RewardModel(load_scalar(source, **init_kwargs), tokenizer, max_tokens=max_tokens)
+    return RewardModel(load_scalar(source, new_head=False, **init_kwargs), tokenizer, max_tokens=max_tokens)
 
 
 class TokenReward:
