@@ -312,15 +312,11 @@ def spawn(python: str, side: str, folder: Path, threads: int) -> str:
     Raises:
         RuntimeError: it failed; its last words are in the message.
     """
-    environment = (
-        {"OMP_WAIT_POLICY": "passive"}
-        | os.environ
-        | {
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "true",
-            "HF_HUB_OFFLINE": "1",
-        }
-    )
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [python, str(Path(__file__).resolve()), "--worker", side, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -374,7 +370,7 @@ def compare(pythons: dict[str, str], work: Work, rounds: int, target: Path) -> N
             "rounds": rounds,
             "device": "cpu",
             "dtype": "float32",
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
         },
         "versions": {side: results[0]["versions"] for side, results in runs.items()},
         "summary": rows,
