@@ -8,28 +8,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from killable import WORDS
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rto import RTOConfig, RTOTrainer
-
-WORDS = [
-    "ab",
-    "cab",
-    "back",
-    "abacus",
-    "a",
-    "bac",
-    "crab",
-    "dab",
-    "baobab",
-    "cabbage",
-    "fable",
-    "garb",
-    "habit",
-    "jab",
-    "kebab",
-    "lab",
-]
 
 
 def count_b(completions: list[str], **columns: Any) -> list[float]:

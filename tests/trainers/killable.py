@@ -18,6 +18,25 @@ from rto import RTOConfig, RTOTrainer
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.trainers import base
 
+WORDS = [
+    "ab",
+    "cab",
+    "back",
+    "abacus",
+    "a",
+    "bac",
+    "crab",
+    "dab",
+    "baobab",
+    "cabbage",
+    "fable",
+    "garb",
+    "habit",
+    "jab",
+    "kebab",
+    "lab",
+]
+
 
 def kill(*args: Any, **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -61,24 +80,6 @@ def score(prompts: list[str], completions: list[str], completion_ids: list[list[
 
 
 def build(policy: str, dpo: str, output: str, *, batch: int = 8, greedy: bool = False, **kwargs: Any) -> RTOTrainer:
-    words = [
-        "ab",
-        "cab",
-        "back",
-        "abacus",
-        "a",
-        "bac",
-        "crab",
-        "dab",
-        "baobab",
-        "cabbage",
-        "fable",
-        "garb",
-        "habit",
-        "jab",
-        "kebab",
-        "lab",
-    ]
     settings = {
         "output_dir": output,
         "per_device_train_batch_size": batch,
@@ -102,7 +103,7 @@ def build(policy: str, dpo: str, output: str, *, batch: int = 8, greedy: bool = 
         RTOConfig(**settings | kwargs),
         dpo_model=dpo,
         reward_funcs=score,
-        train_dataset=Dataset.from_list([{"prompt": word} for word in words]),
+        train_dataset=Dataset.from_list([{"prompt": word} for word in WORDS]),
     )
     if greedy:  # what is sampled must not depend on how prompts are spread over processes
         config = SamplingConfig(max_completion_length=6, temperature=0.0)

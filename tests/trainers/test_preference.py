@@ -133,3 +133,13 @@ def test_resumes_bit_for_bit(trainer: Callable[..., PreferenceTrainer], tmp_path
     lines = [(tmp_path / run / "log.jsonl").read_text().split("\n")[:-1] for run in "ab"]
     steps = [[json.loads(line)["step"] for line in log] for log in lines]
     assert steps[0] == steps[1]
+
+
+def test_evaluation_does_not_take_what_training_recorded(trainer: Callable[..., PreferenceTrainer]) -> None:
+    run = trainer(logging_steps=2, eval_strategy="steps", eval_steps=1)
+    run.train()
+    evaluations = [row for row in run.state.log_history if "eval_loss" in row]
+    training = [row for row in run.state.log_history if "accuracy" in row]
+    assert [row["step"] for row in evaluations] == [1, 2]
+    assert [row["step"] for row in training] == [2]
+    assert not any("accuracy" in row for row in evaluations)

@@ -166,7 +166,7 @@ class PreferenceTrainer(TokenTrainer):
             "pairs": float(len(data)),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(dict(metrics))
+        super(TokenTrainer, self).log(dict(metrics))  # what training has recorded waits for its own log
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
