@@ -67,6 +67,7 @@ class Data:
         pair_prompts: prompts for sampled pairs.
         prompts: prompts for reinforcement learning, the same for every method.
         test_prompts: held-out prompts for the evaluation.
+        eval_pairs: held-out pairs; DPO and reward model are measured on them (``held_out.json`` in their folders).
     """
 
     prompts: Rows
