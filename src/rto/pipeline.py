@@ -136,7 +136,7 @@ class Pipeline:
             assert recipe.data.pair_prompts is not None
             gold = resolve(recipe.gold)
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
-            scores = [gold(prompts=prompts, completions=[text for text, _ in side]) for side in sides]
+            scores = [gold(prompts=prompts, completions=[said for said, _ in side]) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
             first = (draw < torch.sigmoid(gap / recipe.label_temperature)).tolist()
@@ -290,19 +290,21 @@ class Pipeline:
         """The gold reward where the task has one, else the learned reward model; and what to call it."""
         if self.recipe.gold is not None:
             gold = resolve(self.recipe.gold)
-            return lambda texts, ended: list(gold(prompts=raw, completions=texts)), gold.__name__
+            return lambda texts, ended: list(
+                gold(prompts=raw, completions=list(map(_said, raw, texts)))
+            ), gold.__name__
         where = self.folder / "reward"
         model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
 
         def learned(texts: list[str], ended: list[bool]) -> list[float]:
-            said = texts if isinstance(raw[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
+            said = list(map(_said, raw, texts))
             return model(Completed(prompts=raw, completions=said, completion_ids=[[]] * len(texts), ended=ended))
 
         return learned, "reward model"
 
     # --- help
 
-    def _complete_twice(self, rows: Dataset) -> tuple[list[Any], list[list[tuple[str, bool]]]]:
+    def _complete_twice(self, rows: Dataset) -> tuple[list[Any], list[list[tuple[Any, bool]]]]:
         """Prompts that fit, and two completions of each by the starting policy: text, and whether it ended."""
         start = self.folder / "sft"
         tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
@@ -319,7 +321,9 @@ class Pipeline:
             samples = sampler(policy, ids[i : i + SIDE_BY_SIDE], self.recipe.seed * 1_000_003 + i)
             kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
             drawn += zip(tokenizer.batch_decode(kept, skip_special_tokens=True), samples.ended.tolist())
-        return [p.raw for p in prompts], [drawn[0::2], drawn[1::2]]
+        raw = [p.raw for p in prompts]
+        sides = [[(_said(x, text), ended) for x, (text, ended) in zip(raw, drawn[i::2])] for i in range(2)]
+        return raw, sides
 
     def _pairs(self) -> Dataset:
         if self.recipe.data.pairs is not None:
@@ -367,6 +371,11 @@ class Pipeline:
 def _shown(prompt: Any) -> str:
     """A prompt as text for people."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _said(prompt: Any, text: str) -> Any:
+    """A completion in the format of its prompt: text, or a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _folder_of(method: str) -> str:

@@ -15,7 +15,6 @@ from rto.data.formats import (
     prompt_ids,
     read_pairs,
     read_prompts,
-    usable_pairs,
 )
 
 
@@ -150,13 +149,13 @@ def test_what_cannot_be_learned_from_is_counted_with_its_first_row(tokenizer, ca
     assert "2 with an empty side (first: row 1)" in message
 
 
-def test_conversations_with_an_empty_answer_are_left_out():
+def test_conversations_with_an_empty_answer_are_left_out(tokenizer):
     rows = [
         {"prompt": [user("hi")], "chosen": [agent("yes")], "rejected": [agent(" ")]},
         {"prompt": [user("hi")], "chosen": [agent("yes")], "rejected": [agent("no")]},
     ]
-    usable, skipped = usable_pairs(Dataset.from_list(rows))
-    assert len(usable) == 1
+    pairs, skipped = read_pairs(Dataset.from_list(rows), tokenizer, max_length=100)
+    assert len(pairs) == 1
     assert skipped.counts == {"with an empty side": 1}
 
 
@@ -199,7 +198,7 @@ def test_nothing_left_says_why_and_what_to_do(tokenizer):
     ):
         read_prompts(Dataset.from_list([{"prompt": "long text"}] * 2), tokenizer, max_length=3)
     with pytest.raises(DataError, match="two different, non-empty completions"):
-        usable_pairs(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "a"}]))
+        read_pairs(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "a"}]), tokenizer, max_length=9)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -269,3 +268,17 @@ def test_real_preference_pairs(data_dir, stories):
     first = next(row for row in data if len(tokenizer(row["prompt"] + row["chosen"]).input_ids) < 300)
     decoded = {tokenizer.decode(p.prompt + p.chosen[:-1], skip_special_tokens=True) for p in pairs}
     assert first["prompt"] + first["chosen"] in decoded
+
+
+def test_a_conversation_that_was_cut_off_gets_no_end_of_turn(tokenizer):
+    row = {"prompt": [user("hi")], "chosen": [agent("yes")], "rejected": [agent("no")], "rejected_ended": False}
+    (pair,), _ = read_pairs(Dataset.from_list([row]), tokenizer, max_length=100)
+    assert tokenizer.decode(pair.chosen) == "yes<eos>"
+    assert tokenizer.decode(pair.rejected) == "no"
+
+
+def test_what_is_left_out_is_told_once(tokenizer, caplog):
+    rows = [{"prompt": "p", "chosen": "yes", "rejected": side} for side in ("no", "", "x" * 50)]
+    read_pairs(Dataset.from_list(rows), tokenizer, max_length=20)
+    assert len(caplog.messages) == 1
+    assert "2 of 3 rows left out" in caplog.messages[0]

@@ -155,6 +155,35 @@ def test_weights_of_reward_functions(trainer: Callable[..., RTOTrainer], tmp_pat
     assert run._metrics["score/index"] == [3.5]
 
 
+def test_two_functions_of_one_name_are_told_apart(trainer: Callable[..., RTOTrainer]) -> None:
+    def make(value: float) -> Callable[..., list[float]]:
+        def judge(completions: list[str]) -> list[float]:
+            return [value] * len(completions)
+
+        return judge
+
+    run = trainer(reward_funcs=[make(1.0), make(2.0)])
+    assert rollout_of(run).scores.tolist() == [3.0] * 8
+    assert run._metrics["score/judge"] == [1.0]
+    assert run._metrics["score/judge_1"] == [2.0]
+
+
+def test_activation_checkpointing_changes_no_gradient(trainer: Callable[..., RTOTrainer]) -> None:
+    """Recomputed in the backward pass, in both models, and the same to the last bit; sampling is left alone."""
+    grads = []
+    for on in (False, True):
+        run = trainer(num_mini_batches=1)
+        targets = run.credit(rollout_of(run))
+        if on:
+            run.model.activation_checkpointing_enable()
+            assert run.model.policy.model.layers[0].gradient_checkpointing
+            assert run.model.value_model.model.layers[0].gradient_checkpointing
+            assert rollout_of(run).tokens.shape == targets.tokens.shape
+        run.update(run.model, targets)
+        grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    assert torch.equal(grads[0], grads[1])
+
+
 def test_reference_is_the_start_and_stays(trainer: Callable[..., RTOTrainer], tiny_folder: Path) -> None:
     run = trainer(num_train_epochs=2)
     run.train()

@@ -17,7 +17,6 @@ from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
 logger = logging.getLogger(__name__)
 
-_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chosen_ended", "rejected_ended")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -113,38 +112,6 @@ def read_prompts(
     return kept, skipped
 
 
-def usable_pairs(dataset: Dataset | IterableDataset, *, what: str = "train_dataset") -> tuple[Dataset, Skipped]:
-    """The pairs that carry a preference: no empty side, no two equal sides; with an explicit prompt.
-
-    Completions count as ended unless a column ``chosen_ended`` or ``rejected_ended`` says that one was cut off
-    at a length limit: such a one gets no EOS, since nobody wrote it.
-
-    Raises:
-        DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
-    """
-    rows, _, skipped = _usable(dataset, what)
-    return Dataset.from_list(rows), skipped
-
-
-def _usable(dataset: Dataset | IterableDataset, what: str) -> tuple[list[dict[str, Any]], list[int], Skipped]:
-    """The rows that carry a preference, their places in the data set, and what was left out."""
-    _need_columns(dataset, ("chosen", "rejected"), what)
-    skipped, rows, places = Skipped(), [], []
-    for i, row in enumerate(dataset):
-        skipped.total += 1
-        if not row["chosen"] or not row["rejected"] or _blank(row["chosen"]) or _blank(row["rejected"]):
-            skipped.add("with an empty side", i)
-        elif row["chosen"] == row["rejected"]:
-            skipped.add("with two equal sides", i)
-        elif not (kept := {**row, **maybe_extract_prompt(dict(row))})["prompt"]:
-            skipped.add("with an empty prompt", i)  # no token would predict the completion's first one
-        else:
-            rows.append({key: kept.get(key, True) for key in _PAIR_COLUMNS})
-            places.append(i)
-    _tell(skipped, rows, what, "every pair needs a prompt and two different, non-empty completions")
-    return rows, places, skipped
-
-
 def read_pairs(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,22 +121,45 @@ def read_pairs(
 ) -> tuple[list[Pair], Skipped]:
     """Tokenize preference pairs; what cannot be learned from or does not fit is left out with a count.
 
+    Completions count as ended unless a column ``chosen_ended`` or ``rejected_ended`` says that one was cut off
+    at a length limit: such a one gets no EOS, since nobody wrote it.
+
     Raises:
-        DataError: a column is missing, or no row is left.
+        DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
     """
-    rows, places, skipped = _usable(dataset, what)
-    kept = []
-    for i, row in zip(places, rows):
-        prompt, chosen = completion_ids(row["prompt"], row["chosen"], tokenizer, ended=row["chosen_ended"])
-        _, rejected = completion_ids(row["prompt"], row["rejected"], tokenizer, ended=row["rejected_ended"])
-        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-            skipped.add(f"over {max_length} tokens", i)
-        elif chosen == rejected:
-            skipped.add("with sides that are equal as tokens", i)
+    _need_columns(dataset, ("chosen", "rejected"), what)
+    skipped, kept = Skipped(), []
+    for i, row in enumerate(dataset):
+        skipped.total += 1
+        pair = _pair(row, tokenizer, max_length)
+        if isinstance(pair, str):
+            skipped.add(pair, i)
         else:
-            kept.append(Pair(prompt, chosen, rejected))
-    _tell(skipped, kept, what, "raise max_length, or bring pairs that fit")
+            kept.append(pair)
+    remedy = "every pair needs a prompt and two different, non-empty completions that fit max_length"
+    _tell(skipped, kept, what, remedy)
     return kept, skipped
+
+
+def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pair | str:
+    """A row as token ids, or why it is left out."""
+    if not row["chosen"] or not row["rejected"] or _blank(row["chosen"]) or _blank(row["rejected"]):
+        return "with an empty side"
+    if row["chosen"] == row["rejected"]:
+        return "with two equal sides"
+    row = {**row, **maybe_extract_prompt(dict(row))}
+    if not row["prompt"]:
+        return "with an empty prompt"  # no token would predict the completion's first one
+    sides = []
+    for side in ("chosen", "rejected"):
+        ended = row.get(f"{side}_ended", True)
+        prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=ended)
+        sides.append(ids)
+    if len(prompt) + max(map(len, sides)) > max_length:
+        return f"over {max_length} tokens"
+    if sides[0] == sides[1]:
+        return "with sides that are equal as tokens"
+    return Pair(prompt, *sides)
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -192,8 +182,9 @@ def completion_ids(
         eos = tokenizer.eos_token if ended and not completion.endswith(tokenizer.eos_token) else ""
         text, special = {"prompt": prompt, "completion": completion + eos}, True
     else:
-        text = apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer)
-        special = False
+        text, special = apply_chat_template({"prompt": prompt, "completion": completion}, tokenizer), False
+        if not ended:  # the template's end of turn, too, is nobody's
+            text["completion"] = completion[0]["content"]
     before = tokenizer(text["prompt"], add_special_tokens=special).input_ids
     whole = tokenizer(text["prompt"] + text["completion"], add_special_tokens=special).input_ids
     if whole[: len(before)] == before:

@@ -60,7 +60,10 @@ class Actor(nn.Module):
         """Recompute activations in the backward pass, in both models."""
         for model in (self.policy, self.value_model):
             if model is not None:
-                unwrap_peft(model).gradient_checkpointing_enable(activation_checkpointing_kwargs)
+                inner = unwrap_peft(model)
+                new = hasattr(inner, "activation_checkpointing_enable")  # older transformers call it gradient ...
+                enable = inner.activation_checkpointing_enable if new else inner.gradient_checkpointing_enable
+                enable(activation_checkpointing_kwargs)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 

@@ -435,8 +435,10 @@ class RTOTrainer(TokenTrainer):
         logged: dict[str, list[float]] = {}
         for source, weight in zip(self.score_sources, self.score_weights):
             with self.accelerator.autocast():
-                logged[source.name] = source(batch)
-            total += weight * torch.tensor(logged[source.name], device=total.device)
+                scores = source(batch)
+            name = source.name if source.name not in logged else f"{source.name}_{len(logged)}"
+            logged[name] = scores
+            total += weight * torch.tensor(scores, device=total.device)
         self._record_scores(batch, {**logged, "": total.tolist()})
         if self.args.normalize_scores:
             self.score_moments.update(total, all_reduce=self.all_reduce)
@@ -447,11 +449,11 @@ class RTOTrainer(TokenTrainer):
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         raw = [p.raw for p in prompts]
-        spoken = isinstance(raw[0], str)
+        plain = isinstance(raw[0], str)
         names = prompts[0].columns
         return Completed(
             prompts=raw,
-            completions=texts if spoken else [[{"role": "assistant", "content": text}] for text in texts],
+            completions=texts if plain else [[{"role": "assistant", "content": text}] for text in texts],
             completion_ids=ids,
             ended=samples.ended.tolist(),
             columns={name: [p.columns[name] for p in prompts] for name in names},
