@@ -290,9 +290,11 @@ class Pipeline:
         """The gold reward where the task has one, else the learned reward model; and what to call it."""
         if self.recipe.gold is not None:
             gold = resolve(self.recipe.gold)
-            return lambda texts, ended: list(
-                gold(prompts=raw, completions=list(map(_said, raw, texts)))
-            ), gold.__name__
+
+            def true(texts: list[str], ended: list[bool]) -> list[float]:
+                return list(gold(prompts=raw, completions=list(map(_said, raw, texts))))
+
+            return true, gold.__name__
         where = self.folder / "reward"
         model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
 
