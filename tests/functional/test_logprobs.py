@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rto.functional.logprobs import predicting, scatter, token_logprobs
+from rto.functional.logprobs import predicting, scatter, token_forward_kl, token_logprobs
 
 N, D, V = 23, 8, 61
 
@@ -155,3 +155,37 @@ def test_scatter_undoes_the_selection_and_carries_gradients():
     weights = torch.randn(4, 6)
     (back * weights).sum().backward()
     assert torch.equal(chosen.grad, weights[mask])
+
+
+# --- the divergence from a reference's whole distribution
+
+
+@pytest.mark.parametrize("max_logits", [1, 10 * V + 3, 2**24], ids=["row by row", "five rows", "at once"])
+def test_forward_kl_and_its_gradient_are_torchs(layer, max_logits):
+    """Against torch.distributions in fp64, gradients of a weighted sum included; the reference gets none."""
+    hidden, head, _ = layer
+    ref_hidden, ref_head = torch.randn(N, D + 3) * 3, nn.Linear(D + 3, V)
+    weights = torch.linspace(-1, 2, N)
+
+    ours = hidden.clone().requires_grad_(), ref_hidden.clone().requires_grad_()
+    kl = token_forward_kl(ours[0], head, ours[1], ref_head, vocab_size=V, max_logits=max_logits)
+    (kl * weights).sum().backward()
+    grad = head.weight.grad.clone()
+    assert ours[1].grad is None
+    assert ref_head.weight.grad is None
+
+    head.zero_grad()
+    wide = hidden.clone().requires_grad_()
+    p, q = (torch.distributions.Categorical(logits=x.double()) for x in (ref_head(ref_hidden), head(wide)))
+    expected = torch.distributions.kl_divergence(p, q)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[0].grad, wide.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, head.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_kl_of_equal_distributions_is_zero_and_of_no_tokens_is_empty(layer):
+    hidden, head, _ = layer
+    same = token_forward_kl(hidden, head, hidden, head, vocab_size=V)
+    torch.testing.assert_close(same, torch.zeros(N), rtol=0, atol=1e-6)
+    assert token_forward_kl(hidden[:0], head, hidden[:0], head, vocab_size=V).shape == (0,)

@@ -1,7 +1,8 @@
 """Data sets in TRL's formats to token ids, with every row that cannot be used counted and named.
 
-Prompt-only: ``prompt``. Preference: ``prompt`` (or an implicit prompt), ``chosen``, ``rejected``. Each standard
-(text) or conversational (lists of messages, rendered by the tokenizer's chat template).
+Prompt-only: ``prompt``. Preference: ``prompt`` (or an implicit prompt), ``chosen``, ``rejected``. Unpaired preference:
+``prompt``, ``completion``, ``label``. Each standard (text) or conversational (lists of messages, rendered by the
+tokenizer's chat template).
 """
 
 import logging
@@ -84,6 +85,15 @@ class Pair:
     rejected: list[int]
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """One completion with its label, as token ids."""
+
+    prompt: list[int]
+    completion: list[int]
+    desirable: bool
+
+
 def read_prompts(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -162,6 +172,55 @@ def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
     return Pair(prompt, *sides)
 
 
+def read_labelled(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    what: str = "train_dataset",
+) -> tuple[list[Labelled], Skipped]:
+    """Tokenize completions that are labelled one by one; what cannot be used is left out with a count.
+
+    A column ``completion_ended`` says, as for pairs, which completions were cut off at a length limit.
+
+    Raises:
+        DataError: a column is missing, no row is left, or all labels are the same.
+    """
+    _need_columns(dataset, ("prompt", "completion", "label"), what)
+    skipped, kept = Skipped(), []
+    for i, row in enumerate(dataset):
+        skipped.total += 1
+        labelled = _labelled(row, tokenizer, max_length)
+        if isinstance(labelled, str):
+            skipped.add(labelled, i)
+        else:
+            kept.append(labelled)
+    _tell(skipped, kept, what, "every row needs a prompt, a non-empty completion that fits max_length, and a label")
+    if len({row.desirable for row in kept}) == 1:
+        raise DataError(
+            f"{what}: every label is {kept[0].desirable}: a preference needs desirable (true) and undesirable "
+            "(false) completions"
+        )
+    return kept, skipped
+
+
+def _labelled(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Labelled | str:
+    """A row as token ids, or why it is left out."""
+    if row["label"] is None:
+        return "without a label"
+    if row["label"] not in (0, 1):
+        return "with a label that is neither true nor false"
+    if not row["completion"] or _blank(row["completion"]):
+        return "with an empty completion"
+    if not row["prompt"]:
+        return "with an empty prompt"
+    ended = row.get("completion_ended", True)
+    prompt, ids = completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended)
+    if len(prompt) + len(ids) > max_length:
+        return f"over {max_length} tokens"
+    return Labelled(prompt, ids, bool(row["label"]))
+
+
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt; a conversation gets the template's generation prompt."""
     if isinstance(prompt, str):
@@ -204,7 +263,7 @@ def _need_columns(dataset: Dataset | IterableDataset, needed: Iterable[str], wha
     if missing:
         raise DataError(
             f"{what} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. "
-            "Rename yours to TRL's names (prompt; chosen, rejected)."
+            "Rename yours to TRL's names (prompt; chosen, rejected; for unpaired losses such as kto: completion, label)."
         )
 
 

@@ -70,3 +70,35 @@ def _token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: flo
 def scatter(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Put the kept tokens' numbers back in their places, 0 elsewhere; the inverse of ``y[mask]``."""
     return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+
+
+def token_forward_kl(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    ref_hidden: Float[Tensor, "N Dref"],
+    ref_head: Head,
+    *,
+    vocab_size: int,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Tensor, " N"]:
+    """KL(p_ref ‖ p) = Σ_v p_ref(v) [log p_ref(v) − log p(v)] for each position, nats, in fp32.
+
+    Gradients reach ``hidden`` and ``head`` only. Rows are cut and logits computed again in the backward pass as in
+    `token_logprobs`; both models' logits exist for one cut at a time.
+    """
+    if len(hidden) == 0:
+        return hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
+    rows = max(1, max_logits // (2 * vocab_size))
+    again = torch.is_grad_enabled() and len(hidden) > rows
+    parts = []
+    for h, ref in zip(hidden.split(rows), ref_hidden.split(rows)):
+        args = (h, head, ref, ref_head)
+        parts.append(checkpoint(_forward_kl, *args, use_reentrant=False) if again else _forward_kl(*args))
+    return torch.cat(parts)
+
+
+def _forward_kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> Tensor:
+    with torch.no_grad():
+        ref = ref_head(ref_hidden).float().log_softmax(-1)
+    ours = head(hidden).float().log_softmax(-1)
+    return (ref.exp() * (ref - ours)).sum(-1)

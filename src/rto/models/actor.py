@@ -3,14 +3,14 @@
 Only positions that predict a response token reach a head, and only in chunks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rto.batches import Sequences, micro_batches
-from rto.functional.logprobs import predicting, scatter, token_logprobs
+from rto.functional.logprobs import Head, predicting, scatter, token_forward_kl, token_logprobs
 from rto.models.loading import backbone, scalar_head, unwrap_peft
 
 
@@ -23,6 +23,8 @@ class TokenOutputs(NamedTuple):
     """Entropy of π(·|x,y_<t), nats, without gradient."""
     values: Float[Tensor, "B T"] | None
     """V(s_t), s_t = (x, y_<t)."""
+    ref_kl: Float[Tensor, "B T"] | None = None
+    """KL(π_ref(·|x,y_<t) ‖ π(·|x,y_<t)), nats; None without a reference to compare with."""
 
 
 class Actor(nn.Module):
@@ -47,12 +49,25 @@ class Actor(nn.Module):
         prompt_mask: Bool[Tensor, "B P"],
         mask: Bool[Tensor, "B T"],
         temperature: float = 1.0,
+        ref_hidden: Float[Tensor, "N D"] | None = None,
+        ref_head: Head | None = None,
     ) -> TokenOutputs:
-        """Score every response token under the policy and the critic."""
+        """Score every response token under the policy and the critic.
+
+        With ``ref_hidden`` (a reference's hidden states at the kept response tokens) and ``ref_head`` (its output
+        layer), the policy's whole distribution is compared with the reference's, too.
+        """
         sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)
-        logp, entropy = policy_outputs(self.policy, sequences, temperature)
+        hidden = response_states(self.policy, sequences)
+        logp, entropy = _scored(self.policy, hidden, sequences, temperature)
         values = None if self.value_model is None else token_values(self.value_model, sequences)
-        return TokenOutputs(logp, entropy, values)
+        ref_kl = None
+        if ref_hidden is not None:
+            assert ref_head is not None
+            vocab_size = unwrap_peft(self.policy).config.get_text_config().vocab_size
+            head = output_layer(self.policy)
+            ref_kl = scatter(token_forward_kl(hidden, head, ref_hidden, ref_head, vocab_size=vocab_size), mask)
+        return TokenOutputs(logp, entropy, values, ref_kl)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
@@ -85,21 +100,29 @@ def policy_outputs(
     model: nn.Module, sequences: Sequences, temperature: float = 1.0
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log π(y_t|x,y_<t) and the entropy of π(·|x,y_<t), 0 outside the mask."""
+    return _scored(model, response_states(model, sequences), sequences, temperature)
+
+
+def response_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "N D"]:
+    """Hidden states that predict the kept response tokens."""
+    return predicting(hidden_states(model, sequences), sequences.mask.shape[1])[sequences.mask]
+
+
+def _scored(
+    model: nn.Module, hidden: Float[Tensor, "N D"], sequences: Sequences, temperature: float
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     mask = sequences.mask
-    hidden = predicting(hidden_states(model, sequences), mask.shape[1])[mask]
-    head = output_layer(model)
     vocab_size = unwrap_peft(model).config.get_text_config().vocab_size
     logp, entropy = token_logprobs(
-        hidden, head, sequences.responses[mask], vocab_size=vocab_size, temperature=temperature
+        hidden, output_layer(model), sequences.responses[mask], vocab_size=vocab_size, temperature=temperature
     )
     return scatter(logp, mask), scatter(entropy, mask)
 
 
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
-    mask = sequences.mask
-    hidden = predicting(hidden_states(model, sequences), mask.shape[1])[mask]
-    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), mask)
+    hidden = response_states(model, sequences)
+    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
 
 
 class output_layer:
@@ -112,11 +135,16 @@ class output_layer:
     def __init__(self, model: nn.Module) -> None:
         inner = unwrap_peft(model)
         config = inner.config.get_text_config()
-        self.head = inner.get_output_embeddings()
+        self.head: Any = inner.get_output_embeddings()
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    def without_adapter(self) -> "output_layer":
+        """The layer of the base model, where an adapter has one of its own."""
+        self.head = getattr(self.head, "base_layer", getattr(self.head, "original_module", self.head))
+        return self
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits, in the model's own precision."""

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from rto.batches import micro_batches
 from rto.models.actor import Actor
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class TokenTrainer(SealedCheckpoints):
     is one, in the sub-folder ``value_model``.
     """
 
+    args: TokenTrainingArguments
     model: Actor
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any
@@ -162,6 +164,14 @@ class TokenTrainer(SealedCheckpoints):
                 self.accelerator.backward(value * self.accelerator.num_processes)
             total += value.detach()
         return self.all_reduce(total)
+
+    def micro_batches(self, lengths: Tensor) -> list[Tensor]:
+        """Cuts by the token budget; as many on every process, since sharded models run in step."""
+        cuts = micro_batches(lengths, self.args.max_tokens_per_micro_batch)
+        if self.accelerator.num_processes == 1:
+            return cuts
+        most = self.accelerator.gather(torch.tensor([len(cuts)], device=self.args.device)).max()
+        return micro_batches(lengths, self.args.max_tokens_per_micro_batch, at_least=int(most))
 
     def record(self, **metrics: float | Tensor) -> None:
         """Keep metrics, already global, for the next log; several values of one name are averaged."""

@@ -1,20 +1,22 @@
-"""Stage 1: learn π_dpo from preference pairs."""
+"""Stage 1: learn π_dpo from preferences."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.batches import PairBatch, Sequences, collate, micro_batches
-from rto.data.formats import Pair, read_pairs
-from rto.functional.preference import LOSSES, Completions, PairLoss, PreferenceLoss
-from rto.models.actor import Actor, check_output_layer, score_logprobs
+from rto.batches import Sequences, collate, micro_batches
+from rto.functional.logprobs import scatter
+from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
+from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_outputs, response_states
 from rto.models.loading import (
     Source,
     check_same_vocabulary,
@@ -26,6 +28,15 @@ from rto.models.loading import (
     trusts,
 )
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments
+from rto.trainers.examples import (
+    Example,
+    load_reference,
+    read_examples,
+    reference_key,
+    save_reference,
+    sequences_of,
+    with_reference,
+)
 
 
 @dataclass
@@ -35,7 +46,11 @@ class PreferenceConfig(TokenTrainingArguments):
     Attributes:
         loss: name of the loss in `rto.functional.preference.LOSSES`.
         loss_kwargs: fields of the loss, such as ``{"beta": 0.1}``.
-        max_length: pairs with a longer prompt + completion are left out with a count.
+        max_length: rows with a longer prompt + completion are left out with a count.
+        precompute_ref_log_probs: π_ref reads the data once, before training, and is then let go: one model less in
+            memory, and a later run on the same data, model and template finds the numbers. Unlike TRL's, on by
+            default; off where the model is sharded (FSDP, DeepSpeed) and for losses that need π_ref's distribution.
+        ref_cache_dir: where these numbers are kept; None: in ``output_dir``. Give runs one folder to share them.
     """
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Initial learning rate of AdamW."})
@@ -45,14 +60,20 @@ class PreferenceConfig(TokenTrainingArguments):
     loss_kwargs: dict | str | None = field(
         default=None, metadata={"help": 'Fields of the loss, as JSON: {"beta": 0.1, "label_smoothing": 0.0}.'}
     )
-    max_length: int = field(default=1024, metadata={"help": "Longer pairs (prompt + completion) are left out."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows (prompt + completion) are left out."})
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "Let π_ref read the data once, before training, and keep its numbers."}
+    )
+    ref_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where π_ref's numbers are kept; in output_dir when not given."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.make_loss()
 
-    def make_loss(self) -> PreferenceLoss:
+    def make_loss(self) -> PreferenceLoss | UnpairedLoss:
         """The loss object that ``loss`` and ``loss_kwargs`` describe.
 
         Raises:
@@ -60,33 +81,46 @@ class PreferenceConfig(TokenTrainingArguments):
         """
         if self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss!r} is not known; choose from {', '.join(LOSSES)}")
-        kwargs = _json(self.loss_kwargs)
+        kind: Any = LOSSES[self.loss]
         try:
-            return LOSSES[self.loss](**kwargs)
+            return kind(**_json(self.loss_kwargs))
         except TypeError as error:
-            known = ", ".join(LOSSES[self.loss].__dataclass_fields__)
-            raise ValueError(f"loss_kwargs of {self.loss}: {error}; its fields are {known}") from error
+            raise ValueError(
+                f"loss_kwargs of {self.loss}: {error}; its fields are {', '.join(kind.__dataclass_fields__)}"
+            ) from error
 
 
 def _json(value: dict | str | None) -> dict[str, Any]:
     return dict(json.loads(value) if isinstance(value, str) else value or {})
 
 
+class Outcome(NamedTuple):
+    """What the loss says of n examples; NaN where an example has no such completion."""
+
+    loss: Float[Tensor, " n"]
+    accuracy: Float[Tensor, " n"]
+    """1 where the chosen side has the higher implicit reward; alone: where a completion is on its label's side."""
+    chosen: Float[Tensor, " n"]
+    """Implicit reward of chosen or desirable completions."""
+    rejected: Float[Tensor, " n"]
+
+
 class PreferenceTrainer(TokenTrainer):
-    """Direct preference learning with any `PreferenceLoss`.
+    """Direct preference learning with any `PreferenceLoss` or `UnpairedLoss`.
 
     Args:
         model: the starting policy: a folder, a hub id or a model.
         ref_model: π_ref; None means the starting policy itself, or the base model under a PEFT adapter.
         args: the configuration.
-        train_dataset: pairs in TRL's preference format, standard or conversational.
-        eval_dataset: the same, for ``evaluate``: loss, pair accuracy and margin on held-out pairs.
+        train_dataset: pairs in TRL's preference format, standard or conversational; for an unpaired loss, rows in
+            TRL's unpaired format or pairs.
+        eval_dataset: the same, for ``evaluate``: loss, accuracy and margin on held-out rows.
         processing_class: the tokenizer; None loads the model's.
         loss: a loss object; None makes the one that ``args`` describes.
         peft_config: train a PEFT adapter instead of the whole model.
 
     Raises:
-        DataError: the pairs cannot be used; the message names the column or counts the rows.
+        DataError: the data cannot be used; the message names the column or counts the rows.
         ValueError: ``ref_model`` has another vocabulary.
     """
 
@@ -101,28 +135,27 @@ class PreferenceTrainer(TokenTrainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        loss: PreferenceLoss | None = None,
+        loss: PreferenceLoss | UnpairedLoss | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or PreferenceConfig(output_dir="preference")
         init = dict(args.init_kwargs)
         tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
-        self.loss: PreferenceLoss = loss or args.make_loss()
+        self.loss = loss or args.make_loss()
+        self.processing_class = tokenizer
         self.skipped = {}
-        pairs: dict[str, list[Pair] | None] = {"train": None, "eval": None}
+        examples: dict[str, list[Example] | None] = {"train": None, "eval": None}
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if dataset is not None:
-                pairs[name], self.skipped[name] = read_pairs(
-                    dataset, tokenizer, max_length=args.max_length, what=f"{name}_dataset"
-                )
+                examples[name], self.skipped[name] = self._read(dataset, f"{name}_dataset", args.max_length)
         policy = load_policy(model, **init)
         if ref_model is not None:
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy)
         check_output_layer(policy)
         self.reference: nn.Module | None = None
-        if self.loss.needs_reference and (ref_model is not None or peft_config is None):
-            self.reference = freeze(clone(policy) if ref_model is None else load_policy(ref_model, **init))
+        if ref_model is not None and self.loss.needs_reference:
+            self.reference = freeze(load_policy(ref_model, **init))
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -130,101 +163,244 @@ class PreferenceTrainer(TokenTrainer):
         super().__init__(
             Actor(policy),
             args,
-            train_dataset=pairs["train"],
-            eval_dataset=pairs["eval"],
+            train_dataset=examples["train"],
+            eval_dataset=examples["eval"],
             processing_class=tokenizer,
             **kwargs,
         )
+        if self.loss.needs_reference:
+            self._prepare_reference()
+
+    def _prepare_reference(self) -> None:
+        """Read π_ref's numbers beforehand and let it go, or keep it beside the policy."""
         if self.reference is not None:
             self.reference.to(self.args.device)
+        if self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self._sharded:
+            self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
+            self.reference = None
+        elif self.reference is None and not self._adapted:
+            self.reference = freeze(clone(self.model.policy))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Gradients of the mean loss over the pairs of one update, on all processes."""
+        """Gradients of the mean loss over the examples of one update, on all processes."""
         model.train()
         assert num_items_in_batch is not None
-        loss, stats = self._losses(model, inputs, num_items_in_batch, train=True)
-        self.record(**self._means(stats, len(inputs)))
-        return loss
+        kl = self._kl(model, inputs)
+        outcomes: list[Outcome] = []
 
+        def loss(rows: Tensor) -> Tensor:
+            outcomes.append(self._outcome(model, [inputs[i] for i in rows], kl))
+            return outcomes[-1].loss.sum() / num_items_in_batch
+
+        total = self.backward(model, self._cuts(inputs), loss)
+        self.record(**self._means(outcomes), **({"kl": kl} if isinstance(self.loss, UnpairedLoss) else {}))
+        return total
+
+    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss, pair accuracy (with its standard error) and margin on held-out pairs."""
+        """Means on held-out examples, with standard errors: loss, accuracy, margin, implicit rewards.
+
+        Raises:
+            ValueError: the data came after π_ref was let go.
+        """
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(data, Dataset):
-            data, _ = read_pairs(data, self.processing_class, max_length=self.args.max_length, what="eval_dataset")
-        mine = data[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.model.eval()
-        with torch.no_grad():
-            total, stats = self._losses(self.model, mine, len(data), train=False)
-        means = self._means(stats, len(mine))
-        accuracy = means["accuracy"]
-        metrics = {
-            "loss": float(total),
-            **means,
-            "accuracy_se": (accuracy * (1 - accuracy) / len(data)) ** 0.5,
-            "pairs": float(len(data)),
-        }
+            data, _ = self._read(data, "eval_dataset", self.args.max_length)
+        if self.loss.needs_reference and not self._has_reference and not data[0].ref_logp:
+            raise ValueError(
+                "π_ref has been let go after it read the data: give eval_dataset to the trainer when it is made, or "
+                "set precompute_ref_log_probs=False"
+            )
+        outcome = self._everywhere(data)
+        columns = {"loss": outcome.loss, "accuracy": outcome.accuracy, "margin": outcome.chosen - outcome.rejected}
+        columns |= {"reward/chosen": outcome.chosen, "reward/rejected": outcome.rejected}
+        metrics: dict[str, float] = {"pairs" if len(data[0].labels) == 2 else "completions": float(len(data))}
+        for name, column in columns.items():
+            column = column[~column.isnan()]
+            if len(column):
+                metrics[name] = float(column.mean())
+                metrics[f"{name}_se"] = float(column.std() / len(column) ** 0.5) if len(column) > 1 else float("nan")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         super(TokenTrainer, self).log(dict(metrics))  # what training has recorded waits for its own log
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _means(self, sums: dict[str, float], count: int) -> dict[str, float]:
-        """Means over the pairs of all processes."""
-        numbers = torch.tensor([*sums.values(), float(count)], dtype=torch.float64, device=self.args.device)
-        *totals, n = self.all_reduce(numbers).tolist()
-        return {name: total / n for name, total in zip(sums, totals)}
+    def _everywhere(self, data: Sequence[Example]) -> Outcome:
+        """The outcome of every example, each computed by one process and known to all."""
+        self.model.eval()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = list(range(rank, len(data), world))
+        examples = [data[i] for i in mine]
+        table = torch.zeros(len(Outcome._fields), len(data), dtype=torch.float64, device=self.args.device)
+        kl = self._kl(self.model, examples)
+        for rows in self._cuts(examples):
+            outcome = self._outcome(self.model, [examples[i] for i in rows], kl)
+            table[:, [mine[i] for i in rows]] = torch.stack(outcome).double()
+        return Outcome(*self.all_reduce(table).unbind())
 
-    def _losses(
-        self, model: nn.Module, pairs: Sequence[Pair], denominator: Tensor | int, *, train: bool
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Σ loss / denominator over all pairs, with gradients if ``train``; and sums of statistics."""
-        stats = dict.fromkeys(("accuracy", "margin", "reward/chosen", "reward/rejected"), 0.0)
-        lengths = torch.tensor([2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs])
-        parts = [[pairs[i] for i in rows] for rows in micro_batches(lengths, self.args.max_tokens_per_micro_batch)]
+    # --- one micro-batch
 
-        def loss(part: list[Pair]) -> Tensor:
-            out = self._pair_loss(model, self._collate(part))
-            stats["accuracy"] += float((out.chosen_reward > out.rejected_reward).sum())
-            stats["margin"] += float((out.chosen_reward - out.rejected_reward).sum())
-            stats["reward/chosen"] += float(out.chosen_reward.sum())
-            stats["reward/rejected"] += float(out.rejected_reward.sum())
-            return out.loss.sum() / denominator
+    def _outcome(self, model: nn.Module, examples: Sequence[Example], kl: Tensor) -> Outcome:
+        """One forward pass over the completions of some examples, and what the loss says of them."""
+        scored = self._score(model, examples, [e.completions for e in examples])
+        n, sides = len(examples), len(examples[0].completions)
+        if isinstance(self.loss, UnpairedLoss):
+            labels = torch.tensor([e.labels for e in examples], device=self.args.device).T
+            per_completion = self.loss(scored, labels.flatten(), kl)
+            loss, rewards = per_completion.loss.view(sides, n).mean(0), per_completion.reward.view(sides, n)
+            if sides == 1:  # alone, a completion is right where its reward is on its label's side of z₀
+                right = (per_completion.reward > per_completion.baseline) == labels[0]
+                nan = rewards.new_tensor(torch.nan)
+                chosen, rejected = (torch.where(labels[0] == side, rewards[0], nan) for side in (True, False))
+                return Outcome(loss, right.float(), chosen, rejected)
+            chosen, rejected = rewards
+        else:
+            loss, chosen, rejected = self.loss(_part(scored, slice(0, n)), _part(scored, slice(n, 2 * n)))
+        return Outcome(loss, (chosen > rejected).float(), chosen, rejected)
 
-        if train:
-            return self.backward(model, parts, loss), stats
-        return self.all_reduce(sum((loss(part) for part in parts), torch.zeros((), device=self.args.device))), stats
-
-    def _pair_loss(self, model: nn.Module, pairs: PairBatch) -> PairLoss:
-        """One forward pass over both sides of the pairs."""
-        both = pairs.stacked()
-        logp = model(both.tokens, both.prompt_mask, both.mask).logp
-        ref = self._reference_logprobs(both) if self.loss.needs_reference else None
-        n = len(pairs)
-        chosen, rejected = (
-            Completions(logp=logp[side], ref_logp=None if ref is None else ref[side], mask=both.mask[side])
-            for side in (slice(0, n), slice(n, 2 * n))
+    def _score(
+        self, model: nn.Module, examples: Sequence[Example], completions: Sequence[tuple[list[int], ...]]
+    ) -> Completions:
+        """The policy's and the reference's numbers on completions of the examples."""
+        sequences = sequences_of(
+            examples, completions, pad=self.processing_class.pad_token_id, device=self.args.device
         )
-        return self.loss(chosen, rejected)
+        if self.loss.needs_ref_kl:
+            return self._score_with_kl(model, sequences)
+        logp = model(sequences.tokens, sequences.prompt_mask, sequences.mask).logp
+        ref = None
+        if self.loss.needs_reference and examples[0].ref_logp:
+            first = 0 if completions[0] is examples[0].completions else len(examples[0].completions)
+            known = [e.ref_logp[first + side] for side in range(len(completions[0])) for e in examples]
+            ref = scatter(torch.cat(known).to(logp.device), sequences.mask)
+        elif self.loss.needs_reference:
+            with self._as_reference() as reference:
+                ref = policy_outputs(reference, sequences)[0]
+        return Completions(logp=logp, ref_logp=ref, mask=sequences.mask)
+
+    def _score_with_kl(self, model: nn.Module, sequences: Sequences) -> Completions:
+        """The same with KL(π_ref ‖ π) at every token; π_ref is read once for both."""
+        with self._as_reference() as reference:
+            ref_logp, _ = policy_outputs(reference, sequences)
+            ref_hidden = response_states(reference, sequences)
+            ref_head = output_layer(reference).without_adapter()
+        out: TokenOutputs = model(
+            sequences.tokens, sequences.prompt_mask, sequences.mask, ref_hidden=ref_hidden, ref_head=ref_head
+        )
+        return Completions(logp=out.logp, ref_logp=ref_logp, mask=sequences.mask, ref_kl=out.ref_kl)
 
     @torch.no_grad()
-    def _reference_logprobs(self, sequences: Sequences) -> Tensor:
-        score = partial(score_logprobs, temperature=1.0, max_tokens=self.args.max_tokens_per_micro_batch)
-        with self.accelerator.autocast():
-            if self.reference is not None:
-                return score(self.reference, sequences)
-            policy: Any = self.accelerator.unwrap_model(self.model).policy
-            with policy.disable_adapter():
-                return score(policy, sequences)
+    def _kl(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Mean log-ratio of the mismatched completions of one update, over all processes; 0 where there are none."""
+        total = torch.zeros(2, device=self.args.device)
+        if isinstance(self.loss, UnpairedLoss):
+            for rows in self._cuts(examples, mismatched=True):
+                part = [examples[i] for i in rows]
+                with self.compute_loss_context_manager():
+                    ratio = self._score(model, part, [e.mismatched for e in part]).logratio
+                total += torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))])
+        total = self.all_reduce(total)
+        return total[0] / total[1].clamp(min=1)
 
-    def _collate(self, pairs: Sequence[Pair]) -> PairBatch:
-        prompts = [p.prompt for p in pairs]
-        pad = self.processing_class.pad_token_id
-        sides = ([p.chosen for p in pairs], [p.rejected for p in pairs])
-        chosen, rejected = (collate(prompts, side, pad=pad, device=self.args.device) for side in sides)
-        return PairBatch(chosen=chosen, rejected=rejected)
+    def _means(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """Means over the examples of one update, of all processes; a mean of nothing is left out."""
+        columns = [torch.cat(column).detach().double() for column in zip(*outcomes)]
+        sums = torch.stack([torch.stack([x.nansum(), (~x.isnan()).sum()]) for x in columns])
+        totals = {name: s / n for name, (s, n) in zip(Outcome._fields, self.all_reduce(sums).tolist()) if n}
+        means = {"accuracy": totals["accuracy"]}
+        means |= {f"reward/{side}": totals[side] for side in ("chosen", "rejected") if side in totals}
+        if "chosen" in totals and "rejected" in totals:
+            means["margin"] = totals["chosen"] - totals["rejected"]
+        return means
+
+    # --- the reference
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _adapted(self) -> bool:
+        return hasattr(self.model.policy, "peft_config")
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.reference is not None or self._adapted
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
+        """π_ref: a model of its own, or the policy with its adapter switched off."""
+        policy: Any = self.accelerator.unwrap_model(self.model).policy
+        switched = policy.disable_adapter() if self.reference is None and self._adapted else nullcontext()
+        with switched, torch.no_grad(), self.accelerator.autocast():
+            yield policy if self.reference is None else self.reference
+
+    def _precomputed(self, examples: list[Example] | None) -> list[Example] | None:
+        """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref."""
+        if not examples:
+            return examples
+        with self._as_reference() as reference:
+            key = reference_key(reference, examples, f"{self.accelerator.mixed_precision}")
+            folder = Path(self.args.ref_cache_dir or Path(str(self.args.output_dir)) / "_ref_log_probs")
+            path = folder / f"{key}.safetensors"
+            found = load_reference(path)
+            missing = torch.tensor(float(found is None), device=self.args.device)
+            if self.all_reduce(missing).item() == 0:
+                assert found is not None
+                return with_reference(examples, found)
+            logp = self._read_by_reference(reference, examples)
+        if self.is_world_process_zero():
+            save_reference(path, logp)
+        return with_reference(examples, logp)
+
+    def _read_by_reference(self, reference: nn.Module, examples: Sequence[Example]) -> Tensor:
+        """Log π_ref of all scored tokens, in the order of the examples; each process reads its share."""
+        training, _ = reference.training, reference.eval()
+        every = [(e.prompt, ids) for e in examples for ids in e.scored]
+        starts = torch.tensor([0, *(len(ids) for _, ids in every)]).cumsum(0)
+        logp = torch.zeros(int(starts[-1]), device=self.args.device)
+        mine = torch.arange(self.accelerator.process_index, len(every), self.accelerator.num_processes)
+        lengths = torch.tensor([len(every[i][0]) + len(every[i][1]) for i in mine])
+        for cut in micro_batches(lengths, self.args.max_tokens_per_micro_batch):
+            rows = mine[cut].tolist()
+            sequences = collate(
+                [every[i][0] for i in rows],
+                [every[i][1] for i in rows],
+                pad=self.processing_class.pad_token_id,
+                device=self.args.device,
+            )
+            scored = policy_outputs(reference, sequences)[0]
+            for i, row, keep in zip(rows, scored, sequences.mask):
+                logp[starts[i] : starts[i + 1]] = row[keep]
+        reference.train(training)
+        return self.all_reduce(logp)
+
+    # --- help
+
+    def _read(self, dataset: Dataset, what: str, max_length: int) -> tuple[list[Example], Any]:
+        unpaired = isinstance(self.loss, UnpairedLoss)
+        return read_examples(dataset, self.processing_class, unpaired=unpaired, max_length=max_length, what=what)
+
+    def _cuts(self, examples: Sequence[Example], *, mismatched: bool = False) -> list[Tensor]:
+        """Micro-batches of whole examples."""
+        sides = [(e.prompt, e.mismatched if mismatched else e.completions) for e in examples]
+        lengths = torch.tensor([len(s) * (len(x) + max(map(len, s))) for x, s in sides], dtype=torch.long)
+        if self.model.training or self._sharded:
+            return self.micro_batches(lengths)
+        return micro_batches(lengths, self.args.max_tokens_per_micro_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Pairs in one update, on all processes: the denominator of the loss."""
+        """Examples in one update, on all processes: the denominator of the loss."""
         return self.all_reduce(torch.tensor(float(sum(map(len, batch_samples))), device=device))
+
+
+def _part(completions: Completions, rows: slice) -> Completions:
+    ref, kl = completions.ref_logp, completions.ref_kl
+    return Completions(
+        logp=completions.logp[rows],
+        ref_logp=None if ref is None else ref[rows],
+        mask=completions.mask[rows],
+        ref_kl=None if kl is None else kl[rows],
+    )

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedTokenizerBase
 
-from rto.batches import Rollout, Samples, Sequences, Targets, micro_batches
+from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.formats import Prompt, read_prompts
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
@@ -397,7 +397,7 @@ class RTOTrainer(TokenTrainer):
                 stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
             return total / tokens
 
-        total = self.backward(model, self._micro_batches(batch), loss)
+        total = self.backward(model, self.micro_batches(batch.lengths.cpu()), loss)
         means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
         self.record(**dict(zip(stats, means)))
         return total
@@ -408,7 +408,7 @@ class RTOTrainer(TokenTrainer):
         """The policy's and the critic's numbers before the update, in micro-batches."""
         shape, device = samples.mask.shape, samples.mask.device
         logp, entropy, values = (torch.zeros(shape, device=device) for _ in range(3))
-        for rows in self._micro_batches(samples):
+        for rows in self.micro_batches(samples.lengths.cpu()):
             part = samples.rows(rows).trim()
             out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, self.args.temperature)
             at, width = rows.to(device), part.mask.shape[1]
@@ -458,15 +458,6 @@ class RTOTrainer(TokenTrainer):
             ended=samples.ended.tolist(),
             columns={name: [p.columns[name] for p in prompts] for name in names},
         )
-
-    def _micro_batches(self, sequences: Sequences) -> list[Tensor]:
-        """Cuts by the token budget; as many on every process, since sharded models run in step."""
-        lengths = sequences.lengths.cpu()
-        cuts = micro_batches(lengths, self.args.max_tokens_per_micro_batch)
-        if self.accelerator.num_processes == 1:
-            return cuts
-        most = self.accelerator.gather(torch.tensor([len(cuts)], device=self.args.device)).max()
-        return micro_batches(lengths, self.args.max_tokens_per_micro_batch, at_least=int(most))
 
     def _token_text(self, token: int) -> str:
         return str(self.processing_class.decode([token]))
