@@ -53,7 +53,10 @@ class ReferenceArguments:
 class RewardArguments:
     """Models and rewards of `rto train` besides the policy."""
 
-    dpo_model: str | None = field(default=None, metadata={"help": "π_dpo: folder, hub id or adapter."})
+    dpo_model: list[str] | None = field(
+        default=None,
+        metadata={"help": "π_dpo: folder, hub id, adapter or function (module:function); several: their mean."},
+    )
     dpo_ref_model: str | None = field(default=None, metadata={"help": "π_dpo's reference, if it is not ref_model."})
     ref_model: str | None = field(default=None, metadata={"help": "π_ref; the starting policy when not given."})
     value_model: str | None = field(default=None, metadata={"help": "What the critic starts from."})
@@ -169,11 +172,13 @@ def train(args: list[str]) -> int:
 
     data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
     config.model_init_kwargs = {**_init(model), **config.init_kwargs}
-    rewards = [resolve(f) if is_function(f) else f for f in others.reward_funcs or []]
+    rewards, token_rewards = (
+        [resolve(f) if is_function(f) else f for f in names or []] for names in (others.reward_funcs, others.dpo_model)
+    )
     trainer = RTOTrainer(
         model.model_name_or_path,
         config,
-        dpo_model=others.dpo_model,
+        dpo_model=token_rewards,
         dpo_ref_model=others.dpo_ref_model,
         ref_model=others.ref_model,
         value_model=others.value_model,

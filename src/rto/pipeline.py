@@ -30,8 +30,9 @@ from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer
 from rto.recipe import Recipe, RecipeError, is_function, resolve
 from rto.report.page import write_report
 from rto.report.table import results_table
-from rto.rollout.rewards import Completed, RewardModel, TokenReward
+from rto.rollout.rewards import Completed, RewardModel
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.token_rewards import TokenReward
 from rto.trainers.base import last_checkpoint, write_atomically
 from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 from rto.trainers.rto import RTOConfig, RTOTrainer

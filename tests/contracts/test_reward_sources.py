@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from rto.models.actor import score_logprobs
-from rto.rollout.rewards import Completed, FunctionReward, RewardModel, TokenReward, reward_source
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
+from rto.rollout.token_rewards import Ensemble, MeanLogProb, TokenFunction, TokenReward, token_source
 
 PROMPTS = ["Say hello.", "ab", "Tell me a story about a dog."]
 COMPLETIONS = [" Hello!", " b", " Once there was a dog"]
@@ -219,7 +220,7 @@ def test_the_token_reward_is_the_log_ratio_of_dpo_model_and_its_reference(dpo_mo
     trainers = TokenReward(dpo, temperature=temperature, max_tokens=40)
     ref_logp = score_logprobs(ref, x, temperature=temperature, max_tokens=40)
     others = score_logprobs(other, x, temperature=temperature, max_tokens=40)
-    for logratio in (own(x), own(x, others), trainers(x, ref_logp)):  # a reference of its own wins
+    for logratio in (own(x), own(x, ref_logp=others), trainers(x, ref_logp=ref_logp)):  # a reference of its own wins
         for row, y in zip(logratio, expected):
             assert row[: len(y)].tolist() == pytest.approx(y, abs=1e-4)
             assert (row[len(y) :] == 0).all()
@@ -236,3 +237,106 @@ def test_a_model_has_no_advantage_over_itself(tiny_folder, batch):
     assert (reward(x) == 0).all()
     assert all(not p.requires_grad for m in (reward.dpo_model, reward.ref_model) for p in m.parameters())
     assert isinstance(reward.dpo_model, nn.Module)
+
+
+# --- other sources of token rewards
+
+
+def test_simpos_reward_needs_no_reference_and_adds_up_to_the_mean_log_probability(dpo_models, ragged, batch):
+    model = dpo_models[0]
+    x = batch(model.config.vocab_size, left=1, right=3)
+    reward = MeanLogProb(model, max_tokens=40)(x)
+    for row, prompt, y in zip(reward, *ragged(model.config.vocab_size)):
+        ids = torch.tensor([[*prompt, *y]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            expected = -model(input_ids=ids, labels=labels).loss.item()
+        assert row.sum().item() == pytest.approx(expected, rel=1e-4)
+        assert (row[len(y) :] == 0).all()
+
+
+class Fixed:
+    """A source that always says the same."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def to(self, device):
+        return self
+
+    def __call__(self, sequences, *, ref_logp=None, completed=None):
+        return self.value
+
+
+def test_an_ensemble_is_the_mean_less_kappa_deviations(batch):
+    """Members 1, 2, 6: mean 3, deviation √(14/3)."""
+    members = [Fixed(torch.full((6, 12), float(x))) for x in (1, 2, 6)]
+    x = batch(97)
+    assert Ensemble(members)(x).unique().tolist() == pytest.approx([3.0])
+    low = Ensemble(members, pessimism=0.5)(x).unique().tolist()
+    assert low == pytest.approx([3 - 0.5 * (14 / 3) ** 0.5])
+    assert (Ensemble(members[:1] * 3, pessimism=2.0)(x) == 1).all()  # who agree are believed
+
+
+@pytest.mark.parametrize(
+    ("members", "pessimism", "message"),
+    [
+        ([], 0.0, "needs members"),
+        ([Fixed(torch.zeros(1, 1))], 1.0, "give more than one token reward"),
+        ([Fixed(torch.zeros(1, 1))] * 2, -1.0, "must not be negative"),
+    ],
+)
+def test_an_ensemble_that_makes_no_sense(members, pessimism, message):
+    with pytest.raises(ValueError, match=message):
+        Ensemble(members, pessimism=pessimism)
+
+
+def written(ids: list[list[int]], **columns) -> Completed:
+    texts = [str(row) for row in ids]
+    return Completed(
+        prompts=["p"] * len(ids), completions=texts, completion_ids=ids, ended=[True] * len(ids), columns=columns
+    )
+
+
+def test_a_function_rewards_each_token(ragged, batch):
+    _, responses = ragged(97)
+
+    def token_ids_times_weight(completion_ids, weight):
+        return [[w * token for token in ids] for ids, w in zip(completion_ids, weight)]
+
+    x = batch(97, right=2)
+    weight = list(range(len(responses)))
+    reward = TokenFunction(token_ids_times_weight)(x, completed=written(responses, weight=weight, other=weight))
+    expected = torch.where(x.mask, x.responses, 0) * torch.tensor(weight)[:, None]
+    assert torch.equal(reward, expected.float())
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completion_ids: [[0.0]], "returned 1 lists for 6 completions"),
+        (
+            lambda completion_ids: [[0.0] * (len(y) + (i == 3)) for i, y in enumerate(completion_ids)],
+            "of completion 3",
+        ),
+        (lambda completion_ids: [[float("nan")] * len(y) for y in completion_ids], "one finite number for each"),
+    ],
+)
+def test_what_a_function_must_return(ragged, batch, function, message):
+    with pytest.raises(ValueError, match=message):
+        TokenFunction(function)(batch(97), completed=written(ragged(97)[1]))
+
+
+def test_what_the_user_names_becomes_a_source(dpo_models, tiny_folder, batch):
+    dpo, ref, other = dpo_models
+    x = batch(dpo.config.vocab_size)
+    one = token_source([dpo], ref)
+    assert isinstance(one, TokenReward)
+    assert isinstance(token_source([str(tiny_folder)], kind="mean_logprob"), MeanLogProb)
+    assert isinstance(token_source([lambda completion_ids: []]), TokenFunction)
+    assert token_source([one]) is one
+    both = token_source([dpo, other], ref, pessimism=1.0, max_tokens=40)
+    a, b = one(x), TokenReward(other, ref)(x)
+    torch.testing.assert_close(both(x), torch.minimum(a, b), rtol=1e-4, atol=1e-5)  # of two: mean − |a − b|/2
+    assert both.to("cpu") is both

@@ -220,7 +220,7 @@ def test_z0_is_the_mean_log_ratio_of_mismatched_completions(trainer: Callable[..
 
 
 def test_partners_answer_another_prompt_and_fit() -> None:
-    """Neighbours share a prompt, as in a file of pairs taken apart; a long completion fits behind short prompts only."""
+    """Neighbours share a prompt, as in a file of pairs taken apart; a long completion fits behind few prompts."""
     examples = [
         Example(prompt=[1] * (1 + i // 2), completions=([100 + i] * (9 if i == 0 else 2),), labels=(i % 2 == 0,))
         for i in range(20)

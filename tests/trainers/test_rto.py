@@ -347,3 +347,56 @@ def test_targets_hold_no_more_than_the_update_reads() -> None:
     assert set(Targets.__dataclass_fields__) == {
         *("tokens", "prompt_mask", "mask", "old_logp", "advantages", "old_values", "returns")
     }
+
+
+def quiet(completion_ids: list[list[int]]) -> list[list[float]]:
+    return [[-0.1 * (token % 7) for token in ids] for ids in completion_ids]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_a_dpo_model_by_trl_is_a_token_reward(
+    trainer: Callable[..., RTOTrainer], tiny_folder: Path, pairs: Dataset, tmp_path: Path
+) -> None:
+    """An adapter trained and saved by TRL's DPOTrainer, read from its folder."""
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        learning_rate=1e-2,
+        max_steps=3,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        disable_tqdm=True,
+    )
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    theirs = DPOTrainer(model=str(tiny_folder), args=args, train_dataset=pairs, peft_config=adapter)
+    theirs.train()
+    theirs.save_model()
+    run = trainer(dpo_model=str(tmp_path / "trl"), max_steps=1)
+    run.train()
+    rows = [row for row in run.state.log_history if "logratio/dpo" in row]
+    assert abs(rows[0]["logratio/dpo"]) > 1e-3
+    assert rows[0]["share/token"] > 0
+
+
+def test_every_source_fits_the_trainer(
+    trainer: Callable[..., RTOTrainer], tiny_folder: Path, dpo_folder: Path
+) -> None:
+    """On the same first rollout; the second member of the pair of models is the reference, whose log-ratio is 0."""
+
+    def logratio(dpo_model: Any, **settings: Any) -> float:
+        run = trainer(dpo_model=dpo_model, max_steps=2, **settings)
+        run.train()
+        (found,) = [row["logratio/dpo"] for row in run.state.log_history if "logratio/dpo" in row]
+        return found
+
+    model, reference = str(dpo_folder), str(tiny_folder)
+    alone, function = logratio(model), logratio(quiet)
+    assert function < 0
+    assert logratio([model, reference]) == pytest.approx(alone / 2, rel=1e-5)
+    assert logratio([model, quiet]) == pytest.approx((alone + function) / 2, rel=1e-5)
+    assert logratio([model, reference], token_reward_pessimism=2.0) < alone / 2 - 0.1
+    assert -20 < logratio(model, token_reward="mean_logprob") < -1  # a mean over a vocabulary of a few hundred

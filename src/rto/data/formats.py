@@ -263,7 +263,7 @@ def _need_columns(dataset: Dataset | IterableDataset, needed: Iterable[str], wha
     if missing:
         raise DataError(
             f"{what} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. "
-            "Rename yours to TRL's names (prompt; chosen, rejected; for unpaired losses such as kto: completion, label)."
+            "Rename yours to TRL's names (prompt; chosen, rejected; for losses such as kto: completion, label)."
         )
 
 

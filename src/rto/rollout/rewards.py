@@ -1,25 +1,21 @@
-"""Sources of reward: sentence scores from models and functions, token log-ratios from a DPO model."""
+"""Sources of sentence scores: reward models and Python functions, on completions as text."""
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
 
-from rto.batches import Sequences, collate, micro_batches
-from rto.models.actor import hidden_states, score_logprobs
+from rto.batches import collate, micro_batches
+from rto.models.actor import hidden_states
 from rto.models.loading import (
-    Source,
     freeze,
-    load_policy,
     load_scalar,
     load_tokenizer,
     scalar_head,
@@ -49,6 +45,28 @@ class Completed:
     def conversational(self) -> bool:
         """Prompts are lists of messages."""
         return not isinstance(self.prompts[0], str)
+
+
+def call(function: Callable[..., Any], batch: Completed) -> Any:
+    """``f(prompts, completions, completion_ids, **columns)``, as in TRL's GRPO.
+
+    Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``.
+    """
+    offered = {
+        **batch.columns,
+        "prompts": batch.prompts,
+        "completions": batch.completions,
+        "completion_ids": batch.completion_ids,
+    }
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes = {p.name for p in parameters}
+    return function(**{name: x for name, x in offered.items() if takes_all or name in takes})
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """How logs and messages call a function."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class RewardModel:
@@ -92,17 +110,11 @@ class RewardModel:
 
 
 class FunctionReward:
-    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float]``, as in TRL's GRPO.
-
-    Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``.
-    """
+    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float]``; see `call`."""
 
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
         self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
-        parameters = inspect.signature(function).parameters.values()
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.takes = {p.name for p in parameters}
+        self.name = function_name(function)
 
     def __call__(self, batch: Completed) -> list[float]:
         """One score a completion.
@@ -110,14 +122,7 @@ class FunctionReward:
         Raises:
             ValueError: the function returns another number of scores, or one that is not finite.
         """
-        offered = {
-            **batch.columns,
-            "prompts": batch.prompts,
-            "completions": batch.completions,
-            "completion_ids": batch.completion_ids,
-        }
-        kwargs = {name: x for name, x in offered.items() if self.takes_all or name in self.takes}
-        scores = list(self.function(**kwargs))
+        scores = list(call(self.function, batch))
         if len(scores) != len(batch.completions):
             raise ValueError(
                 f"reward function {self.name} returned {len(scores)} scores for {len(batch.completions)} completions: "
@@ -129,7 +134,7 @@ class FunctionReward:
                     f"reward function {self.name} returned {score} for completion {i} "
                     f"({batch.completions[i]!r:.200}): scores must be finite numbers"
                 )
-        return [float(score) for score in scores]  # type: ignore[arg-type]
+        return [float(score) for score in scores]
 
 
 def reward_source(
@@ -148,53 +153,3 @@ def reward_source(
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
         tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs))
     return RewardModel(load_scalar(source, new_head=False, **init_kwargs), tokenizer, max_tokens=max_tokens)
-
-
-class TokenReward:
-    """The implicit reward of a DPO model, token by token: log π_dpo(y_t|x,y_<t) − log π_ref(y_t|x,y_<t), nats.
-
-    Both models read at the policy's sampling temperature, so that the reference's numbers serve the KL term too.
-
-    Args:
-        dpo_model: π_dpo.
-        ref_model: its own reference; None means the trainer's reference, whose log-probabilities are then known.
-        temperature: τ of both.
-        max_tokens: padded tokens in one forward pass.
-    """
-
-    def __init__(
-        self,
-        dpo_model: Source,
-        ref_model: Source | None = None,
-        *,
-        temperature: float = 1.0,
-        max_tokens: int = 2**14,
-        **init_kwargs: Any,
-    ) -> None:
-        self.dpo_model = freeze(load_policy(dpo_model, **init_kwargs))
-        self.ref_model = None if ref_model is None else freeze(load_policy(ref_model, **init_kwargs))
-        self.temperature, self.max_tokens = temperature, max_tokens
-
-    def to(self, device: torch.device | str) -> "TokenReward":
-        """Move the models."""
-        for model in (self.dpo_model, self.ref_model):
-            if model is not None:
-                model.to(device)
-        return self
-
-    def __call__(self, sequences: Sequences, ref_logp: Float[Tensor, "B T"] | None = None) -> Float[Tensor, "B T"]:
-        """The raw log-ratio for each response token, 0 outside the mask.
-
-        Args:
-            sequences: prompts with their completions.
-            ref_logp: the reference's log-probabilities, read when there is no ``ref_model`` of its own.
-
-        Raises:
-            ValueError: neither is there.
-        """
-        score = partial(score_logprobs, temperature=self.temperature, max_tokens=self.max_tokens)
-        if self.ref_model is not None:
-            ref_logp = score(self.ref_model, sequences)
-        if ref_logp is None:
-            raise ValueError("a token reward needs the reference's log-probabilities or a reference model")
-        return score(self.dpo_model, sequences) - ref_logp

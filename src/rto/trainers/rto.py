@@ -45,8 +45,9 @@ from rto.models.loading import (
     source_name,
     trusts,
 )
-from rto.rollout.rewards import Completed, RewardFunc, RewardModel, TokenReward, reward_source
+from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
+from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
 
 ESTIMATORS = ("gae", "reinforce++")
@@ -68,6 +69,8 @@ class RTOConfig(TokenTrainingArguments):
         dpo_coef: β₁; 0 runs no DPO model: PPO.
         kl_coef: β₂.
         score_coef: β₃; 0 needs no reward function.
+        token_reward: what is read from ``dpo_model``: logratio, or mean_logprob (SimPO's reward, no reference).
+        token_reward_pessimism: κ: several DPO models count as their mean less κ standard deviations.
         token_reward_clip: bound on the raw log-ratio, before β₁; None for no bound.
         reward_placement: where token rewards are paid: token (RTO), sentence (Semi-RTO), final (DDPO).
         reward_shaping: subtract their sum at the last token (RS-PPO).
@@ -92,6 +95,10 @@ class RTOConfig(TokenTrainingArguments):
     dpo_coef: float = field(default=0.05, metadata={"help": "β₁, the weight of the token reward; 0 is PPO."})
     kl_coef: float = field(default=0.01, metadata={"help": "β₂, the weight of the KL penalty."})
     score_coef: float = field(default=1.0, metadata={"help": "β₃, the weight of the sentence score."})
+    token_reward: str = field(default="logratio", metadata={"help": f"One of {', '.join(TOKEN_REWARDS)}."})
+    token_reward_pessimism: float = field(
+        default=0.0, metadata={"help": "κ: mean over the DPO models less κ standard deviations."}
+    )
     token_reward_clip: float | None = field(default=1.0, metadata={"help": "Bound on the raw log-ratio, before β₁."})
     reward_placement: str = field(
         default="token", metadata={"help": "Where token rewards are paid: token, sentence or final."}
@@ -129,6 +136,7 @@ class RTOConfig(TokenTrainingArguments):
         super().__post_init__()
         self.sampling()
         choices: tuple[tuple[str, Any], ...] = (
+            ("token_reward", TOKEN_REWARDS),
             ("reward_placement", PLACEMENTS),
             ("advantage_estimator", ESTIMATORS),
         )
@@ -186,7 +194,8 @@ class RTOTrainer(TokenTrainer):
     Args:
         model: the starting policy: a folder, a hub id or a model.
         args: the configuration.
-        dpo_model: π_dpo, whose log-ratio to the reference is the token reward. Not run when β₁ = 0.
+        dpo_model: π_dpo, whose log-ratio to the reference is the token reward. Not run when β₁ = 0. Or any other
+            `TokenRewardSpec`: a token source, a Python function; a list of them counts as their mean.
         dpo_ref_model: π_dpo's own reference; None means ``ref_model``.
         ref_model: π_ref; None means the starting policy itself, or the base model under a PEFT adapter.
         value_model: what the critic starts from; None means the first reward model that shares the policy's
@@ -212,7 +221,7 @@ class RTOTrainer(TokenTrainer):
         model: Source,
         args: RTOConfig | None = None,
         *,
-        dpo_model: Source | None = None,
+        dpo_model: TokenRewardSpec | list[TokenRewardSpec] | None = None,
         dpo_ref_model: Source | None = None,
         ref_model: Source | None = None,
         value_model: Source | None = None,
@@ -228,11 +237,15 @@ class RTOTrainer(TokenTrainer):
         args = args or RTOConfig(output_dir="rto")
         init = dict(args.init_kwargs)
         functions = _listed(reward_funcs)
-        _check_rewards(args, dpo_model, functions)
+        token_rewards = _listed(dpo_model)
+        _check_rewards(args, token_rewards, functions)
         tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
         policy = load_policy(model, **init)
-        for role, other in (("dpo_model", dpo_model), ("dpo_ref_model", dpo_ref_model), ("ref_model", ref_model)):
-            if other is not None and (args.dpo_coef != 0 or role == "ref_model"):
+        roles: list[tuple[str, Any]] = [("ref_model", ref_model)]
+        if args.dpo_coef != 0:
+            roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
+        for role, other in roles:
+            if isinstance(other, str | Path | nn.Module):
                 check_same_vocabulary(role, other, tokenizer, policy, **init)
         check_output_layer(policy)
 
@@ -257,11 +270,16 @@ class RTOTrainer(TokenTrainer):
         self.reference: nn.Module | None = None
         if ref_model is not None or peft_config is None:
             self.reference = freeze(clone(policy) if ref_model is None else load_policy(ref_model, **init))
-        self.token_reward: TokenReward | None = None
+        self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
-            assert dpo_model is not None
-            self.token_reward = TokenReward(
-                dpo_model, dpo_ref_model, temperature=args.temperature, max_tokens=budget, **init
+            self.token_reward = token_source(
+                token_rewards,
+                dpo_ref_model,
+                kind=args.token_reward,
+                pessimism=args.token_reward_pessimism,
+                temperature=args.temperature,
+                max_tokens=budget,
+                **init,
             )
         if peft_config is not None:
             from peft import get_peft_model
@@ -325,10 +343,12 @@ class RTOTrainer(TokenTrainer):
     def score(self, model: nn.Module, samples: Samples, prompts: Sequence[Prompt]) -> Rollout:
         """Everything the reward needs, each number from one forward pass of the model it belongs to."""
         model.eval()
-        acting = self._act(model, samples)
+        acting, completed = self._act(model, samples), self._completed(samples, prompts)
         with self.accelerator.autocast():
             ref_logp = self._reference_logprobs(model, samples)
-            logratio = None if self.token_reward is None else self.token_reward(samples, ref_logp)
+            logratio = None
+            if self.token_reward is not None:
+                logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
         self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
         return Rollout(
             **samples.tensors(),
@@ -336,7 +356,7 @@ class RTOTrainer(TokenTrainer):
             ref_logp=ref_logp,
             token_logratio=logratio,
             values=acting.values,
-            scores=self._scores(samples, prompts),
+            scores=self._scores(samples, completed),
         )
 
     def credit(self, rollout: Rollout) -> Targets:
@@ -426,12 +446,11 @@ class RTOTrainer(TokenTrainer):
         with policy.disable_adapter():
             return score(policy, samples)
 
-    def _scores(self, samples: Samples, prompts: Sequence[Prompt]) -> Float[Tensor, " B"]:
+    def _scores(self, samples: Samples, batch: Completed) -> Float[Tensor, " B"]:
         """Σ weight · score over the reward functions, standardized if asked for."""
         total = torch.zeros(len(samples), device=samples.tokens.device)
         if not self.score_sources:
             return total
-        batch = self._completed(samples, prompts)
         logged: dict[str, list[float]] = {}
         for source, weight in zip(self.score_sources, self.score_weights):
             with self.accelerator.autocast():
@@ -712,8 +731,8 @@ def _listed(x: Any) -> list[Any]:
     return list(x) if isinstance(x, list | tuple) else [x]
 
 
-def _check_rewards(args: RTOConfig, dpo_model: Source | None, functions: list[RewardFunc]) -> None:
-    if args.dpo_coef != 0 and dpo_model is None:
+def _check_rewards(args: RTOConfig, token_rewards: list[TokenRewardSpec], functions: list[RewardFunc]) -> None:
+    if args.dpo_coef != 0 and not token_rewards:
         raise ValueError(
             f"dpo_coef={args.dpo_coef} asks for a token reward: pass dpo_model, or set dpo_coef=0 for PPO"
         )
