@@ -324,6 +324,14 @@ def gold_reward(prompts: list[str], completions: list[str], **kwargs: Any) -> li
     return [gold(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
+def gold_credit(prompts: list[str], completions: list[str], **kwargs: Any) -> list[list[tuple[int, int, float]]]:
+    """Where a completion earns its gold: (start, end, value) of its characters, for `rto inspect --credit`."""
+    return [
+        [(span.start, span.end, span.value) for span in gold_spans(prompt, completion)]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
 # --- Tokenizer and model ----------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ tokenizer's chat template).
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class Pair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    row: int = 0
+    """Where the data set has it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def read_pairs(
         if isinstance(pair, str):
             skipped.add(pair, i)
         else:
-            kept.append(pair)
+            kept.append(replace(pair, row=i))
     remedy = "every pair needs a prompt and two different, non-empty completions that fit max_length"
     _tell(skipped, kept, what, remedy)
     return kept, skipped
@@ -169,7 +171,7 @@ def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
         return f"over {max_length} tokens"
     if sides[0] == sides[1]:
         return "with sides that are equal as tokens"
-    return Pair(prompt, *sides)
+    return Pair(prompt, sides[0], sides[1])
 
 
 def read_labelled(

@@ -162,20 +162,15 @@ def source_name(source: Any) -> str:
 
 
 def check_same_vocabulary(
-    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: nn.Module, **init_kwargs: Any
+    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Source, **init_kwargs: Any
 ) -> None:
     """Refuse a DPO or reference model that reads other tokens than the policy writes, before it is loaded.
 
     Raises:
         ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
     """
-    expected = unwrap_peft(policy).config.get_text_config().vocab_size
     name = source_name(source)
-    if isinstance(source, nn.Module):
-        found = unwrap_peft(source).config.get_text_config().vocab_size
-    else:
-        trust = trusts(init_kwargs)
-        found = _config_of(source, trust).get_text_config().vocab_size
+    expected, found = (_vocab_size(x, trusts(init_kwargs)) for x in (policy, source))
     if found != expected:
         raise ValueError(
             f"{role} {name} has a vocabulary of {found} tokens, the policy one of {expected}: a token reward compares "
@@ -191,6 +186,12 @@ def check_same_vocabulary(
             f"{role} {name} has another tokenizer than the policy (they differ, for one, at {token}): train the DPO "
             "model from the policy's own starting point"
         )
+
+
+def _vocab_size(source: Source, trust_remote_code: bool) -> int:
+    live = isinstance(source, nn.Module)
+    config: Any = unwrap_peft(source).config if live else _config_of(source, trust_remote_code)  # type: ignore[arg-type]
+    return int(config.get_text_config().vocab_size)
 
 
 def _config_of(source: str | Path, trust_remote_code: bool) -> Any:

@@ -1,0 +1,366 @@
+"""`rto inspect`: what a token reward says of held-out pairs and of text, before anyone trains with it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import maybe_extract_prompt
+
+from rto.batches import collate
+from rto.data.formats import DataError, Pair, completion_ids, load_rows, prompt_ids, read_pairs
+from rto.evaluation.inspection import (
+    CreditReport,
+    PairReport,
+    Rewarded,
+    RewardedPair,
+    Span,
+    by_word,
+    credit_of_words,
+    report_on_credit,
+    report_on_pairs,
+    words,
+)
+from rto.models.loading import check_same_vocabulary, eos_ids, load_policy, load_tokenizer
+from rto.recipe import is_function, resolve
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
+
+ROWS = 256  # pairs scored at a time
+WINDOW = 6  # tokens before a token that its text may depend on
+
+Credit = Callable[..., Sequence[Sequence[Span]]]
+"""``f(prompts, completions, **columns)``: where each completion earns its true reward."""
+
+
+@dataclass
+class InspectArguments:
+    """What `rto inspect` looks at.
+
+    Attributes:
+        dpo_model: π_dpo, or several models or functions (module:function), which count as their mean.
+        ref_model: π_ref; not needed for an adapter (its base is taken), a function, or ``mean_logprob``.
+        dataset_name: held-out pairs: a local file or folder, or a hub name.
+        prompt: look at one prompt instead, with ``completion`` or completions sampled from π_dpo.
+        completions: look at a file of completions instead: rows with prompt and completion, or chosen and rejected.
+    """
+
+    dpo_model: list[str] = field(metadata={"help": "π_dpo: folder, hub id, adapter or function; several: their mean."})
+    ref_model: str | None = field(default=None, metadata={"help": "π_ref, the model that π_dpo started from."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Held-out pairs: file, folder or hub name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
+    rows: int | None = field(default=None, metadata={"help": "Look at the first so many rows only."})
+    prompt: str | None = field(default=None, metadata={"help": "Show the token rewards of this prompt's completions."})
+    completion: list[str] | None = field(
+        default=None, metadata={"help": "Completions of --prompt; when not given, π_dpo is sampled from."}
+    )
+    completions: str | None = field(
+        default=None, metadata={"help": "A file of rows with prompt and completion (or chosen, rejected) to show."}
+    )
+    reward_model: str | None = field(
+        default=None, metadata={"help": "A sentence reward model or function (module:function) to compare with."}
+    )
+    credit: str | None = field(
+        default=None,
+        metadata={"help": "module:function, f(prompts, completions) -> spans (start, end, value)."},
+    )
+    token_reward: str = field(default="logratio", metadata={"help": f"One of {', '.join(TOKEN_REWARDS)}."})
+    token_reward_pessimism: float = field(default=0.0, metadata={"help": "κ of several models."})
+    token_reward_clip: float = field(default=1.0, metadata={"help": "Bound on raw token rewards, as in training."})
+    beta: float = field(default=0.1, metadata={"help": "β of the implicit reward, as in training of π_dpo."})
+    spread_fraction: float = field(
+        default=0.5, metadata={"help": "Spread of the token reward beside the score's for the suggested β₁."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of all log-probabilities, and of sampling."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows (prompt + completion) are left out."})
+    max_completion_length: int = field(default=128, metadata={"help": "Of completions sampled for --prompt."})
+    max_tokens_per_micro_batch: int = field(default=16384, metadata={"help": "Padded tokens in one forward pass."})
+    show: int = field(default=4, metadata={"help": "Pairs whose heat-map is shown: the first ones."})
+    seed: int = field(default=0, metadata={"help": "Of sampling."})
+    output_dir: str = field(default="inspection", metadata={"help": "Where inspection.json and .html are written."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+
+    def __post_init__(self) -> None:
+        if self.token_reward not in TOKEN_REWARDS:
+            known = ", ".join(TOKEN_REWARDS)
+            raise ValueError(f"token_reward={self.token_reward!r} is not known; choose from {known}")
+        looked_at = [name for name in ("dataset_name", "prompt", "completions") if getattr(self, name) is not None]
+        if len(looked_at) != 1:
+            raise ValueError(
+                "say what to look at by one of --dataset_name (held-out pairs), --prompt and --completions; "
+                f"given: {', '.join(looked_at) or 'none'}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """Completions of one prompt for the heat-map, side by side."""
+
+    prompt: str
+    sides: dict[str, Rewarded]
+    """By name: chosen and rejected, or completion 1, 2, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Everything the terminal and the page show."""
+
+    source: str
+    """What the token reward is, in words."""
+    data: str
+    """What was looked at."""
+    pairs: PairReport | None
+    credit: CreditReport | None
+    shown: list[Shown]
+
+    def to_json(self) -> str:
+        """Numbers as JSON; the text that is shown is not repeated."""
+        numbers = {"source": self.source, "data": self.data}
+        parts = {"pairs": self.pairs, "credit": self.credit}
+        return json.dumps(numbers | {name: asdict(x) for name, x in parts.items() if x is not None}, indent=1)
+
+
+def inspect(args: InspectArguments) -> Inspection:
+    """Load, score, and tell.
+
+    Raises:
+        DataError: there is nothing to look at.
+        ValueError: models do not fit together, or one is missing.
+    """
+    models = [spec for spec in args.dpo_model if not is_function(spec)]
+    named = [*models, *([args.ref_model] if args.ref_model else [])]
+    if not named:
+        raise ValueError("a token reward function needs a tokenizer to cut text by: give --ref_model")
+    tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
+    rows = None if args.dataset_name is None else _head(_load(args, args.dataset_name), args.rows)
+    shown_rows = rows is None and _rows_to_show(args, tokenizer, models)
+    inspector = Inspector(
+        _source(args, models, tokenizer), tokenizer, score=_score(args), device=PartialState().device
+    )
+    source = f"{args.token_reward} of {', '.join(args.dpo_model)}"
+    if shown_rows:
+        data = f"the prompt {args.prompt!r}" if args.prompt is not None else str(args.completions)
+        return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
+    assert rows is not None
+    pairs, _ = read_pairs(rows, tokenizer, max_length=args.max_length, what=str(args.dataset_name))
+    rewarded = inspector.pairs(pairs, rows)
+    report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
+    sides = [{"chosen": pair.chosen, "rejected": pair.rejected} for pair in rewarded[: args.show]]
+    return Inspection(
+        source=source,
+        data=f"{len(rewarded)} pairs of {args.dataset_name}",
+        pairs=report,
+        credit=None if args.credit is None else credit_report(rewarded, resolve(args.credit)),
+        shown=[
+            Shown(prompt=p.prompt, sides={"chosen": p.chosen, "rejected": p.rejected}) for p in rewarded[: args.show]
+        ],
+    )
+
+
+class Inspector:
+    """Token rewards, and scores where there is a sentence reward, of completions as a data set has them.
+
+    Args:
+        source: the token reward; one that compares with a reference brings its own.
+        tokenizer: of the models.
+        score: a sentence reward to compare with.
+        device: where the models run.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        score: RewardModel | FunctionReward | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.source, self.tokenizer, self.score, self.device = source.to(device), tokenizer, score, device
+        if isinstance(score, RewardModel):
+            score.model.to(device)
+
+    def pairs(self, pairs: Sequence[Pair], rows: Dataset) -> list[RewardedPair]:
+        """Token rewards of both sides of each pair; ``rows`` is the data set that the pairs were read from."""
+        found: list[RewardedPair] = []
+        for start in range(0, len(pairs), ROWS):
+            part = pairs[start : start + ROWS]
+            raw = [_with_prompt(rows[p.row]) for p in part]
+            sides = [
+                self._reward([p.prompt for p in part], [getattr(p, side) for p in part], raw, side)
+                for side in ("chosen", "rejected")
+            ]
+            texts = [spoken(row["prompt"]) for row in raw]
+            found += [RewardedPair(prompt=x, chosen=a, rejected=b) for x, a, b in zip(texts, *sides)]
+        return found
+
+    def show(self, rows: Sequence[dict[str, Any]]) -> list[Shown]:
+        """Token rewards of rows with a prompt and one completion or more: every column whose name is a side's."""
+        found = []
+        for row in rows:
+            sides = {}
+            for name in row["sides"]:
+                ids = completion_ids(row["prompt"], row[name], self.tokenizer, ended=row.get(f"{name}_ended", True))
+                (sides[name],) = self._reward([ids[0]], [ids[1]], [row], name)
+            found.append(Shown(prompt=spoken(row["prompt"]), sides=sides))
+        return found
+
+    def _reward(
+        self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
+    ) -> list[Rewarded]:
+        """One side of some rows."""
+        columns = {name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side)}
+        completed = Completed(
+            prompts=[row["prompt"] for row in raw],
+            completions=[row[side] for row in raw],
+            completion_ids=completions,
+            ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
+            columns=columns,
+        )
+        sequences = collate(prompts, completions, pad=self.tokenizer.pad_token_id or 0, device=self.device)
+        rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
+        scores = self.score(completed) if self.score is not None else [None] * len(raw)
+        return [
+            Rewarded(
+                pieces=tuple(pieces(self.tokenizer, ids)),
+                labels=tuple(self.tokenizer.convert_ids_to_tokens(ids)),
+                rewards=row[: len(ids)],
+                score=score,
+            )
+            for ids, row, score in zip(completions, rewards, scores)
+        ]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text that each token adds to a completion; together they are its text.
+
+    A token that only begins a character adds nothing, the one that ends it adds it all; special tokens add nothing.
+    A token's text depends on the few before it (white space, bytes), so it is read as a difference.
+    """
+
+    def text(start: int, end: int) -> str:
+        return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    found: list[str] = []
+    whole = start = 0  # ids[:whole] have added their text
+    for i in range(1, len(ids) + 1):
+        if whole - start > WINDOW:
+            start = whole - WINDOW // 2
+        before, after = text(start, whole), text(start, i)
+        done = not after.endswith("\ufffd") or i == len(ids)
+        found.append(after[len(before) :] if done else "")
+        whole = i if done else whole
+    return found
+
+
+def credit_report(pairs: Sequence[RewardedPair], credit: Credit) -> CreditReport:
+    """How well token rewards follow the truth, word by word, on both sides of the pairs."""
+    sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    spans = credit(prompts=[prompt for prompt, _ in sides], completions=["".join(side.pieces) for _, side in sides])
+    groups = [words(side.pieces) for _, side in sides]
+    return report_on_credit(
+        [by_word(side.rewards, group) for (_, side), group in zip(sides, groups)],
+        [credit_of_words(side.pieces, group, s) for (_, side), group, s in zip(sides, groups, spans, strict=True)],
+    )
+
+
+def spoken(prompt: Any) -> str:
+    """A prompt as text for people."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+# --- what the user named
+
+
+def _source(args: InspectArguments, models: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenSource:
+    init = {"trust_remote_code": args.trust_remote_code}
+    reference = args.ref_model
+    if reference is None and models and args.token_reward == "logratio":
+        reference = base_of_adapter(models[0])
+        if reference is None:
+            raise ValueError(
+                f"{models[0]} is a whole model, so its reference must be named: --ref_model, the model it started from"
+            )
+    others = [("--dpo_model", model) for model in models[1:]] + ([("--ref_model", reference)] if reference else [])
+    for role, other in others if models else ():
+        check_same_vocabulary(role, other, tokenizer, models[0], **init)
+    return token_source(
+        [resolve(spec) if is_function(spec) else spec for spec in args.dpo_model],
+        reference,
+        kind=args.token_reward,
+        pessimism=args.token_reward_pessimism,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens_per_micro_batch,
+        **init,
+    )
+
+
+def base_of_adapter(source: str) -> str | None:
+    """The model that an adapter's folder names as its base; None for a whole model."""
+    path = Path(source) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
+
+
+def _score(args: InspectArguments) -> RewardModel | FunctionReward | None:
+    if args.reward_model is None:
+        return None
+    named = resolve(args.reward_model) if is_function(args.reward_model) else args.reward_model
+    return reward_source(named, max_tokens=args.max_tokens_per_micro_batch, trust_remote_code=args.trust_remote_code)
+
+
+def _load(args: InspectArguments, path: str) -> Dataset:
+    return load_rows(path, name=args.dataset_config, split=args.dataset_test_split)
+
+
+def _head(dataset: Dataset, rows: int | None) -> Dataset:
+    return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
+
+
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **maybe_extract_prompt(dict(row))}
+
+
+def _rows_to_show(
+    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str]
+) -> list[dict[str, Any]]:
+    """Rows for `Inspector.show`, each with the names of its sides."""
+    if args.completions is not None:
+        rows = _head(_load(args, args.completions), args.show)
+        sides = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
+        if "prompt" not in rows.column_names or not sides:
+            raise DataError(
+                f"{args.completions} has the columns {', '.join(rows.column_names)}: heat-maps need a prompt, and a "
+                "completion or chosen and rejected"
+            )
+        return [{**row, "sides": sides} for row in rows]
+    assert args.prompt is not None
+    if not args.prompt:
+        raise DataError("--prompt is empty: a completion's first token needs something before it")
+    completions = [(text, True) for text in args.completion or []] or _sample(args, tokenizer, models)
+    named = {f"completion {i + 1}": x for i, x in enumerate(completions)}
+    row = {"prompt": args.prompt, "sides": list(named), **{name: text for name, (text, _) in named.items()}}
+    return [row | {f"{name}_ended": ended for name, (_, ended) in named.items()}]
+
+
+def _sample(args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str]) -> list[tuple[str, bool]]:
+    """Two completions of the prompt by the first model, and whether they ended."""
+    if not models:
+        raise ValueError("nothing to sample from: give --completion, or a model as --dpo_model")
+    policy = load_policy(models[0], trust_remote_code=args.trust_remote_code).to(PartialState().device)
+    sampler = TransformersSampler(
+        config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
+        eos_ids=eos_ids(policy, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+    )
+    drawn = sampler(policy, [prompt_ids(args.prompt, tokenizer)] * 2, args.seed)
+    texts = [
+        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
+        for row, keep in zip(drawn.responses, drawn.mask)
+    ]
+    return list(zip(map(str, texts), drawn.ended.tolist()))
