@@ -152,15 +152,16 @@ def inspect(args: InspectArguments) -> Inspection:
     pairs, _ = read_pairs(rows, tokenizer, max_length=args.max_length, what=str(args.dataset_name))
     rewarded = inspector.pairs(pairs, rows)
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
-    sides = [{"chosen": pair.chosen, "rejected": pair.rejected} for pair in rewarded[: args.show]]
+    shown = [
+        Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})
+        for pair in rewarded[: args.show]
+    ]
     return Inspection(
         source=source,
         data=f"{len(rewarded)} pairs of {args.dataset_name}",
         pairs=report,
         credit=None if args.credit is None else credit_report(rewarded, resolve(args.credit)),
-        shown=[
-            Shown(prompt=p.prompt, sides={"chosen": p.chosen, "rejected": p.rejected}) for p in rewarded[: args.show]
-        ],
+        shown=shown,
     )
 
 
