@@ -119,7 +119,7 @@ def trl_trainer(work: Work, folder: Path, dataset: Any, *, precompute: bool) -> 
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(
-        **arguments(work, folder / "trl"),
+        **arguments(work, folder / f"trl-{os.getpid()}"),
         beta=0.1,
         precompute_ref_log_probs=precompute,
         activation_checkpointing=False,
@@ -137,7 +137,7 @@ def trl_trainer(work: Work, folder: Path, dataset: Any, *, precompute: bool) -> 
 def rto_trainer(work: Work, folder: Path, dataset: Any, *, precompute: bool) -> Any:
     from rto import PreferenceConfig, PreferenceTrainer
 
-    args = PreferenceConfig(**arguments(work, folder / "rto"), precompute_ref_log_probs=precompute)
+    args = PreferenceConfig(**arguments(work, folder / f"rto-{os.getpid()}"), precompute_ref_log_probs=precompute)
     return PreferenceTrainer(str(folder / "model"), args, train_dataset=dataset)
 
 

@@ -41,7 +41,6 @@ from rto.evaluation.inspection import (
     report_on_pairs,
     words,
 )
-from rto.functional.logprobs import predicting
 from rto.inspection import Inspector
 from rto.models.actor import hidden_states
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, scalar_head
@@ -73,14 +72,14 @@ class Task:
 
 
 TASKS = {
-    "embedded": Task(None, {}, 1500, 250, "rto.data.embedded:gold_credit", (1e-4, 3e-4, 1e-3), 48, 32),
+    "embedded": Task(None, {}, 1500, 250, "rto.data.embedded:gold_credit", (3e-5, 1e-4, 3e-4), 48, 32),
     "stories": Task(
         ROOT / "recipes" / "stories.yaml",
         {},
         4000,
         500,
         "experiments.token_credit:rating_spans",
-        (1e-4, 3e-4, 1e-3),
+        (3e-5, 1e-4, 3e-4),
         48,
         32,
     ),
@@ -224,11 +223,9 @@ class ScoreDifference:
 
     @torch.no_grad()
     def __call__(self, sequences: Sequences, *, ref_logp: Any = None, completed: Any = None) -> torch.Tensor:
-        hidden = hidden_states(self.model, sequences)
-        width = sequences.mask.shape[1]
-        after = scalar_head(self.model)(hidden[:, -width:]).squeeze(-1)
-        before = scalar_head(self.model)(predicting(hidden, width)).squeeze(-1)
-        return torch.where(sequences.mask, after - before, 0.0)
+        scores = scalar_head(self.model)(hidden_states(self.model, sequences)).squeeze(-1)
+        rewards = scores.diff(dim=1)[:, -sequences.mask.shape[1] :]
+        return torch.where(sequences.mask, rewards, 0.0)
 
 
 class Noise:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rto.batches import Sequences, collate, micro_batches
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
-from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_outputs, response_states
+from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_logprobs, response_states
 from rto.models.loading import (
     Source,
     check_same_vocabulary,
@@ -277,13 +277,13 @@ class PreferenceTrainer(TokenTrainer):
             ref = scatter(torch.cat(known).to(logp.device), sequences.mask)
         elif self.loss.needs_reference:
             with self._as_reference() as reference:
-                ref = policy_outputs(reference, sequences)[0]
+                ref = policy_logprobs(reference, sequences)
         return Completions(logp=logp, ref_logp=ref, mask=sequences.mask)
 
     def _score_with_kl(self, model: nn.Module, sequences: Sequences) -> Completions:
         """The same with KL(π_ref ‖ π) at every token; π_ref is read once for both."""
         with self._as_reference() as reference:
-            ref_logp, _ = policy_outputs(reference, sequences)
+            ref_logp = policy_logprobs(reference, sequences)
             ref_hidden = response_states(reference, sequences)
             ref_head = output_layer(reference).without_adapter()
         out: TokenOutputs = model(
@@ -371,7 +371,7 @@ class PreferenceTrainer(TokenTrainer):
                 pad=self.processing_class.pad_token_id,
                 device=self.args.device,
             )
-            scored = policy_outputs(reference, sequences)[0]
+            scored = policy_logprobs(reference, sequences)
             for i, row, keep in zip(rows, scored, sequences.mask):
                 logp[starts[i] : starts[i + 1]] = row[keep]
         reference.train(training)
