@@ -72,16 +72,29 @@ class Games:
         return np.random.default_rng(seed).multinomial(total, self.battles / total, size=rounds)
 
 
-def verdict_share(verdict: str | None, *, model_is_a: bool) -> tuple[float, int] | None:
-    """(share of the model, battles) of one of the five verdicts; None for a judgment without one."""
+@dataclass(frozen=True, kw_only=True)
+class Game:
+    """One verdict: the model's share (1 win, ½ tie, 0 loss), and the number of battles it counts as."""
+
+    model: str
+    question: str
+    share: float
+    battles: int
+
+
+def game(model: str, question: str, verdict: str | None, *, round_: int) -> Game | None:
+    """The game that a verdict decides; None for a judgment without one of the five.
+
+    In round 0 the baseline is answer A, in round 1 the model is.
+    """
     if verdict not in VERDICTS:
         return None
     share, battles = VERDICTS[verdict]
-    return (share if model_is_a else 1 - share), battles
+    return Game(model=model, question=question, share=share if round_ == 1 else 1 - share, battles=battles)
 
 
 def arena_scores(games: Games, weights: Float[np.ndarray, "R G"]) -> Float[np.ndarray, "R M"]:
-    """score_m = 100·P(m beats the baseline) = 100·Σ w·share / Σ w over the games of m.
+    """``score_m`` = 100·P(m beats the baseline) = 100·Σ w·share / Σ w over the games of m.
 
     This *is* the Bradley–Terry maximum-likelihood score scaled to 50 for the baseline: where every game is against one
     baseline, the likelihood falls apart into one binomial a model, so sigmoid(ξ_m − ξ_b) is the weighted win share.
@@ -101,7 +114,7 @@ class StyleControlled:
 
 
 def style_controlled(games: Games, weights: Float[np.ndarray, "R G"]) -> StyleControlled:
-    """logit P(baseline wins) = ln 10·(w_b − w_m) + γ·z,   score_m = 100·sigmoid(ln 10·(w_m − w_b)).
+    """Logit P(baseline wins) = ln 10·(w_b − w_m) + γ·z,   score_m = 100·sigmoid(ln 10·(w_m − w_b)).
 
     z are the normalised style differences, each standardised over all battles of the pool; the fit has the official
     ridge (C = 1 with every battle counted twice). γ is shared by all models, so scores depend on which models are in
@@ -135,22 +148,33 @@ def _standardised(games: Games) -> np.ndarray:
     return centred / np.where(deviation > 0, deviation, 1.0)
 
 
-def style_difference(baseline: Sequence[float], model: Sequence[float]) -> Float[np.ndarray, "4"]:
+def style_difference(
+    baseline: Sequence[float] | np.ndarray, model: Sequence[float] | np.ndarray
+) -> Float[np.ndarray, "4"]:
     """(a − b) / (a + b + 1) of the counts of baseline a and model b, in [−1, 1]."""
     a, b = np.asarray(baseline, dtype=float), np.asarray(model, dtype=float)
     return (a - b) / (a + b + 1)
 
 
-_CODE = re.compile(r"```[^`]*```")
+_CODE = re.compile(r"```([^`]*)```")
 _HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
-_LIST = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
-_BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
+_NUMBERED, _BULLET = re.compile(r"^\s*\d+\.\s", re.MULTILINE), re.compile(r"^\s*[-*+]\s", re.MULTILINE)
+_STARS, _UNDERSCORES = re.compile(r"\*\*[^*\n]+\*\*"), re.compile(r"__[^_\n]+__")
 
 
 def markdown_counts(answer: str) -> dict[str, int]:
-    """Headers, list items and bold spans of an answer outside its fenced code."""
-    text = _CODE.sub("", answer)
-    return {"headers": len(_HEADER.findall(text)), "lists": len(_LIST.findall(text)), "bold": len(_BOLD.findall(text))}
+    """Headers, list items and bold spans of an answer outside its fenced code.
+
+    As officially counted: what stands between fences is removed wherever it occurs, the fences stay.
+    """
+    text = answer
+    for code in _CODE.findall(answer):
+        text = text.replace(code, "")
+
+    def found(*patterns: re.Pattern[str]) -> int:
+        return sum(len(pattern.findall(text)) for pattern in patterns)
+
+    return {"headers": found(_HEADER), "lists": found(_NUMBERED, _BULLET), "bold": found(_STARS, _UNDERSCORES)}
 
 
 def bootstrap_by_question(games: Games, rounds: int, seed: int) -> Float[np.ndarray, "R G"]:
@@ -158,19 +182,17 @@ def bootstrap_by_question(games: Games, rounds: int, seed: int) -> Float[np.ndar
     return games.resample_questions(bootstrap_weights(len(games.questions), rounds, seed))
 
 
-def games_of(
-    verdicts: Sequence[tuple[str, str, float, int]], style: Mapping[tuple[str, str], np.ndarray] | None = None
-) -> Games:
-    """Games from (model, question, share of the model, battles), with the style difference of each (model, question)."""
-    models = tuple(dict.fromkeys(m for m, _, _, _ in verdicts))
-    questions = tuple(dict.fromkeys(q for _, q, _, _ in verdicts))
+def pool(games: Sequence[Game], style: Mapping[tuple[str, str], np.ndarray] | None = None) -> Games:
+    """Games side by side, with the style difference of each (model, question) where given."""
+    models = tuple(dict.fromkeys(g.model for g in games))
+    questions = tuple(dict.fromkeys(g.question for g in games))
     at_model, at_question = ({x: i for i, x in enumerate(names)} for names in (models, questions))
     return Games(
         models=models,
         questions=questions,
-        model=np.array([at_model[m] for m, _, _, _ in verdicts], dtype=int),
-        question=np.array([at_question[q] for _, q, _, _ in verdicts], dtype=int),
-        share=np.array([s for _, _, s, _ in verdicts], dtype=float),
-        battles=np.array([b for _, _, _, b in verdicts], dtype=int),
-        style=None if style is None else np.array([style[m, q] for m, q, _, _ in verdicts]).reshape(-1, len(STYLE)),
+        model=np.array([at_model[g.model] for g in games], dtype=int),
+        question=np.array([at_question[g.question] for g in games], dtype=int),
+        share=np.array([g.share for g in games], dtype=float),
+        battles=np.array([g.battles for g in games], dtype=int),
+        style=None if style is None else np.array([style[g.model, g.question] for g in games]).reshape(-1, len(STYLE)),
     )

@@ -51,7 +51,7 @@ def bootstrap_weights(n: int, rounds: int, seed: int) -> Int[np.ndarray, "R n"]:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)
 
 
-def percentile_interval(draws: Float[np.ndarray, "R *more"]) -> tuple[np.ndarray, np.ndarray]:
+def percentile_interval(draws: Float[np.ndarray, "R ..."]) -> tuple[np.ndarray, np.ndarray]:
     """The 2.5 and 97.5 percentiles over the rounds, linearly interpolated."""
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
@@ -61,11 +61,11 @@ def percentile_interval(draws: Float[np.ndarray, "R *more"]) -> tuple[np.ndarray
 def paired_difference(
     value: float, draws: Float[np.ndarray, " R"], *, prompts: int, centre: float | None = None
 ) -> Difference:
-    """t = d / (s* √(n / (n − 1))),  p = max(2 P(T_{n−1} > |t|), 2^{1−n}).
+    """T = d / (s* √(n / (n − 1))),  p = max(2 P(T_{n−1} > |t|), 2^{1−n}).
 
     d is the difference on the sample, s* the standard deviation of the same difference over bootstrap rounds that
-    draw the same prompts for both policies. The tail is Student's, so that p does not stop at 1/R and many pairs can be
-    corrected for; it is never below 2^{1−n}, the least that a sign-flip test on n prompts can say.
+    draw the same prompts for both policies. The tail is Student's, so that p does not stop at 1/R and many pairs can
+    be corrected for; it is never below 2^{1−n}, the least that a sign-flip test on n prompts can say.
 
     Args:
         value: d.
@@ -78,13 +78,9 @@ def paired_difference(
     if prompts < 2:
         return Difference(value=value, low=float(low), high=float(high), p=1.0, prompts=prompts)
     se = float(draws.std(ddof=1)) * np.sqrt(prompts / (prompts - 1))
-    if value == 0.0:
-        p = 1.0
-    else:
-        p = 2 * float(stats.t.sf(abs(value) / se, prompts - 1)) if se > 0 else 0.0
-    return Difference(
-        value=value, low=float(low), high=float(high), p=min(max(p, 2.0 ** (1 - prompts)), 1.0), prompts=prompts
-    )
+    t = abs(value) / se if se > 0 else np.inf  # every prompt says the same
+    p = 1.0 if value == 0 else max(2 * float(stats.t.sf(t, prompts - 1)), 2.0 ** (1 - prompts))
+    return Difference(value=value, low=float(low), high=float(high), p=p, prompts=prompts)
 
 
 def paired_bootstrap(

@@ -80,8 +80,8 @@ class LengthControlled:
 
     Attributes:
         win_rate: length-controlled.
-        standard_error: the official one: of the mean of the fitted probabilities over prompts. It does not know that φ,
-            ψ and θ were estimated; the bootstrap of ``refit_win_rates`` does.
+        standard_error: the official one: of the mean of the fitted probabilities over prompts. It does not know that
+            φ, ψ and θ were estimated; the bootstrap of ``refit_win_rates`` does.
         glm: the official name of the variant.
         theta, phi, psi: the coefficients; psi is None without γ.
         c: the inverse L1 penalty that cross-validation chose.
@@ -176,8 +176,12 @@ def _variant(data: LengthControlData, gamed: GamedBaselines | None) -> str:
 
 
 def _training_rows(data: LengthControlData, gamed: GamedBaselines | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Design (φ, ψ, θ columns), labels and weights of rows with a verdict; gamed rows first, as in the official fit."""
-    columns = [data.length_feature(), *([] if data.difficulty is None else [data.difficulty]), np.ones(len(data.shares))]
+    """Design (φ, ψ, θ columns), labels and weights of rows with a verdict; gamed rows first, as officially."""
+    columns = [
+        data.length_feature(),
+        *([] if data.difficulty is None else [data.difficulty]),
+        np.ones(len(data.shares)),
+    ]
     x, y, weight = np.stack(columns, axis=1).astype(float), data.shares, np.ones(len(data.shares))
     if gamed is not None:
         theirs = np.stack([np.tanh(gamed.std_delta_len), gamed.difficulty, np.zeros(len(gamed.shares))], axis=1)

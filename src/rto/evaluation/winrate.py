@@ -1,4 +1,4 @@
-"""Win rate by AlpacaEval's conventions, and what a judge's verdicts owe to position and length. numpy and scipy only."""
+"""Win rate by AlpacaEval's conventions; what verdicts owe to position and length. numpy and scipy only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class WinRate:
 
 
 def preference_shares(preference: Sequence[float | None] | np.ndarray) -> Float[np.ndarray, " n"]:
-    """y = preference − 1 in [0, 1]: 1 the model wins, 0 the baseline, ½ a draw (1.5, or the older 0); nan not judged.
+    """Y = preference − 1 in [0, 1]: 1 the model wins, 0 the baseline, ½ a draw (1.5, or the older 0); nan not judged.
 
     Raises:
         ValueError: a preference is something else; the message names the first such row.
@@ -89,7 +89,7 @@ class PositionBias:
 def position_bias(
     shares: Float[np.ndarray, " n"], model_first: Bool[np.ndarray, " n"], prompt: Sequence[object]
 ) -> PositionBias:
-    """first = mean of y where the model stood first, 1 − y where it stood second, over prompts.
+    """``first`` = mean of y where the model stood first, 1 − y where it stood second, over prompts.
 
     Where a prompt was judged both ways round its games are averaged before the standard error is taken: what the
     answers are worth cancels, and two games on one prompt are not two prompts. Where sides were drawn at random, once
@@ -134,7 +134,7 @@ class LengthBias:
 
 
 def length_bias(shares: Float[np.ndarray, " n"], extra_length: Float[np.ndarray, " n"]) -> LengthBias:
-    """longer = mean of y where the model's answer is longer, 1 − y where it is shorter.
+    """``longer`` = mean of y where the model's answer is longer, 1 − y where it is shorter.
 
     Args:
         shares: y, nan where there is no verdict.
