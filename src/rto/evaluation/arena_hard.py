@@ -69,7 +69,7 @@ class Games:
         narrow (by a third for gpt-4-0613).
         """
         total = int(self.battles.sum())
-        return np.random.default_rng(seed).multinomial(total, self.battles / total, size=rounds)
+        return np.random.default_rng(seed).multinomial(total, self.battles / total, size=rounds).astype(float)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Measure:
     def interval(self) -> tuple[float, float]:
         """95 %, percentiles of the draws moved to the shown value."""
         low, high = percentile_interval(self.draws)
-        return float(low) + self.value - self.centre, float(high) + self.value - self.centre
+        return low + self.value - self.centre, high + self.value - self.centre
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +340,7 @@ def _tell_variant(glm: str, settings: Settings, told: Told) -> None:
     elif glm != "length_controlled_v1":
         told.notes.append(
             f"AE LC is the official variant {glm}, not the leaderboard's length_controlled_v1, which needs two files "
-            "of the hub's data set tatsu-lab/alpaca_eval: --difficulty instruction_difficulty.csv, --gamed df_gamed.csv"
+            "of the hub data set tatsu-lab/alpaca_eval: --difficulty instruction_difficulty.csv --gamed df_gamed.csv"
         )
 
 
@@ -442,7 +442,7 @@ def _all(games: arena_hard.Games) -> np.ndarray:
 
 
 def _bounds(draws: np.ndarray) -> list[float]:
-    return [float(x) for x in percentile_interval(draws)]
+    return list(percentile_interval(draws))
 
 
 # --- runs of ours

@@ -101,7 +101,7 @@ def _legend(comparison: Comparison) -> Iterator[str]:
 
 
 def _value(column: Column, x: float) -> str:
-    return f"{x:,.{column.digits}f}".replace("-", "−")
+    return f"{round(x, column.digits) + 0.0:,.{column.digits}f}".replace("-", "−")  # + 0: no "−0.00"
 
 
 def _interval(column: Column, cell: Cell) -> str:

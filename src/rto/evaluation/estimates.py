@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
 LEVEL = 0.95
@@ -43,19 +43,19 @@ class Difference:
     prompts: int
 
 
-def bootstrap_weights(n: int, rounds: int, seed: int) -> Int[np.ndarray, "R n"]:
+def bootstrap_weights(n: int, rounds: int, seed: int) -> Float[np.ndarray, "R n"]:
     """How often each of n prompts is drawn in each of R rounds: multinomial(n; 1/n, …, 1/n).
 
     Drawing counts instead of indices lets every statistic that is a weighted sum be a matrix product.
     """
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds).astype(float)
 
 
-def percentile_interval(draws: Float[np.ndarray, "R ..."]) -> tuple[np.ndarray, np.ndarray]:
+def percentile_interval(draws: Float[np.ndarray, " R"]) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles over the rounds, linearly interpolated."""
     tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
-    return low, high
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def paired_difference(
@@ -76,11 +76,11 @@ def paired_difference(
     draws = draws + (0.0 if centre is None else value - centre)
     low, high = percentile_interval(draws)
     if prompts < 2:
-        return Difference(value=value, low=float(low), high=float(high), p=1.0, prompts=prompts)
+        return Difference(value=value, low=low, high=high, p=1.0, prompts=prompts)
     se = float(draws.std(ddof=1)) * np.sqrt(prompts / (prompts - 1))
     t = abs(value) / se if se > 0 else np.inf  # every prompt says the same
     p = 1.0 if value == 0 else max(2 * float(stats.t.sf(t, prompts - 1)), 2.0 ** (1 - prompts))
-    return Difference(value=value, low=float(low), high=float(high), p=p, prompts=prompts)
+    return Difference(value=value, low=low, high=high, p=p, prompts=prompts)
 
 
 def paired_bootstrap(

@@ -238,7 +238,8 @@ def _list_rows(text: str, path: Path) -> tuple[list[Any], str]:
         try:
             row, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            if text.rstrip().endswith("]"):  # the list was closed: this is damage, not a cut
+            ran_out = error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+            if text.rstrip().endswith("]") and not ran_out:  # the list was closed: this is damage, not a cut
                 raise DataError(f"{path}: row {len(rows)} is not JSON: {whole}; repair or delete it") from error
             return rows, text[at:] or "["
         rows.append(row)
@@ -292,7 +293,7 @@ def _alpaca(read: Rows, model: str, at: list[int]) -> AlpacaAnnotations:
         baseline=_same(rows, at, "generator_1", path),
         judge=_same(rows, at, "annotator", path, default="unnamed judge"),
         prompts=numbered(_get(row, "instruction", str, path, i) for i, row in zip(at, rows)),
-        shares=np.array(shares),
+        shares=np.array(shares, dtype=float),
         baseline_length=lengths_of[:, 0],
         model_length=lengths_of[:, 1],
         index=None if index is None else np.array(index, dtype=int),
