@@ -336,7 +336,7 @@ def _length_data(a: AlpacaAnnotations, difficulties: dict[int, float] | None) ->
 
 def _tell_variant(glm: str, settings: Settings, told: Told) -> None:
     if settings.length_control == "alpaca_eval":
-        told.notes.append("AE LC is the alpaca-eval package's own number; its interval is of our refits.")
+        told.notes.append(f"AE LC is the alpaca-eval package's own number; its interval is of refits of {glm}.")
     elif glm != "length_controlled_v1":
         told.notes.append(
             f"AE LC is the official variant {glm}, not the leaderboard's length_controlled_v1, which needs two files "

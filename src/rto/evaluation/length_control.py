@@ -165,7 +165,8 @@ def official_length_controlled(annotations: Sequence[Mapping[str, Any]]) -> dict
             pd.DataFrame([dict(row) for row in annotations]), save_weights_dir=None, is_warn_extreme_changes=False
         )
     except Exception as error:  # pandas, scikit-learn and the hub raise many kinds
-        raise ValueError(f"alpaca-eval could not compute the length-controlled win rate: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"alpaca-eval could not compute the length-controlled win rate: {said}") from error
     return {name: float(value) for name, value in numbers.items()}
 
 
