@@ -1,19 +1,13 @@
 """The published AlpacaEval and Arena-Hard files, read with the standard library."""
 
-import csv
 import gzip
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return list(csv.DictReader(io.StringIO(data.decode())))
+from sources import read_csv
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import ks_2samp
+from sources import read_csv
 
-from conftest import read_csv
 from rto.evaluation.arena_hard import (
     STYLE,
     VERDICTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from test_results_files import run_folder
+from sources import run_folder
 
 from rto.data.errors import DataError
 from rto.evaluation.compare import Settings, compare, main

@@ -5,8 +5,8 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import spearmanr
+from sources import read_csv
 
-from conftest import read_csv
 from rto.evaluation.length_control import (
     GamedBaselines,
     LengthControlData,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sources import run_folder
 
 from rto.data.errors import DataError
 from rto.evaluation.results_files import read_difficulties, read_gamed, read_rows, read_sources
@@ -158,6 +159,20 @@ def test_arena_folder_with_style(tmp_path):
     assert a.baseline_style["q"].tolist() == [7, 3, 4, 5]
 
 
+def test_answers_are_found_by_the_name_they_carry(tmp_path):
+    """A name that is no file name, or leads elsewhere, is only compared, never opened."""
+    folder = arena_folder(tmp_path / "in", {"a": turn(content="", token_len=1), "b": turn(content="", token_len=2)})
+    judged = folder / "model_judgment" / "judge" / "mine.jsonl"
+    judged.write_text(json.dumps(ARENA | {"model": "org/mine", "baseline": "../../out"}) + "\n")
+    for name, model in (("a", "org/mine"), ("b", "other")):
+        path = folder / "model_answer" / f"{name}.jsonl"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_id": model}) + "\n")
+    (tmp_path / "out.jsonl").write_text(json.dumps(turn(content="", token_len=3) | {"question_id": "q"}) + "\n")
+    (entry,), _ = read_sources([folder])
+    assert entry.arena.model_style["q"][0] == 1
+    assert entry.arena.baseline_style is None
+
+
 def test_answers_without_tokens_are_told(tmp_path):
     (entry,), notes = read_sources([arena_folder(tmp_path, {"mine": turn(content="x")})])
     assert entry.arena.model_style is None
@@ -173,20 +188,6 @@ def test_official_files_of_one_model_make_one_row(tmp_path):
     two, _ = read_sources([tmp_path / "annotations.json", tmp_path])
     assert len(two) == 2  # two annotations of one name are two rows, told apart
     assert len({e.model for e in two}) == 2
-
-
-def run_folder(folder: Path) -> Path:
-    evaluation = folder / "evaluation"
-    evaluation.mkdir(parents=True)
-    rows = [
-        {"prompt": f"p{i}", "completions": {"SFT": "a", "RTO": "b"}, "gold": {"SFT": float(i), "RTO": i + 1.0}}
-        for i in range(3)
-    ]
-    (evaluation / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    methods = {"SFT": {"gold": 1.0, "kl": 0.0}, "RTO": {"gold": 2.0, "kl": 3.5}}
-    results = {"gold": "gold_reward", "baseline": "SFT", "prompts": 3, "methods": methods}
-    (evaluation / "results.json").write_text(json.dumps(results))
-    return folder
 
 
 def test_run_folder(tmp_path):

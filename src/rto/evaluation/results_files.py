@@ -449,8 +449,8 @@ def _arena(read: Rows, model: str, at: list[int], notes: list[str]) -> ArenaJudg
         games=games,
         rounds=rounds,
         missing=missing,
-        model_style=read_style(answers / path.name, notes),
-        baseline_style=read_style(answers / f"{Path(baseline).name}.jsonl", notes),  # a name leads nowhere else
+        model_style=_style_of(model, answers, notes),
+        baseline_style=_style_of(baseline, answers, notes),
     )
 
 
@@ -464,22 +464,37 @@ def _games(row: Row, path: Path, i: int) -> list[Row]:
     return games
 
 
-def read_style(path: Path, notes: list[str]) -> dict[str, np.ndarray] | None:
+def _style_of(model: str, answers: Path, notes: list[str]) -> dict[str, np.ndarray] | None:
+    """Of the file whose rows name the model, or whose own name does; no path is made from what a file says."""
+    for path in sorted(answers.glob("*.jsonl")):
+        if _answering(path) == model:
+            read = read_rows(path)
+            notes += read.notes
+            return read_style(read, notes)
+    return None
+
+
+def _answering(path: Path) -> str:
+    """The model that a file of answers is of, by its first row or else its name."""
+    with path.open("rb") as file:
+        try:
+            return str(json.loads(file.readline())["model_id"])
+        except (ValueError, KeyError, TypeError):
+            return path.stem
+
+
+def read_style(read: Rows, notes: list[str]) -> dict[str, np.ndarray] | None:
     """Token, header, list and bold counts of each answer (``STYLE``); None, with a note, when they are not to be had.
 
     ``conv_metadata`` is taken as it is; without it markdown is counted in the text, and ``token_len`` must be there.
     """
-    if not path.is_file():
-        return None
-    read = read_rows(path)
-    notes += read.notes
     found = {}
     for i, row in enumerate(read.rows):
         try:
-            found[_get(row, "question_id", str, path, i)] = _style(row)
+            found[_get(row, "question_id", str, read.path, i)] = _style(row)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             notes.append(
-                f"{path}: row {i} has no usable token_len or text ({error!r}): no style control for this model."
+                f"{read.path}: row {i} has no usable token_len or text ({error!r}): no style control for this model."
             )
             return None
     return found
