@@ -408,8 +408,8 @@ def _style_pool(
     drawn = arena_hard.style_controlled(games, games.resample_questions(_draw(_all(games), settings)))
     by_battle = arena_hard.style_controlled(games, games.resample_battles(settings.rounds, settings.seed))
     told.notes.append(
-        f"AH SC of judge {group[0]} is at the average style of the {len(games.models)} row(s) fitted together: it changes "
-        "with them, and alone a row has nothing to be corrected for."
+        f"AH SC of judge {group[0]} is at the average style of the {len(games.models)} row(s) fitted together: it "
+        "changes with them, and alone a row has nothing to be corrected for."
     )
     measures = []
     for i, name in enumerate(games.models):
