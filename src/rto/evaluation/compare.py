@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.text import Text
 
 from rto.data.errors import DataError
 from rto.evaluation import arena_hard, length_control, winrate
@@ -582,6 +584,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     entries, notes = read_sources(sources)
     comparison = compare(entries, settings, notes)
-    show(comparison)
-    write(comparison, folder)
+    console = Console()
+    show(comparison, console)
+    paths = write(comparison, folder)
+    console.print(Text(f"\nwith all pairs and the judges' position and length bias: {', '.join(map(str, paths))}"))
     return 0

@@ -24,13 +24,13 @@ SHOWN_PAIRS = 15
 """Differences a column that the terminal shows; the files have all."""
 
 
-def show(comparison: Comparison, console: Console | None = None) -> None:
+def show(comparison: Comparison, console: Console) -> None:
     """Print the table, the differences and the notes."""
-    console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", overflow="fold")
+    longest = max(len(entry) for entry in comparison.entries)
+    table.add_column("model", overflow="fold", min_width=min(longest, 16))
     for column in comparison.columns:
-        table.add_column(Text(_printable(column.title)), justify="right", no_wrap=True)
+        table.add_column(Text(_printable(column.title)), justify="right", overflow="fold")
     for entry in comparison.entries:
         table.add_row(Text(_printable(entry)), *(_rich_cell(c, c.cells.get(entry)) for c in comparison.columns))
     console.print(table)
@@ -46,11 +46,13 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         console.print(Text(f"note: {_printable(note)}", style="yellow"))
 
 
-def write(comparison: Comparison, folder: Path) -> None:
-    """Write compare.md and compare.json into a folder, each whole or not at all."""
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write compare.md and compare.json into a folder, each whole or not at all, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "compare.md", markdown(comparison))
-    write_atomically(folder / "compare.json", json.dumps(_plain(_document(comparison)), indent=1))
+    paths = [folder / "compare.md", folder / "compare.json"]
+    for path, text in zip(paths, [markdown(comparison), json.dumps(_plain(_document(comparison)), indent=1)]):
+        write_atomically(path, text)
+    return paths
 
 
 def markdown(comparison: Comparison) -> str:
