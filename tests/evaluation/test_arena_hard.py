@@ -131,6 +131,11 @@ def test_a_question_is_drawn_with_all_its_games(games):
             assert len(set((row / games.battles)[games.question == q])) == 1
 
 
+def test_a_drawn_question_brings_all_copies_of_its_verdicts():
+    games = pool([game("m", "1", "B>>A", round_=0), game("m", "1", "A=B", round_=1), game("m", "2", "A>B", round_=0)])
+    assert games.resample_questions(np.array([[2.0, 0.0], [1.0, 1.0]])).tolist() == [[6, 2, 0], [3, 1, 1]]
+
+
 def test_markdown_is_counted_as_published(arena_answers):
     for row in arena_answers:
         counts = markdown_counts(row["answer"])

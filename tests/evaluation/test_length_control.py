@@ -213,3 +213,11 @@ def test_logistic_fit_against_scipy():
     assert 8 < separable[0, 0] < 20
     with pytest.raises(ValueError, match="must be positive"):
         fit_logistic(x, y, w, l2=0.0)
+
+
+def test_logistic_fit_where_whole_newton_steps_run_away():
+    rng = np.random.default_rng(30)
+    x = rng.standard_cauchy((int(rng.integers(3, 40)), 3)) * rng.choice([1, 10, 100])
+    y = (rng.random(len(x)) < 0.5) * 1.0
+    w = fit_logistic(x, y, np.ones((1, len(x))), l2=1e-4)[0]
+    assert x.T @ (expit(x @ w) - y) + 1e-4 * w == pytest.approx(np.zeros(3), abs=1e-8)
