@@ -95,6 +95,10 @@ def test_length_control_removes_what_length_gave(annotations, settings):
     assert column(found, "ae_wr").cells["long"].value > 75
     lc = column(found, "ae_lc")
     assert lc.cells["long"].low < 50 < lc.cells["long"].high + 5
+    (pair,) = lc.pairs
+    d = pair.difference
+    assert d.value == pytest.approx(lc.cells["long"].value - lc.cells["even"].value)
+    assert (d.low + d.high) / 2 == pytest.approx(d.value, abs=0.1 * (d.high - d.low))
     assert lc.cells["even"].value == pytest.approx(column(found, "ae_wr").cells["even"].value, abs=0.6)
 
 
