@@ -9,7 +9,7 @@ from sources import run_folder
 from rto.data.errors import DataError
 from rto.evaluation.results_files import read_difficulties, read_gamed, read_rows, read_sources
 
-ROWS = [{"a": i, "text": 'a "quoted" ] } \u2028 naïve 漢字\\ '} for i in range(4)]
+ROWS = [{"a": i, "games": [{"s": [1]}, [2]], "text": 'a "quoted" ] } \u2028 naïve 漢字\\ '} for i in range(4)]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -201,6 +201,13 @@ def test_run_folder(tmp_path):
 def test_two_runs_are_told_apart(tmp_path):
     entries, _ = read_sources([run_folder(tmp_path / "one"), run_folder(tmp_path / "two")])
     assert [e.model for e in entries] == ["SFT (one)", "RTO (one)", "SFT (two)", "RTO (two)"]
+
+
+def test_a_method_of_a_run_is_not_the_official_model_of_its_name(tmp_path):
+    (tmp_path / "annotations.json").write_text(json.dumps([ALPACA | {"generator_2": "RTO"}]))
+    entries, _ = read_sources([tmp_path / "annotations.json", run_folder(tmp_path / "one")])
+    assert [e.model for e in entries] == ["RTO (annotations.json)", "SFT", "RTO (one)"]
+    assert [e.run is not None for e in entries] == [False, True, True]
 
 
 def test_half_written_run_is_recovered(tmp_path):
