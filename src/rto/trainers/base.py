@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from rto.batches import micro_batches
+from rto.files import write_atomically
 from rto.models.actor import Actor
 
 logger = logging.getLogger(__name__)
@@ -259,16 +260,6 @@ def seal(folder: Path) -> None:
             os.fsync(file.fileno())
         sizes[str(path.relative_to(folder))] = path.stat().st_size
     write_atomically(folder / SEAL, json.dumps({"files": sizes}, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a run after a power cut, sees the old or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
