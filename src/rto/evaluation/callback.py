@@ -53,8 +53,8 @@ class WinRateCallback(TrainerCallback):
     prompts in fixed batches, so the numbers do not depend on how many there are; process 0 judges.
 
     Logged, with the prefix ``eval_NAME``: the win rate; ``_se`` (s / √n); ``_low`` and ``_high``, Wilson's 95 %
-    interval, which is wider than a draw-aware one needs; ``_judged`` and ``_unread`` prompts; ``_length``, mean tokens;
-    and with a reward as judge ``_score``, ``_score_se``. Completions, both sides, go to
+    interval; ``_judged`` and ``_unread`` prompts; ``_length``, mean tokens; and with a reward as judge ``_score`` and
+    ``_score_se``. Completions, both sides, go to
     ``output_dir/NAME/completions.jsonl``, the baseline's answers to ``output_dir/NAME/baseline.json``.
 
     Args:
@@ -253,9 +253,8 @@ class WinRateCallback(TrainerCallback):
         self._write(contests, step)
         wins = [c.preference - 1 for c in contests if c.preference is not None]
         if not wins:
-            raise ValueError(
-                f"judge {self.judge.name} could be read on none of {len(contests)} prompts: {unread(contests)}"
-            )
+            reasons = dict(unread(contests))
+            raise ValueError(f"judge {self.judge.name} could be read on none of {len(contests)} prompts: {reasons}")
         rate = Estimate.of(wins)
         low, high = wilson(rate.mean, len(wins))
         found = {
@@ -273,7 +272,7 @@ class WinRateCallback(TrainerCallback):
         return {f"eval_{self.name}{key}": value for key, value in found.items()}
 
     def _write(self, contests: Sequence[Contest], step: int) -> None:
-        """The table of completions; a step that is measured again, after a resume, replaces itself and what followed."""
+        """The table of completions; a step measured again, after a resume, replaces itself and what followed."""
         path = self.folder / "completions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []

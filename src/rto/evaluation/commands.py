@@ -62,12 +62,14 @@ def generate(args: list[str]) -> int:
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
     import torch
+    from transformers.utils import logging as hf_logging
 
     from rto.evaluation.generate import encode, weights_digest
     from rto.evaluation.generate import generate as draw
     from rto.models.loading import eos_ids, freeze, load_policy, load_tokenizer, max_positions
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
+    hf_logging.disable_progress_bar()  # one for each weight file
     tokenizer = load_tokenizer(flags.model)
     model = freeze(load_policy(flags.model, dtype=flags.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,8 +102,8 @@ def generate(args: list[str]) -> int:
         seed=flags.seed,
     )
     _say(
-        f"{result.path}: {result.answers} answers, {result.new} of them new; {result.mean_tokens:.1f} tokens on average, "
-        f"{result.answers - result.ended} cut at {limit}"
+        f"{result.path}: {result.answers} answers, {result.new} of them new; {result.mean_tokens:.1f} tokens on "
+        f"average, {result.answers - result.ended} cut at {limit}"
     )
     return 0
 
@@ -172,7 +174,7 @@ def judge(args: list[str]) -> int:
         text = json.dumps(alpaca_annotations(name, model, baseline, contests), indent=2) + "\n"
     else:
         path = (flags.output or flags.answers.parent.parent) / "model_judgment" / name / f"{safe_name(model)}.jsonl"
-        text = "".join(json.dumps(row) + "\n" for row in arena_judgments(name, model, contests))
+        text = "".join(json.dumps(row) + "\n" for row in arena_judgments(name, model, baseline, contests))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     games = sum(len(c.games) for c in contests)

@@ -1,4 +1,4 @@
-"""A client for OpenAI-compatible chat endpoints: concurrent, retrying, counted, cached; its key reaches no file or log.
+"""A client for OpenAI-compatible chat endpoints: concurrent, retrying, counted, cached; its key reaches no file.
 
 The form of requests and answers is OpenAI's ``/v1/chat/completions``, as hosted models, vLLM and llama.cpp serve it.
 """
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -389,7 +389,8 @@ def _read_reply(text: str, seconds: float) -> Reply | str:
         return f"not a chat completion ({type(error).__name__}): {_said(text)}"
     if content is None:  # all tokens went into reasoning, say: an answer, with nothing in it
         content = ""
-    if not isinstance(content, str) or not isinstance(top, list | None):
+    whole = top is None or (isinstance(top, list) and all(isinstance(candidate, dict) for candidate in top))
+    if not isinstance(content, str) or not whole:
         return f"not a chat completion: {_said(text)}"
     prompt, completion = (n if isinstance(n, int) and n >= 0 else None for n in counts)
     return Reply(
@@ -404,10 +405,8 @@ def _read_reply(text: str, seconds: float) -> Reply | str:
 
 def _said(text: str) -> str:
     """A server's words, short and on one line."""
-    try:
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
         text = json.loads(text)["error"]["message"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
     return repr(str(text)[:200])
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rto.data.formats import DataError
 from rto.trainers.base import write_atomically
@@ -64,6 +64,7 @@ class Battle:
     """What else a reward function may ask for."""
 
 
+@runtime_checkable
 class Benchmark(Protocol):
     """A file format with its protocol's defaults."""
 

@@ -143,7 +143,7 @@ class Template:
 
     A field is replaced in one pass over the template, so fields, braces and backslashes inside judged text mean
     nothing. Our own templates fence the text with ``{mark}``, a digest of everything judged: no text can hold the
-    digest of itself. In templates that fence with triple quotes, triple quotes in the text are escaped.
+    digest of itself. In templates that fence with triple quotes, text that could end them early is escaped.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -164,10 +164,8 @@ class Template:
 
         def put(found: re.Match[str]) -> str:
             value = values[FIELDS[found[2]]]
-            if found[1] and found[3]:
-                value = value.replace('"""', r"\"\"\"")
-                if value.endswith('"'):  # four quotes in a row would end the text one early
-                    value = value[:-1] + r"\""
+            if found[1] and found[3] and ('"""' in value or value.endswith(('"', "\\"))):
+                value = value.replace("\\", "\\\\").replace('"', r"\"")  # a string literal that ends where it should
             return found[1] + value + found[3]
 
         return [{"role": role, "content": _FIELD.sub(put, text)} for role, text in self.messages]
@@ -269,6 +267,7 @@ FIVE_WAY = Template(
 # --- protocols
 
 
+@runtime_checkable
 class ChatProtocol(Protocol):
     """How a chat model is asked and its answer read."""
 
@@ -363,11 +362,8 @@ class ChatJudge:
             EndpointError: the endpoint cannot be used, or gives no log-probabilities where they are needed.
         """
         prompts = [self.protocol.template.fill(sight) for sight in sights]
-        replies: list[list[Reply | Failure]] = [
-            [reply] for reply in self._ask(prompts[:1])
-        ]  # a probe: cheap to refuse
-        self._check_probe(replies)
-        replies += [[reply] for reply in self._ask(prompts[1:])]
+        replies = [[reply] for reply in self._probe(prompts)]
+        replies += [[reply] for reply in self._ask(prompts[len(replies) :])]
         if self.protocol.follow_up is not None:
             self._follow_up(prompts, replies, self.protocol.follow_up)
         return [self._game(prompt, said) for prompt, said in zip(prompts, replies)]
@@ -375,12 +371,21 @@ class ChatJudge:
     def _ask(self, prompts: list[Messages]) -> list[Reply | Failure]:
         return self.endpoint.ask(prompts, self.protocol.parameters)
 
-    def _check_probe(self, replies: list[list[Reply | Failure]]) -> None:
-        if replies and isinstance(reply := replies[0][0], Reply) and self.protocol.read([reply]).reason == NO_LOGPROBS:
+    def _probe(self, prompts: list[Messages]) -> list[Reply | Failure]:
+        """The first answer, or the first two: an endpoint that will not do is found out before it is paid."""
+        replies = self._ask(prompts[:1])
+        if replies and isinstance(replies[0], Failure):
+            replies += self._ask(prompts[1:2])
+        failed = [reply.reason for reply in replies if isinstance(reply, Failure)]
+        if len(failed) == 2:
+            raise EndpointError(f"{self.endpoint.url}: the first two requests had no answer: {failed[0]}")
+        answered = [reply for reply in replies if isinstance(reply, Reply)]
+        if any(self.protocol.read([reply]).reason == NO_LOGPROBS for reply in answered):
             raise EndpointError(
                 f"{self.endpoint.url}: {self.endpoint.model} answers without log-probabilities, which AlpacaEval 2's "
                 "protocol reads: switch them on at the server, take another judge, or judge in Arena-Hard's format"
             )
+        return replies
 
     def _follow_up(self, prompts: list[Messages], replies: list[list[Reply | Failure]], words: str) -> None:
         """Ask again where the first answer has no verdict at all."""
@@ -393,9 +398,9 @@ class ChatJudge:
         for i in again:
             (first,) = replies[i]
             assert isinstance(first, Reply)
-            turns = [
+            turns: Messages = [
                 {"role": "assistant", "content": first.text},
-                {"role": "user", "content": self.protocol.follow_up},
+                {"role": "user", "content": words},
             ]
             longer.append([*prompts[i], *turns])
         for i, reply in zip(again, self._ask(longer)):
@@ -500,13 +505,14 @@ def alpaca_annotations(judge: str, model: str, baseline: str, contests: Sequence
     return rows
 
 
-def arena_judgments(judge: str, model: str, contests: Sequence[Contest]) -> list[Row]:
+def arena_judgments(judge: str, model: str, baseline: str, contests: Sequence[Contest]) -> list[Row]:
     """Arena-Hard v0.1's judgments: game 1 shows the baseline as A, game 2 as B; a score is a label or null."""
     return [
         {
             "question_id": contest.battle.question.key[0],
             "model": model,
             "judge": judge,
+            "baseline": baseline,
             "games": [
                 {"user_prompt": game.prompt, "judgment": game.said, "score": game.verdict, "unread": game.reason}
                 for game in contest.games
