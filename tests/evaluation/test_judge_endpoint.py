@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import threading
 import time
 import traceback

@@ -395,6 +395,12 @@ class Journal:
         """Let others write."""
         os.close(self._file)
 
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _take_up(self, settings: Row) -> None:
         data = self.path.read_bytes()
         whole, cut = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]

@@ -114,28 +114,40 @@ def generate(
     if (done := finished(path, settings)) is not None:
         return done
     benchmark.prepare(folder, encoded.questions)
-    journal = Journal(journal_of(path), settings)
+    with Journal(journal_of(path), settings) as journal:
+        before = len(journal.rows)
+        answers = _answer_all(model, tokenizer, encoded, sampler, journal, batch_size, seed)
+        write_atomically(path, benchmark.answers(name, encoded.questions, answers))
+        summary = {
+            "settings": settings,
+            "answers": len(answers),
+            "left_out": dict(encoded.skipped.counts),
+            "mean_tokens": sum(a.tokens for a in answers) / len(answers),
+            "ended": sum(a.ended for a in answers),
+        }
+        write_atomically(record_of(path), json.dumps(summary, indent=1) + "\n")
+        journal.path.unlink()  # last: until here a kill loses nothing
+    return _generated(path, summary, new=len(answers) - before)
+
+
+def _answer_all(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    sampler: Sampler,
+    journal: Journal,
+    batch_size: int,
+    seed: int,
+) -> list[Answer]:
+    """What the journal lacks is drawn and entered; all answers, in the order of the questions."""
     found = {row["index"]: row for row in journal.rows}
-    before = len(found)
     for k, batch in enumerate(batches(encoded.ids, batch_size)):
         missing = [i for i in batch if i not in found]
         if missing:  # the whole batch again: a draw depends on what stands beside it
             rows = draw(model, tokenizer, sampler, encoded.ids, batch, batch_seed(seed, k))
             journal.append([row for row in rows if row["index"] in missing])
             found.update({row["index"]: row for row in rows})
-    answers = [Answer(**{k: found[i][k] for k in ("text", "tokens", "ended")}) for i in range(len(encoded.ids))]
-    write_atomically(path, benchmark.answers(name, encoded.questions, answers))
-    summary = {
-        "settings": settings,
-        "answers": len(answers),
-        "left_out": dict(encoded.skipped.counts),
-        "mean_tokens": sum(a.tokens for a in answers) / len(answers),
-        "ended": sum(a.ended for a in answers),
-    }
-    write_atomically(record_of(path), json.dumps(summary, indent=1) + "\n")
-    journal.path.unlink()  # last: until here a kill loses nothing
-    journal.close()
-    return _generated(path, summary, new=len(answers) - before)
+    return [Answer(**{k: found[i][k] for k in ("text", "tokens", "ended")}) for i in range(len(encoded.ids))]
 
 
 def finished(path: Path, settings: Row) -> Generated | None:
