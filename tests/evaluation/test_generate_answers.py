@@ -173,6 +173,7 @@ def test_a_run_cut_anywhere_ends_like_an_uninterrupted_one(
             aside.unlink()
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_and_doubles_nothing(tiny_folder: Path, alpaca: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the third batch's write, then the same command again."""
     assert main(command(tiny_folder, alpaca, tmp_path / "whole")) == 0

@@ -186,7 +186,8 @@ ATTACKS = [
     "",
 ]
 OFFICIAL_SHAPES = {
-    "alpaca.txt": '<|im_start|>system\nYou judge.\n<|im_end|>\n<|im_start|>user\n{\n  "instruction": """{instruction}""",\n'
+    "alpaca.txt": "<|im_start|>system\nYou judge.\n<|im_end|>\n<|im_start|>user\n"
+    '{\n  "instruction": """{instruction}""",\n'
     '}\n{ { "m": """{output_1}""" }, { "M": """{output_2}""" } }\nm or M?\n<|im_end|>',
     "arena.yaml": 'system_prompt: "You judge: [[A>>B]]"\nprompt_template: ["<|User Prompt|>\\n{question_1}\\n\\n'
     "<|The Start of Assistant A's Answer|>\\n{answer_1}\\n<|The End of Assistant A's Answer|>\\n\\n"
@@ -243,7 +244,7 @@ def test_official_templates_are_filled_to_the_letter(tmp_path: Path) -> None:
     expected = OFFICIAL_SHAPES["alpaca.txt"].split("<|im_start|>user\n")[1].removesuffix("\n<|im_end|>")
     for name, value in (("instruction", "I?"), ("output_1", 'he said "no"'), ("output_2", "two\nlines")):
         expected = expected.replace("{" + name + "}", value)
-    quoted = expected.replace('he said "no"', r"he said \"no\"")  # four quotes in a row would be read as an early end
+    quoted = expected.replace('he said "no"', r"he said \"no\"")  # four quotes in a row would end it early
     assert alpaca[1] == {"role": "user", "content": quoted}
     arena = read_template(tmp_path / "arena.yaml").fill(sight)
     assert arena[0]["content"] == "You judge: [[A>>B]]"
@@ -421,7 +422,7 @@ def alpaca(tmp_path: Path) -> tuple[Path, Path]:
 def test_alpaca_eval_from_end_to_end(
     alpaca: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """An honest judge, two answers that cannot be read, one request that fails; then a rerun that asks for that one."""
+    """An honest judge, two answers without a name, one request that fails; then a rerun that asks for that one."""
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret-123")
     broken = [True]
 
