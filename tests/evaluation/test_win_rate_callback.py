@@ -345,7 +345,7 @@ def test_prompts_are_checked_first(tiny_folder: Path, tmp_path: Path) -> None:
 # --- several processes
 
 
-def start(folder: Path, output: Path, *rest: str, processes: int) -> subprocess.CompletedProcess:
+def start(folders: list[Path], output: Path, *rest: str, processes: int) -> subprocess.CompletedProcess:
     from test_checkpoints import free_port
 
     launch = [sys.executable]
@@ -357,23 +357,24 @@ def start(folder: Path, output: Path, *rest: str, processes: int) -> subprocess.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     output.mkdir()
-    command = [*launch, str(program), str(folder), str(output), *rest]
+    command = [*launch, str(program), *map(str, [*folders, output]), *rest]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
 
 
 @pytest.mark.slow
-def test_processes_share_the_prompts_and_agree(tiny_folder: Path, tmp_path: Path) -> None:
+def test_processes_share_the_prompts_and_agree(tiny_folder: Path, dpo_like: Path, tmp_path: Path) -> None:
     """Two processes log what one logs, on both; a judge that fails ends both, and nobody waits for ever."""
+    folders = [tiny_folder, dpo_like]
     for processes in (1, 2):
-        done = start(tiny_folder, tmp_path / str(processes), processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = start(folders, tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr[:6000]
     kept = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/rank*.json"))]
     assert len(kept) == 3
     numbers = [[{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows] for rows in kept]
     assert numbers[0] == numbers[1] == numbers[2]
-    assert numbers[0]
+    assert numbers[0][0]["eval_win_rate"] != 0.5
     assert table(str(tmp_path / "1")) == table(str(tmp_path / "2"))
-    broken = start(tiny_folder, tmp_path / "broken", "broken", processes=2)
+    broken = start(folders, tmp_path / "broken", "broken", processes=2)
     assert broken.returncode != 0
     assert "no judge today" in broken.stderr
     assert "process 0 could not judge: ValueError('no judge today')" in broken.stderr

@@ -1,4 +1,4 @@
-"""A small run with a win rate, as a program for several processes: watched.py POLICY OUTPUT; greedy, no training."""
+"""A small run with a win rate, as a program for several processes: watched.py POLICY BASELINE OUTPUT [broken]; no learning."""
 
 import json
 import sys
@@ -63,12 +63,12 @@ class Broken:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    policy, output, *rest = sys.argv[1:]
+    policy, baseline, output, *rest = sys.argv[1:]
     trainer, callback = build(
         policy,
         output,
         Broken() if rest == ["broken"] else fuller,
-        baseline=None,
+        baseline=baseline,
         sampling=SamplingConfig(max_completion_length=6, temperature=1.0),
         learning_rate=0.0,
         value_learning_rate=0.0,
@@ -78,3 +78,4 @@ if __name__ == "__main__":
     trainer.train()
     rows = [row for row in trainer.state.log_history if "eval_win_rate" in row]
     Path(output, f"rank{trainer.args.process_index}.json").write_text(json.dumps(rows))
+    trainer.accelerator.end_training()  # nobody leaves while another still talks
