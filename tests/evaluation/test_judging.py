@@ -218,21 +218,26 @@ def test_no_text_leaves_our_frame(attack: str, template: Template) -> None:
 @pytest.mark.parametrize("file", OFFICIAL_SHAPES)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_text_leaves_an_official_frame(attack: str, file: str, tmp_path: Path) -> None:
-    """As many messages, triple quotes and turn marks as the template has, whatever stands in the fields."""
+    """The frame around a field is the template's, and what stands in the field holds none of the frame's marks."""
     (tmp_path / file).write_text(OFFICIAL_SHAPES[file])
     template = read_template(tmp_path / file)
-    plain = template.fill(Sight(instruction="I", first="F", second="S"))
     for place in ("instruction", "first", "second"):
-        messages = template.fill(Sight(**{"instruction": "I", "first": "F", "second": "S", place: attack}))
+        fields = {"instruction": "I", "first": "F", "second": "S"}
+        system, user = template.fill(Sight(**fields | {place: "\x01"}))
+        before, after = user["content"].split("\x01")
+        messages = template.fill(Sight(**fields | {place: attack}))
         assert [m["role"] for m in messages] == ["system", "user"]
-        assert messages[0] == plain[0]
+        assert messages[0] == system
         text = messages[1]["content"]
-        assert len(re.findall(r"<\|[^\n]{1,60}?\|>", text)) == plain[1]["content"].count("|>")
-        if file == "alpaca.txt":  # read as the strings that the frame shows them as
-            strings = re.findall(r'"""((?:[^"\\]|\\.|"(?!""))*)"""', text, flags=re.DOTALL)
-            assert len(strings) == 3
-            rest = re.sub(r'"""((?:[^"\\]|\\.|"(?!""))*)"""', "", text, flags=re.DOTALL)
-            assert rest == re.sub(r'"""."""', "", plain[1]["content"])
+        assert text.startswith(before)
+        assert text.endswith(after)
+        inside = text[len(before) : len(text) - len(after)]
+        assert not re.search(r"<\|[^\n]{1,60}?\|>|\[\[[AB]", inside)
+        if file == "alpaca.txt":
+            assert '"""' not in inside
+            assert inside.replace(r"\"\"\"", '"""') == defuse(attack)
+        else:
+            assert inside == defuse(attack)
 
 
 def test_official_templates_are_filled_to_the_letter(tmp_path: Path) -> None:
@@ -244,8 +249,7 @@ def test_official_templates_are_filled_to_the_letter(tmp_path: Path) -> None:
     expected = OFFICIAL_SHAPES["alpaca.txt"].split("<|im_start|>user\n")[1].removesuffix("\n<|im_end|>")
     for name, value in (("instruction", "I?"), ("output_1", 'he said "no"'), ("output_2", "two\nlines")):
         expected = expected.replace("{" + name + "}", value)
-    quoted = expected.replace('he said "no"', r"he said \"no\"")  # four quotes in a row would end it early
-    assert alpaca[1] == {"role": "user", "content": quoted}
+    assert alpaca[1] == {"role": "user", "content": expected}
     arena = read_template(tmp_path / "arena.yaml").fill(sight)
     assert arena[0]["content"] == "You judge: [[A>>B]]"
     assert arena[1]["content"].startswith("<|User Prompt|>\nI?\n\n<|The Start of Assistant A's Answer|>\nhe said")
@@ -517,6 +521,19 @@ def test_arena_hard_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
             game["user_prompt"].index(f"base {i}") < game["user_prompt"].index(f"ours {i}") for game in row["games"]
         ]
         assert order == [True, False]
+
+
+def test_answers_as_they_are_hosted_today_are_read(tmp_path: Path) -> None:
+    """The baseline's file has ``uid`` and ``messages`` since version 2 of the benchmark, ours is v0.1's."""
+    new = {"uid": "a", "model": "gpt", "messages": [{"role": "user", "content": "Q"}, {"content": {"answer": "new"}}]}
+    old = {"question_id": "a", "model_id": "ours", "choices": [{"turns": [{"content": "old"}]}]}
+    for name, row in (("new", new), ("old", old), ("q", {"uid": "a", "prompt": "Q"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    model, baseline, (one,) = read_battles(*(tmp_path / f"{name}.jsonl" for name in ("old", "new", "q")))
+    assert (model, baseline, one.answer, one.baseline, one.question.text) == ("ours", "gpt", "old", "new", "Q")
+    (tmp_path / "new.jsonl").write_text(json.dumps(new | {"messages": []}))
+    with pytest.raises(DataError, match=r"new\.jsonl, row 0: not an Arena-Hard answer"):
+        read_battles(*(tmp_path / f"{name}.jsonl" for name in ("old", "new", "q")))
 
 
 def test_a_function_judges_offline(alpaca: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,7 @@
-"""A small run with a win rate, as a program for several processes: watched.py POLICY BASELINE OUTPUT [broken]; no learning."""
+"""A small run with a win rate, as a program for several processes.
+
+usage: watched.py POLICY BASELINE OUTPUT [broken]; it learns nothing
+"""
 
 import json
 import sys

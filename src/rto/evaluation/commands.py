@@ -13,10 +13,10 @@ from rto.evaluation.endpoint import Cache, Endpoint, Patience, Prices
 from rto.evaluation.files import (
     BENCHMARKS,
     Benchmark,
+    answers_benchmark,
     benchmark_of,
     read_battles,
     read_questions,
-    read_rows,
     safe_name,
 )
 from rto.trainers.base import write_atomically
@@ -159,7 +159,7 @@ def judge(args: list[str]) -> int:
     """`rto evaluate judge`."""
     flags = _judge_parser().parse_args(args)
     model, baseline, battles = read_battles(flags.answers, flags.baseline, flags.questions)
-    kind = "arena_hard" if "choices" in read_rows(flags.answers)[0] else "alpaca_eval"
+    kind = answers_benchmark(flags.answers).name
     from rto.evaluation.judges import alpaca_annotations, arena_judgments, hold, unread
 
     judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, kind)

@@ -232,11 +232,20 @@ def read_battles(answers: Path, baseline: Path, questions: Path | None = None) -
         DataError: the formats differ, or the baseline lacks an answer; the message names file and row.
     """
     ours, theirs = read_rows(answers), read_rows(baseline)
-    if ("choices" in ours[0]) != ("choices" in theirs[0]):
+    if _of_arena(ours[0]) != _of_arena(theirs[0]):
         raise DataError(f"{answers} and {baseline} are of two formats, one AlpacaEval's and one Arena-Hard's")
-    if "choices" in ours[0]:
+    if _of_arena(ours[0]):
         return _arena_battles(answers, ours, baseline, theirs, questions or answers.parent.parent / "question.jsonl")
     return _alpaca_battles(answers, ours, baseline, theirs)
+
+
+def answers_benchmark(path: Path) -> Benchmark:
+    """The format of an answers file."""
+    return BENCHMARKS["arena_hard" if _of_arena(read_rows(path)[0]) else "alpaca_eval"]
+
+
+def _of_arena(row: Row) -> bool:
+    return "choices" in row or "messages" in row
 
 
 def _alpaca_battles(
@@ -278,16 +287,19 @@ def _arena_battles(
                 raise DataError(f"{answers}, row {i}: {where} has no question {name}")
         battles.append(Battle(question=asked[name], baseline=known[name], answer=text))
     _tell_left(baseline, len(known) - len(battles), answers)
-    return _one_name(answers, ours, "model_id"), _one_name(baseline, theirs, "model_id"), battles
+    return _one_name(answers, ours, "model_id", "model"), _one_name(baseline, theirs, "model_id", "model"), battles
 
 
 def _arena_rows(path: Path, rows: list[Row]) -> dict[str, str]:
     found: dict[str, str] = {}
     for i, row in enumerate(rows):
         try:
-            name, text = row["question_id"], row["choices"][0]["turns"][0]["content"]
+            if "messages" in row:  # as the files are hosted since version 2 of the benchmark
+                name, text = row["uid"], row["messages"][-1]["content"]["answer"]
+            else:
+                name, text = row["question_id"], row["choices"][0]["turns"][0]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"{path}, row {i}: not an Arena-Hard v0.1 answer: no {error}") from error
+            raise DataError(f"{path}, row {i}: not an Arena-Hard answer: {type(error).__name__} {error}") from error
         if not isinstance(name, str) or not isinstance(text, str):
             raise DataError(f"{path}, row {i}: question_id and content must be text")
         if name in found:
@@ -296,10 +308,10 @@ def _arena_rows(path: Path, rows: list[Row]) -> dict[str, str]:
     return found
 
 
-def _one_name(path: Path, rows: list[Row], column: str) -> str:
-    names = {row.get(column) for row in rows}
+def _one_name(path: Path, rows: list[Row], *columns: str) -> str:
+    names = {next((row[column] for column in columns if column in row), None) for row in rows}
     if len(names) != 1 or not isinstance(name := names.pop(), str):
-        raise DataError(f"{path}: {column!r} must name one model, the same in every row")
+        raise DataError(f"{path}: {' or '.join(map(repr, columns))} must name one model, the same in every row")
     return name
 
 

@@ -143,7 +143,7 @@ class Template:
 
     A field is replaced in one pass over the template, so fields, braces and backslashes inside judged text mean
     nothing. Our own templates fence the text with ``{mark}``, a digest of everything judged: no text can hold the
-    digest of itself. In templates that fence with triple quotes, text that could end them early is escaped.
+    digest of itself. In templates that fence with triple quotes, triple quotes in the text are escaped.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -164,8 +164,8 @@ class Template:
 
         def put(found: re.Match[str]) -> str:
             value = values[FIELDS[found[2]]]
-            if found[1] and found[3] and ('"""' in value or value.endswith(('"', "\\"))):
-                value = value.replace("\\", "\\\\").replace('"', r"\"")  # a string literal that ends where it should
+            if found[1] and found[3]:
+                value = value.replace('"""', r"\"\"\"")
             return found[1] + value + found[3]
 
         return [{"role": role, "content": _FIELD.sub(put, text)} for role, text in self.messages]
