@@ -283,17 +283,21 @@ def test_the_key_reaches_no_file_no_log_and_no_message(
             handler.say(f"who is {KEY}?".encode())
         elif text == "worst":
             handler.say({"error": {"message": f"Incorrect API key provided: {KEY}"}}, 401)
+        elif text == "hidden":
+            escaped = "".join(f"\\u{ord(c):04x}" for c in KEY)
+            handler.say(json.dumps(completion("see X")).replace("X", escaped).encode())
         else:
             handler.say(completion(f"your key is {KEY}", {"m": -1.0, KEY: -2.0}))
 
     with JudgeServer(behave) as server:
         cache = Cache(tmp_path / "cache.jsonl")
         endpoint = Endpoint(server.url, "judge", key_variable="SOME_KEY", cache=cache, patience=SOON)
-        replies = endpoint.ask(talk("good", "bad", "worse"), {})
+        replies = endpoint.ask(talk("good", "bad", "worse", "hidden"), {})
         with pytest.raises(EndpointError) as error:
             endpoint.ask(talk("worst"), {})
     assert set(server.keys) == {f"Bearer {KEY}"}  # it did travel
     assert replies[0].text == "your key is [key]"
+    assert replies[3].text == "see [key]"
     everything = [str(error.value), "".join(traceback.format_exception(error.value)), repr(endpoint), repr(replies)]
     everything += [caplog.text, *capfd.readouterr(), endpoint.usage.report(None)]
     everything += [p.read_text() for p in tmp_path.rglob("*") if p.is_file()]

@@ -510,6 +510,7 @@ def test_arena_hard_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main([*command, "--base_url", server.url]) == 0
         assert len(server.bodies) == 6
     assert "6 of 6 games read, ours against base" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "model_answer").iterdir()} == {"ours.jsonl", "base.jsonl"}
     lines = (tmp_path / "model_judgment" / "j" / "ours.jsonl").read_text().split("\n")[:-1]
     rows = [json.loads(line) for line in lines]
     assert [row["question_id"] for row in rows] == ["id2", "id0", "id1"]

@@ -169,11 +169,12 @@ def judge(args: list[str]) -> int:
     finally:
         if endpoint is not None:
             _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
+    folder = _folder(flags, kind)
     if kind == "alpaca_eval":
-        path = (flags.output or flags.answers.parent) / name / "annotations.json"
+        path = folder / name / "annotations.json"
         text = json.dumps(alpaca_annotations(name, model, baseline, contests), indent=2) + "\n"
     else:
-        path = (flags.output or flags.answers.parent.parent) / "model_judgment" / name / f"{safe_name(model)}.jsonl"
+        path = folder / "model_judgment" / name / f"{safe_name(model)}.jsonl"
         text = "".join(json.dumps(row) + "\n" for row in arena_judgments(name, model, baseline, contests))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
@@ -185,6 +186,12 @@ def judge(args: list[str]) -> int:
     if any(reason.startswith("no answer") for reason in reasons):
         _say("  run the same command again to ask for the missing answers; the others cost nothing")
     return 0
+
+
+def _folder(flags: argparse.Namespace, kind: str) -> Path:
+    """The output folder: where the answers are, but not among Arena-Hard's answers, which its tools read all."""
+    beside: Path = flags.answers.parent
+    return flags.output or (beside if kind == "alpaca_eval" else beside.parent)
 
 
 def _judge_parser() -> argparse.ArgumentParser:
@@ -242,7 +249,7 @@ def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
         flags.base_url,
         flags.judge_model,
         key_variable=flags.key_env,
-        cache=Cache(flags.cache or (flags.output or flags.answers.parent) / "judge_cache.jsonl"),
+        cache=Cache(flags.cache or _folder(flags, kind) / "judge_cache.jsonl"),
         patience=Patience(timeout=flags.timeout, retries=flags.retries),
         concurrency=flags.concurrency,
         prices=prices,

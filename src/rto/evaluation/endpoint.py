@@ -340,7 +340,7 @@ class Endpoint:
             return _Refusal(reason=f"no answer in {self.patience.timeout:g} s", kind="time-out")
         except httpx2.HTTPError as error:  # refused, reset, cut off, not HTTP
             return _Refusal(reason=self._clean(f"{type(error).__name__}: {error}"), kind="connection")
-        text = self._clean(data.decode("utf-8", errors="replace"))
+        text = self._clean(_plain(data.decode("utf-8", errors="replace")))
         if status == 200:
             reply = _read_reply(text, time.monotonic() - start)
             return reply if isinstance(reply, Reply) else _Refusal(reason=reply, kind="garbage")
@@ -403,6 +403,13 @@ def _read_reply(text: str, seconds: float) -> Reply | str:
     )
 
 
+def _plain(text: str) -> str:
+    """JSON without escapes that could hide something in it; what is no JSON stays as it is."""
+    with suppress(ValueError, RecursionError):
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    return text
+
+
 def _said(text: str) -> str:
     """A server's words, short and on one line."""
     with suppress(ValueError, LookupError, TypeError, RecursionError):
@@ -439,7 +446,7 @@ def _read_key(variable: str | None, url: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise EndpointError(f"the environment variable {variable} is not set: it must hold the API key")
-    if not key.isascii() or not key.isprintable() or " " in key or len(key) < 8:
+    if not key.isascii() or not key.isprintable() or set(key) & set(' "\\') or len(key) < 8:
         raise EndpointError(f"the environment variable {variable} does not hold an API key (ASCII, 8 letters or more)")
     parts = urlsplit(url)
     if parts.scheme == "http" and not _is_local(parts.hostname or ""):
