@@ -173,6 +173,17 @@ def test_a_run_cut_anywhere_ends_like_an_uninterrupted_one(
             aside.unlink()
 
 
+def test_a_batch_cut_in_two_is_completed_without_doubles(run: Callable, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Sampler(dies_at=1))
+    path = journal_of(tmp_path / "model_outputs.json")
+    whole = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(whole[:3]) + b"\n" + whole[3][:20])  # the settings, two of four answers, a bit
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Sampler(dies_at=1))
+    assert path.read_bytes().split(b"\n") == whole
+
+
 @pytest.mark.slow
 def test_a_killed_process_loses_and_doubles_nothing(tiny_folder: Path, alpaca: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the third batch's write, then the same command again."""

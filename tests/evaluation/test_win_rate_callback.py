@@ -115,7 +115,7 @@ def test_training_does_not_notice(tiny_folder: Path, tmp_path: Path) -> None:
 
     logs, states = [], []
     for name in ("with", "without"):
-        trainer, callback = build(str(tiny_folder), str(tmp_path / name), rude)
+        trainer, callback = build(str(tiny_folder), str(tmp_path / name), rude, eval_steps=1, max_steps=5)
         if name == "without":
             trainer.remove_callback(callback)
         trainer.train()
@@ -183,7 +183,9 @@ def test_a_resume_without_the_right_baseline_says_so(tiny_folder: Path, tmp_path
 
 def test_a_fresh_run_in_an_old_folder_starts_anew(tiny_folder: Path, tmp_path: Path) -> None:
     build(str(tiny_folder), str(tmp_path), eval_on_start=True, max_steps=2)[0].train()
-    build(str(tiny_folder), str(tmp_path), eval_steps=3, max_steps=3)[0].train()
+    again, _ = build(str(tiny_folder), str(tmp_path), eval_steps=3, max_steps=3)
+    again.train()
+    again.evaluate()  # the same step once more
     assert [row["step"] for row in table(str(tmp_path))] == [3] * len(HELD_OUT)
 
 
