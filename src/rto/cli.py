@@ -1,4 +1,4 @@
-"""`rto run | sft | reward | prefer | train`: the whole method, or one stage of it."""
+"""`rto run | sft | reward | prefer | train | evaluate`: the whole method, or one stage of it."""
 
 import argparse
 import logging
@@ -23,6 +23,11 @@ one stage (flags as in TRL; --config FILE.yaml holds the same keys):
   prefer              learn π_dpo from preference pairs
   reward              learn a sentence reward model from preference pairs
   train               PPO on the token reward of π_dpo (RTO), or without it (--dpo_coef 0)
+
+win rates (AlpacaEval 2, Arena-Hard, your own prompts):
+  evaluate generate   a model's answers to a benchmark's prompts
+  evaluate judge      compare two models' answers, by a chat model or offline
+  evaluate compare    the table of several runs, with intervals
 
 and:
   theory              the paper's statements, run
@@ -190,6 +195,13 @@ def train(args: list[str]) -> int:
     return _finish(trainer)
 
 
+def evaluate(args: list[str]) -> int:
+    """`rto evaluate`."""
+    from rto.evaluation.commands import main as run_evaluate
+
+    return run_evaluate(args)
+
+
 def report(args: list[str]) -> int:
     """`rto report`."""
     parser = argparse.ArgumentParser(prog="rto report", description="Write report.html of a run folder again.")
@@ -213,6 +225,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reward": reward,
     "prefer": prefer,
     "train": train,
+    "evaluate": evaluate,
     "report": report,
     "theory": theory,
 }

@@ -209,6 +209,13 @@ class TokenTrainer(SealedCheckpoints):
                 self.processing_class.save_pretrained(where)
         torch.save(self.args, folder / "training_args.bin")
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        # The library's own looks for weights under the actor's names, finds none, and goes on with a warning.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one sharded state for the whole actor
             super()._load_from_checkpoint(resume_from_checkpoint, model)
