@@ -26,7 +26,7 @@ import yaml
 from rto.data.formats import DataError
 from rto.evaluation.endpoint import Endpoint, EndpointError, Failure, Reply
 from rto.evaluation.files import Battle, Row
-from rto.rollout.rewards import Completed, FunctionReward, RewardModel
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, asked_for
 
 Messages = list[dict[str, str]]
 
@@ -440,7 +440,7 @@ class ScoreJudge:
     games = 1
 
     def __init__(self, source: RewardModel | FunctionReward) -> None:
-        if isinstance(source, FunctionReward) and "completion_ids" in source.takes:
+        if isinstance(source, FunctionReward) and "completion_ids" in asked_for(source.function):
             raise ValueError(f"{source.name} asks for completion_ids: a judge is given text only")
         self.source, self.name = source, source.name
 
