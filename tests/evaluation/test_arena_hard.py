@@ -13,16 +13,21 @@ from sources import read_csv
 from rto.evaluation.arena_hard import (
     STYLE,
     VERDICTS,
-    Game,
+    Games,
+    Outcome,
     arena_scores,
-    bootstrap_by_question,
-    game,
     markdown_counts,
+    outcome,
     pool,
     style_controlled,
     style_difference,
 )
-from rto.evaluation.estimates import percentile_interval
+from rto.evaluation.estimates import bootstrap_weights, percentile_interval
+
+
+def bootstrap_by_question(games: Games, rounds: int, seed: int) -> np.ndarray:
+    return games.resample_questions(bootstrap_weights(len(games.questions), rounds, seed))
+
 
 SHARE = {"model_b": 1.0, "tie": 0.5, "model_a": 0.0}
 
@@ -37,7 +42,7 @@ def published(arena_dir):
 def games(battles):
     return pool(
         [
-            Game(model=b["model_b"], question=b["question_id"], share=SHARE[b["winner"]], battles=1)
+            Outcome(model=b["model_b"], question=b["question_id"], share=SHARE[b["winner"]], battles=1)
             for b in battles
             if b["model_a"] == "gpt-4-0314"
         ]
@@ -47,7 +52,7 @@ def games(battles):
 @pytest.fixture(scope="session")
 def one_model(battles):
     rows = [b for b in battles if b["model_b"] == "gpt-4-0613"]
-    return pool([Game(model="m", question=b["question_id"], share=SHARE[b["winner"]], battles=1) for b in rows])
+    return pool([Outcome(model="m", question=b["question_id"], share=SHARE[b["winner"]], battles=1) for b in rows])
 
 
 def test_the_published_score_of_gpt_4_0613(games):
@@ -107,19 +112,23 @@ def test_verdicts_by_hand(verdict, share, battles):
         (mirrored, 0, share),
         (mirrored, 1, 1 - share),
     ):
-        assert game("m", "q", said, round_=round_) == Game(model="m", question="q", share=expected, battles=battles)
+        assert outcome("m", "q", said, round_=round_) == Outcome(
+            model="m", question="q", share=expected, battles=battles
+        )
     assert len(VERDICTS) == 5
     for nothing in (None, "", "A", "A>C", "a>b", "[[A>B]]"):
-        assert game("m", "q", nothing, round_=0) is None
+        assert outcome("m", "q", nothing, round_=0) is None
 
 
 def test_strong_verdicts_count_three_times():
-    games = pool([game("m", "1", "B>>A", round_=0), game("m", "1", "B>A", round_=1), game("m", "2", "A=B", round_=0)])
+    games = pool(
+        [outcome("m", "1", "B>>A", round_=0), outcome("m", "1", "B>A", round_=1), outcome("m", "2", "A=B", round_=0)]
+    )
     assert arena_scores(games, games.once)[0, 0] == pytest.approx(100 * (3 * 1 + 1 * 0 + 1 * 0.5) / 5)
 
 
 def test_all_wins_is_100_and_not_an_error():
-    games = pool([game("m", str(i), "A>B", round_=1) for i in range(9)])
+    games = pool([outcome("m", str(i), "A>B", round_=1) for i in range(9)])
     assert arena_scores(games, games.once)[0, 0] == 100.0
     assert (arena_scores(games, bootstrap_by_question(games, 50, 0)) == 100.0).all()
 
@@ -132,7 +141,9 @@ def test_a_question_is_drawn_with_all_its_games(games):
 
 
 def test_a_drawn_question_brings_all_copies_of_its_verdicts():
-    games = pool([game("m", "1", "B>>A", round_=0), game("m", "1", "A=B", round_=1), game("m", "2", "A>B", round_=0)])
+    games = pool(
+        [outcome("m", "1", "B>>A", round_=0), outcome("m", "1", "A=B", round_=1), outcome("m", "2", "A>B", round_=0)]
+    )
     assert games.resample_questions(np.array([[2.0, 0.0], [1.0, 1.0]])).tolist() == [[6, 2, 0], [3, 1, 1]]
 
 
@@ -166,7 +177,7 @@ def simulated(style_effect, models, questions, seed, abilities):
     z = (z - z.mean(0)) / z.std(0)
     for (m, q), row in zip(style, z):
         baseline_wins = rng.random() < expit(row @ style_effect - abilities[models.index(m)])
-        games.append(Game(model=m, question=q, share=0.0 if baseline_wins else 1.0, battles=1))
+        games.append(Outcome(model=m, question=q, share=0.0 if baseline_wins else 1.0, battles=1))
     return pool(games, style)
 
 
@@ -210,7 +221,9 @@ def gpt_4_0613(battles, arena_answers):
         )
         for b in rows
     }
-    shares = [Game(model="gpt-4-0613", question=b["question_id"], share=SHARE[b["winner"]], battles=1) for b in rows]
+    shares = [
+        Outcome(model="gpt-4-0613", question=b["question_id"], share=SHARE[b["winner"]], battles=1) for b in rows
+    ]
     return pool(shares, style)
 
 

@@ -10,9 +10,11 @@ from rich.console import Console
 from sources import run_folder
 
 from rto.data.errors import DataError
-from rto.evaluation.compare import Settings, compare, main
+from rto.evaluation.commands import compare as main
+from rto.evaluation.compare import compare
 from rto.evaluation.comparison_page import markdown, show
-from rto.evaluation.results_files import read_sources
+from rto.evaluation.measures import Settings
+from rto.evaluation.sources import read_sources
 
 
 def column(comparison, key):
@@ -241,7 +243,7 @@ def test_the_statistics_need_no_model_library():
                     raise ImportError(f"{name} is blocked")
 
         sys.meta_path.insert(0, Blocked())
-        for name in ("estimates", "winrate", "logistic", "length_control", "arena_hard", "compare", "comparison_page"):
+        for name in ("estimates", "winrate", "logistic", "length_control", "arena_hard", "files", "comparison_page"):
             importlib.import_module(f"rto.evaluation.{name}")
         print("whole")
     """

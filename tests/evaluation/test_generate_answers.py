@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rto.cli import main
 from rto.data.formats import DataError
 from rto.evaluation import generate as generating
-from rto.evaluation.files import BENCHMARKS, Journal, Question, benchmark_of, read_battles, read_questions
+from rto.evaluation.files import BENCHMARKS, Question, benchmark_of, read_match, read_questions
 from rto.evaluation.generate import batches, encode, generate, journal_of, record_of
+from rto.files import Journal
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
 WORDS = ["abba", "a cab", "back", "the abacus", "crab", "dab dab dab", "fable", "a", "garb", "habit", "jab"]
@@ -84,7 +85,7 @@ def test_arena_hard_answers_are_greedy_by_default(tiny_folder: Path, arena: Path
     assert len({row["answer_id"] for row in rows}) == len(WORDS)
     questions = read_questions(tmp_path / "out" / "question.jsonl", BENCHMARKS["arena_hard"])
     assert [(q.key[0], q.text) for q in questions] == [(f"q{i}", w) for i, w in enumerate(WORDS)]
-    _, _, battles = read_battles(*[tmp_path / "out" / "model_answer" / "tiny.jsonl"] * 2)
+    battles = read_match(*[tmp_path / "out" / "model_answer" / "tiny.jsonl"] * 2).battles
     assert [b.answer for b in battles] == [b.baseline for b in battles]
 
 
@@ -154,20 +155,31 @@ def test_a_run_cut_anywhere_ends_like_an_uninterrupted_one(
     first = data.index(b"\n") + 1
     lines = [i + 1 for i, byte in enumerate(data) if byte == 10]
     assert len(lines) == 1 + 8
-    for end in [0, 5, first - 1, first, first + 1, *lines[2:7:2], *(n + 9 for n in lines[1:8:3]), len(data)]:
+    for end in [
+        0,
+        5,
+        first - 1,
+        first,
+        first + 1,
+        lines[4] - 1,
+        *lines[2:7:2],
+        *(n + 9 for n in lines[1:8:3]),
+        len(data),
+    ]:
         path.unlink(missing_ok=True)
         record_of(path).unlink(missing_ok=True)
         journal_of(path).write_bytes(data[:end])
         caplog.clear()
         sampler = Sampler()
-        kept = sum(n <= end for n in lines[1:])
+        kept = sum(n - 1 <= end for n in lines[1:])  # of a whole line, only its end may be lost
         result = run(tmp_path / "cut", sampler)
         assert path.read_text() == expected
         assert (result.answers, result.new) == (len(WORDS), len(WORDS) - kept)
         assert sampler.calls == 3 - kept // 4
-        assert ("cut off after" in caplog.text) == (end != 0 and end not in lines)
+        cut = end != 0 and end not in lines and end + 1 not in lines
+        assert ("cut off in its last line" in caplog.text) == cut
         assert not journal_of(path).exists()
-        if end not in lines and end:
+        if cut:
             aside = path.with_name("model_outputs.json.journal.cut")
             assert aside.read_bytes() == data[max([0, *(n for n in lines if n < end)]) : end] + b"\n"
             aside.unlink()
@@ -244,7 +256,7 @@ def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
     assert again.rows == [{"index": 0}]
     again.close()
     (tmp_path / "j").write_text('{"settings": {"a": 1}}\nnonsense\n{"index": 1}\n')
-    with pytest.raises(DataError, match="j, line 2: damaged"):
+    with pytest.raises(DataError, match=r"j: row 1 \(line 2\) is not JSON"):
         Journal(tmp_path / "j", {"a": 1})
 
 
@@ -280,9 +292,9 @@ def test_a_system_message_comes_first(tokenizer: Any) -> None:
         ([{"instruction": "a"}, {"text": "b"}], "row 1: 'instruction' or 'prompt' must be non-empty text"),
         ([{"prompt": "a"}, {"prompt": " "}], "row 1: 'instruction' or 'prompt' must be non-empty text"),
         ([{"prompt": [{"role": "user", "content": "a"}] * 2}], "row 0: 'instruction' or 'prompt'"),
-        ([{"prompt": "\ud800"}], "row 0: holds half of a surrogate pair"),
+        ([{"prompt": "\ud800"}], "row 0: 'instruction' or 'prompt' holds half of a surrogate pair"),
         ([{"question_id": "a", "prompt": "x"}, {"prompt": "y"}], "row 1: no 'question_id'"),
-        ([{"question_id": "a", "prompt": "x"}] * 2, "row 1: question a occurs twice"),
+        ([{"question_id": "a", "prompt": "x"}] * 2, "row 1: question 'a' occurs twice"),
         ([{"question_id": "a", "turns": ["x"]}], "row 0: 'turns' must be a list of one turn"),
         ([], "no rows"),
     ],

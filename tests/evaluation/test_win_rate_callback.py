@@ -22,9 +22,11 @@ from watched import HELD_OUT, Broken, build, fuller
 
 from rto import PreferenceConfig, PreferenceTrainer
 from rto.data.formats import DataError
-from rto.evaluation.callback import WinRateCallback, undisturbed, wilson
+from rto.evaluation.callback import WinRateCallback, undisturbed
+from rto.evaluation.estimates import wilson
+from rto.evaluation.files import Game
 from rto.evaluation.generate import draw
-from rto.evaluation.judges import Game, Sight
+from rto.evaluation.judges import Sight
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
 

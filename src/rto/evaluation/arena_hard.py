@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from rto.evaluation.estimates import bootstrap_weights
 from rto.evaluation.logistic import fit_logistic
 
 BASELINE = "gpt-4-0314"
@@ -73,7 +72,7 @@ class Games:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Game:
+class Outcome:
     """One verdict: the model's share (1 win, ½ tie, 0 loss), and the number of battles it counts as."""
 
     model: str
@@ -82,15 +81,15 @@ class Game:
     battles: int
 
 
-def game(model: str, question: str, verdict: str | None, *, round_: int) -> Game | None:
-    """The game that a verdict decides; None for a judgment without one of the five.
+def outcome(model: str, question: str, verdict: str | None, *, round_: int) -> Outcome | None:
+    """What a verdict says of a game; None for a judgment without one of the five.
 
     In round 0 the baseline is answer A, in round 1 the model is.
     """
     if verdict not in VERDICTS:
         return None
     share, battles = VERDICTS[verdict]
-    return Game(model=model, question=question, share=share if round_ == 1 else 1 - share, battles=battles)
+    return Outcome(model=model, question=question, share=share if round_ == 1 else 1 - share, battles=battles)
 
 
 def arena_scores(games: Games, weights: Float[np.ndarray, "R G"]) -> Float[np.ndarray, "R M"]:
@@ -177,12 +176,7 @@ def markdown_counts(answer: str) -> dict[str, int]:
     return {"headers": found(_HEADER), "lists": found(_NUMBERED, _BULLET), "bold": found(_STARS, _UNDERSCORES)}
 
 
-def bootstrap_by_question(games: Games, rounds: int, seed: int) -> Float[np.ndarray, "R G"]:
-    """Weights of the games in ``rounds`` draws of as many questions, with replacement."""
-    return games.resample_questions(bootstrap_weights(len(games.questions), rounds, seed))
-
-
-def pool(games: Sequence[Game], style: Mapping[tuple[str, str], np.ndarray] | None = None) -> Games:
+def pool(games: Sequence[Outcome], style: Mapping[tuple[str, str], np.ndarray] | None = None) -> Games:
     """Games side by side, with the style difference of each (model, question) where given."""
     models = tuple(dict.fromkeys(g.model for g in games))
     questions = tuple(dict.fromkeys(g.question for g in games))

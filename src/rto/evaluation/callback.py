@@ -27,15 +27,16 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from rto.data.formats import DataError, Prompt, read_prompts
-from rto.evaluation.comparison import Estimate
-from rto.evaluation.files import Battle, Question, Row, check_settings, read_rows
+from rto.evaluation.estimates import Estimate, wilson
+from rto.evaluation.files import Battle, Contest, Question, read_answers
 from rto.evaluation.generate import batch_seed, batches, draw, weights_digest
-from rto.evaluation.judges import Contest, Judge, ScoreJudge, hold, unread
+from rto.evaluation.judges import Judge, ScoreJudge, hold, unread
+from rto.files import Row, check_settings, shown, write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import Source, eos_ids, freeze, load_policy, max_positions, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
-from rto.trainers.base import keep_lines, write_atomically
+from rto.trainers.base import keep_lines
 
 logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -231,13 +232,12 @@ class WinRateCallback(TrainerCallback):
         return kept["answers"]
 
     def _from_file(self, path: Path) -> list[Row]:
-        known = {row.get("instruction"): row.get("output") for row in read_rows(path)}
+        known = {instruction: output for (instruction, _), output in read_answers(path).texts.items()}
         rows = []
         for i, prompt in enumerate(self.prompts):
-            text = known.get(_text(prompt))
-            if not isinstance(text, str):
-                raise DataError(f"{path}: no answer to prompt {i}, {_text(prompt)[:80]!r}")
-            rows.append({"index": i, "text": text})
+            if _text(prompt) not in known:
+                raise DataError(f"{path}: no answer to prompt {i}, {shown(_text(prompt))}")
+            rows.append({"index": i, "text": known[_text(prompt)]})
         return rows
 
     # --- judging
@@ -275,10 +275,8 @@ class WinRateCallback(TrainerCallback):
         """The table of completions; a step measured again, after a resume, replaces itself and what followed."""
         path = self.folder / "completions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] < step]
+        keep_lines(path, lambda row: row["step"] < step)
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
         rows = [
             {
                 "step": step,
@@ -291,16 +289,7 @@ class WinRateCallback(TrainerCallback):
             }
             for c in contests
         ]
-        write_atomically(path, "".join(line + "\n" for line in [*kept, *map(json.dumps, rows)]))
-
-
-def wilson(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """(p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n): Wilson (1927), 95 %.
-
-    It keeps a width where all n agree, and a draw, counted ½, varies less than the Bernoulli trial it assumes.
-    """
-    middle, width = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)
+        write_atomically(path, kept + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

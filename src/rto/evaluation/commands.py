@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rto.data.formats import DataError
+from rich.console import Console
+from rich.text import Text
+
+from rto.data.errors import DataError
 from rto.evaluation.endpoint import Cache, Endpoint, Patience, Prices
 from rto.evaluation.files import (
     BENCHMARKS,
     Benchmark,
-    answers_benchmark,
+    Match,
+    Question,
     benchmark_of,
-    read_battles,
+    check_judged,
+    read_match,
     read_questions,
-    safe_name,
 )
-from rto.trainers.base import write_atomically
+from rto.files import printable, safe_name, write_atomically
 
 USAGE = """usage: rto evaluate COMMAND [options]
 
@@ -40,13 +44,6 @@ def main(args: Sequence[str]) -> int:
         _say(USAGE)
         return 0 if wanted else 2
     return known[args[0]](list(args[1:]))
-
-
-def compare(args: list[str]) -> int:
-    """`rto evaluate compare`."""
-    from rto.evaluation.compare import main as run_compare
-
-    return run_compare(args)
 
 
 # --- generate
@@ -130,7 +127,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prompts(benchmark: str, prompts: Path | None) -> tuple[Benchmark, list[Any]]:
+def _prompts(benchmark: str, prompts: Path | None) -> tuple[Benchmark, list[Question]]:
     """The file format, and the questions."""
     if benchmark not in BENCHMARKS:
         path = Path(benchmark)
@@ -158,40 +155,30 @@ def _download(repository: str, file: str) -> Path:
 def judge(args: list[str]) -> int:
     """`rto evaluate judge`."""
     flags = _judge_parser().parse_args(args)
-    model, baseline, battles = read_battles(flags.answers, flags.baseline, flags.questions)
-    kind = answers_benchmark(flags.answers).name
-    from rto.evaluation.judges import alpaca_annotations, arena_judgments, hold, unread
+    match = read_match(flags.answers, flags.baseline, flags.questions)
+    from rto.evaluation.judges import hold, unread
 
-    judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, kind)
+    kind = match.benchmark.name
+    folder = flags.output or match.benchmark.folder(flags.answers)
+    judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, match, folder)
     name = safe_name(flags.annotator or (flags.judge_model if kind == "arena_hard" and endpoint else judging.name))
+    path = match.benchmark.judgments_file(folder, name, match.model)
+    check_judged(path, match)
     try:
-        contests = hold(judging, battles, seed=flags.seed)
+        contests = hold(judging, match.battles, seed=flags.seed)
     finally:
         if endpoint is not None:
             _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
-    folder = _folder(flags, kind)
-    if kind == "alpaca_eval":
-        path = folder / name / "annotations.json"
-        text = json.dumps(alpaca_annotations(name, model, baseline, contests), indent=2) + "\n"
-    else:
-        path = folder / "model_judgment" / name / f"{safe_name(model)}.jsonl"
-        text = "".join(json.dumps(row) + "\n" for row in arena_judgments(name, model, baseline, contests))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_atomically(path, match.benchmark.judgments(name, match.model, match.baseline, contests))
     games = sum(len(c.games) for c in contests)
     reasons = unread(contests)
-    _say(f"{path}: {games - reasons.total()} of {games} games read, {model} against {baseline}")
+    _say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
     for reason, count in reasons.most_common():
         _say(f"  {count} not read: {reason}")
     if any(reason.startswith("no answer") for reason in reasons):
         _say("  run the same command again to ask for the missing answers; the others cost nothing")
     return 0
-
-
-def _folder(flags: argparse.Namespace, kind: str) -> Path:
-    """The output folder: where the answers are, but not among Arena-Hard's answers, which its tools read all."""
-    beside: Path = flags.answers.parent
-    return flags.output or (beside if kind == "alpaca_eval" else beside.parent)
 
 
 def _judge_parser() -> argparse.ArgumentParser:
@@ -227,7 +214,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
+def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, Endpoint]:
     if flags.judge_model is None:
         raise ValueError("say who judges: --judge_model NAME (and --base_url), or --judge for an offline judge")
     if (flags.price_prompt is None) != (flags.price_completion is None):
@@ -241,7 +228,7 @@ def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
     prices = None
     if flags.price_prompt is not None:
         prices = Prices(prompt=flags.price_prompt, completion=flags.price_completion)
-    protocol: Any = PROTOCOLS[kind]()
+    protocol: Any = PROTOCOLS[match.benchmark.name]()
     merged = {**protocol.parameters, **flags.parameters}
     parameters = {key: value for key, value in merged.items() if value is not None}
     template = protocol.template if flags.template is None else read_template(flags.template)
@@ -249,7 +236,7 @@ def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
         flags.base_url,
         flags.judge_model,
         key_variable=flags.key_env,
-        cache=Cache(flags.cache or _folder(flags, kind) / "judge_cache.jsonl"),
+        cache=Cache(flags.cache or folder / "judge_cache.jsonl"),
         patience=Patience(timeout=flags.timeout, retries=flags.retries),
         concurrency=flags.concurrency,
         prices=prices,
@@ -257,7 +244,7 @@ def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
     return ChatJudge(endpoint, type(protocol)(template=template, parameters=parameters)), endpoint
 
 
-def _offline_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, None]:
+def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, None]:
     if flags.judge_model is not None:
         raise ValueError("--judge and --judge_model are two judges: name one")
     from rto.evaluation.judges import ScoreJudge
@@ -276,5 +263,45 @@ def _offline_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, None]:
     return ScoreJudge(reward_source(source, max_tokens=2**14)), None
 
 
+# --- compare
+
+
+def compare(args: list[str]) -> int:
+    """`rto evaluate compare`."""
+    flags = vars(_compare_parser().parse_args(args))
+    sources, folder = flags.pop("sources"), flags.pop("output_dir")
+    from rto.evaluation.compare import compare as run
+    from rto.evaluation.comparison_page import show, write
+    from rto.evaluation.measures import Settings
+    from rto.evaluation.sources import read_sources
+
+    settings = Settings(**flags)
+    entries, notes = read_sources(sources)
+    comparison = run(entries, settings, notes)
+    console = Console()
+    show(comparison, console)
+    paths = write(comparison, folder)
+    console.print(Text(f"\nwith all pairs and the judges' position and length bias: {', '.join(map(str, paths))}"))
+    return 0
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rto evaluate compare",
+        description="The paper's table over runs and judgments, with 95 % intervals and paired tests.",
+    )
+    add = parser.add_argument
+    sources = "a folder of `rto run`, AlpacaEval annotations, Arena-Hard judgments, or a folder that holds such files"
+    add("sources", nargs="+", type=Path, metavar="RUN", help=sources)
+    add("--output_dir", type=Path, default=Path("comparison"), help="for compare.md and compare.json")
+    add("--difficulty", type=Path, help="AlpacaEval's instruction_difficulty.csv, for its length control")
+    add("--gamed", type=Path, help="AlpacaEval's df_gamed.csv, for its regularised length control")
+    who = "who computes AE LC: the fit here, or the official package alpaca-eval"
+    add("--length_control", choices=("fit", "alpaca_eval"), default="fit", help=who)
+    add("--rounds", type=int, default=1000, help="of the bootstrap")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    return parser
+
+
 def _say(text: str, to: Any = None) -> None:
-    (to or sys.stdout).write(text + "\n")
+    (to or sys.stdout).write("\n".join(map(printable, text.split("\n"))) + "\n")

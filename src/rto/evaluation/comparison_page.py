@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rto.evaluation.compare import ALPHA, Cell, Column, Comparison, Pair
-from rto.files import write_atomically
+from rto.evaluation.compare import ALPHA, Column, Comparison, Pair
+from rto.evaluation.measures import Cell
+from rto.files import printable, write_atomically
+from rto.report.table import MISSING
 
-MISSING = "–"
 SHOWN_PAIRS = 15
 """Differences a column that the terminal shows; the files have all."""
 
@@ -30,9 +31,9 @@ def show(comparison: Comparison, console: Console) -> None:
     longest = max(len(entry) for entry in comparison.entries)
     table.add_column("model", overflow="fold", min_width=min(longest, 16))
     for column in comparison.columns:
-        table.add_column(Text(_printable(column.title)), justify="right", overflow="fold")
+        table.add_column(Text(printable(column.title)), justify="right", overflow="fold")
     for entry in comparison.entries:
-        table.add_row(Text(_printable(entry)), *(_rich_cell(c, c.cells.get(entry)) for c in comparison.columns))
+        table.add_row(Text(printable(entry)), *(_rich_cell(c, c.cells.get(entry)) for c in comparison.columns))
     console.print(table)
     for line in _legend(comparison):
         console.print(Text(line, style="dim"))
@@ -43,7 +44,7 @@ def show(comparison: Comparison, console: Console) -> None:
             if len(column.pairs) > SHOWN_PAIRS:
                 console.print(Text(f"… and {len(column.pairs) - SHOWN_PAIRS} more in compare.md", style="dim"))
     for note in comparison.notes:
-        console.print(Text(f"note: {_printable(note)}", style="yellow"))
+        console.print(Text(f"note: {printable(note)}", style="yellow"))
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
@@ -129,9 +130,9 @@ def _markdown_cell(column: Column, cell: Cell | None) -> str:
 def _pairs_table(column: Column) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
     for i, heading in enumerate([f"{column.title}: first − second", "difference", "prompts", "p", "p (Holm)", ""]):
-        table.add_column(Text(_printable(heading)), justify="right" if i else "left")
+        table.add_column(Text(printable(heading)), justify="right" if i else "left")
     for p in column.pairs[:SHOWN_PAIRS]:
-        names = f"{_printable(p.first)} − {_printable(p.second)}"
+        names = f"{printable(p.first)} − {printable(p.second)}"
         table.add_row(Text(names), *(Text(cell) for cell in _pair_cells(column, p)))
     return table
 
@@ -222,9 +223,5 @@ def _plain(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|&~#!])", r"\\\1", _printable(text))
+    return re.sub(r"([\\`*_\[\]<>|&~#!])", r"\\\1", printable(text))

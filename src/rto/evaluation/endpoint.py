@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -60,7 +61,8 @@ class Patience:
     longest_wait: float = 300.0
     """A server that asks for more patience than this has its request given up."""
     give_up_after: int = 10
-    """Requests that fail one after another, each after all its retries, before the rest is called off."""
+    """Requests that fail one after another, each after all its retries, before the rest is called off; those that
+    are at fault themselves (HTTP 400, 413, 422) are not among them."""
 
     def wait(self, attempt: int, retry_after: float | None) -> float:
         """Seconds before the next attempt."""
@@ -234,7 +236,7 @@ class Endpoint:
         found: dict[str, Reply | Failure] = {}
         for key in unique:
             known = None if self.cache is None else self.cache.get(key)
-            if known is not None:
+            if known is not None and _is_asked_for(known, parameters):
                 found[key] = known
         left = [key for key in unique if key not in found]
         self._stop.clear()
@@ -268,7 +270,8 @@ class Endpoint:
             raise EndpointError(
                 "a judge behind an endpoint needs httpx2: pip install 'reinforced-token-optimization[judge]'"
             ) from error
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         proxies = not _is_local(urlsplit(self.url).hostname or "")  # what runs here is not asked through a proxy
         with httpx2.Client(
             headers=headers, timeout=self.patience.timeout, trust_env=proxies, follow_redirects=False
@@ -280,13 +283,13 @@ class Endpoint:
     ) -> Reply | Failure:
         """One conversation with all its attempts."""
         body = {"model": self.model, "messages": list(messages), **parameters}
-        reason = "called off"
+        reason, again = "called off", False
         for attempt in range(self.patience.retries + 1):
             if self._stop.is_set():
                 return Failure(reason=reason)
             outcome = self._attempt(client, body)
             if isinstance(outcome, Reply):
-                return self._settle(key, outcome)
+                return self._settle(key, outcome, keep=_is_asked_for(outcome, parameters))
             reason, again = outcome.reason, outcome.again
             wait = self.patience.wait(attempt, outcome.retry_after)
             if not again or attempt == self.patience.retries or wait > self.patience.longest_wait:
@@ -295,10 +298,10 @@ class Endpoint:
                 self.usage.retries += 1
                 self.usage.retry_reasons[outcome.kind] += 1
             self._stop.wait(wait)
-        return self._fail(reason)
+        return self._fail(reason, own_fault=not again)
 
-    def _settle(self, key: str, reply: Reply) -> Reply:
-        if self.cache is not None:
+    def _settle(self, key: str, reply: Reply, *, keep: bool) -> Reply:
+        if self.cache is not None and keep:
             self.cache.put(key, reply)
         with self._lock:
             self._in_a_row = 0
@@ -308,10 +311,11 @@ class Endpoint:
             self.usage.uncounted += reply.prompt_tokens is None or reply.completion_tokens is None
         return reply
 
-    def _fail(self, reason: str) -> Failure:
+    def _fail(self, reason: str, *, own_fault: bool) -> Failure:
+        """Count a failure; one that is the request's own fault (too long, say) tells nothing about the others."""
         with self._lock:
             self.usage.failed += 1
-            self._in_a_row += 1
+            self._in_a_row += not own_fault
             if self._in_a_row >= self.patience.give_up_after:
                 raise EndpointError(
                     f"{self.url}: {self._in_a_row} requests in a row had no answer, the last one: {reason}. What was "
@@ -327,7 +331,7 @@ class Endpoint:
             self.usage.requests += 1
         start = time.monotonic()
         try:
-            with client.stream("POST", self.url, json=body) as response:
+            with client.stream("POST", self.url, content=json.dumps(body).encode()) as response:
                 data = bytearray()
                 for chunk in response.iter_bytes():
                     data += chunk
@@ -341,6 +345,7 @@ class Endpoint:
         except httpx2.HTTPError as error:  # refused, reset, cut off, not HTTP
             return _Refusal(reason=self._clean(f"{type(error).__name__}: {error}"), kind="connection")
         text = self._clean(_plain(data.decode("utf-8", errors="replace")))
+        text = text.encode("utf-8", errors="replace").decode()  # half a surrogate pair, escaped, is no text
         if status == 200:
             reply = _read_reply(text, time.monotonic() - start)
             return reply if isinstance(reply, Reply) else _Refusal(reason=reply, kind="garbage")
@@ -372,6 +377,14 @@ class _Refusal:
     kind: str
     again: bool = True
     retry_after: float | None = None
+
+
+def _is_asked_for(reply: Reply, parameters: Mapping[str, Any]) -> bool:
+    """Whether an answer is worth keeping: not one without log-probabilities that were asked for.
+
+    Kept, it would answer for the server for ever, also once log-probabilities are switched on there.
+    """
+    return bool(reply.top_logprobs) or not parameters.get("logprobs")
 
 
 def _read_reply(text: str, seconds: float) -> Reply | str:
@@ -444,6 +457,8 @@ def _read_key(variable: str | None, url: str) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", variable):  # a key, perhaps, given in place of its variable's name
+        variable = "that was named (not shown here: it does not look like a variable)"
     if not key:
         raise EndpointError(f"the environment variable {variable} is not set: it must hold the API key")
     if not key.isascii() or not key.isprintable() or set(key) & set(' "\\') or len(key) < 8:

@@ -9,6 +9,8 @@ from scipy import stats
 
 LEVEL = 0.95
 """Coverage of every interval here."""
+Z = 1.959964
+"""Of a normal variable, at that coverage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,15 @@ class Estimate:
         """Mean and standard error of independent numbers."""
         x = np.asarray(x, dtype=float)
         return cls(mean=float(x.mean()), se=float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan"))
+
+
+def wilson(p: float, n: int, z: float = Z) -> tuple[float, float]:
+    """(p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n): Wilson (1927), 95 %.
+
+    It keeps a width where all n agree, and a draw, counted ½, varies less than the Bernoulli trial it assumes.
+    """
+    middle, width = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.data.formats import DataError, Skipped, prompt_ids
-from rto.evaluation.files import Answer, Benchmark, Journal, Question, Row, check_settings
+from rto.evaluation.files import Answer, Benchmark, Question
+from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout.sampling import Sampler
-from rto.trainers.base import write_atomically
 
 logger = logging.getLogger(__name__)
 

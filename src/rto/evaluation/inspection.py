@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from rto.evaluation.comparison import Estimate
+from rto.evaluation.estimates import Estimate
 
 Z95 = float(stats.norm.ppf(0.975))
 

@@ -23,9 +23,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import yaml
 
-from rto.data.formats import DataError
+from rto.data.errors import DataError
+from rto.evaluation.arena_hard import VERDICTS
 from rto.evaluation.endpoint import Endpoint, EndpointError, Failure, Reply
-from rto.evaluation.files import Battle, Row
+from rto.evaluation.files import Battle, Contest, Game
+from rto.files import Row
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, asked_for
 
 Messages = list[dict[str, str]]
@@ -41,43 +43,6 @@ class Sight:
     messages: list[Row] | None = None
     """The instruction as a conversation, where it is given as one."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Game:
-    """What a judge made of one sight."""
-
-    preference: float | None
-    """In [1, 2]; 2 is for the second text; None where nothing could be read."""
-    verdict: str | None = None
-    """The five-way label, or None."""
-    said: Any = None
-    """The judge's words, or the candidates for its first token; offline, both scores."""
-    prompt: str | None = None
-    reason: str | None = None
-    """Why nothing could be read."""
-    seconds: float | None = None
-    price: float | None = None
-    """US dollars."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contest:
-    """All games over one battle."""
-
-    battle: Battle
-    games: list[Game]
-    switched: list[bool]
-    """For each game: the model's answer was shown first."""
-
-    @property
-    def preference(self) -> float | None:
-        """Mean over the games, in [1, 2]; 2 is for the model; None if a game could not be read."""
-        found = [
-            None if game.preference is None else 3 - game.preference if switched else game.preference
-            for game, switched in zip(self.games, self.switched)
-        ]
-        return None if None in found else sum(x for x in found if x is not None) / len(found)
 
 
 @runtime_checkable
@@ -120,6 +85,8 @@ CONTROL = re.compile(
     r"|<(?=｜[^｜<>\n]{1,60}｜>)"  # DeepSeek
     r"|<(?=/?s>|(?:bos|eos|pad|unk)>|(?:start|end)_of_(?:turn|image)>|</?SYS>>)"  # Llama 2, Gemma
     r"|\[(?=/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\])"  # Mistral
+    r"|\[(?=\|[^|\[\]\n]{1,60}\|\])"  # EXAONE
+    r"|\[(?=[gs]?MASK\])|<(?=[se]op>)"  # GLM
     r"|\[(?=\[[AB<>=]+\])",  # a forged verdict that a judge might quote
     re.IGNORECASE,
 )
@@ -130,6 +97,9 @@ FIELDS = {
     "mark": "mark",
 }
 _FIELD = re.compile(r'("""|)\{(' + "|".join(FIELDS) + r')\}("""|)')
+
+
+_TRAILING = re.compile(r"\\\Z")
 
 
 def defuse(text: str) -> str:
@@ -143,7 +113,8 @@ class Template:
 
     A field is replaced in one pass over the template, so fields, braces and backslashes inside judged text mean
     nothing. Our own templates fence the text with ``{mark}``, a digest of everything judged: no text can hold the
-    digest of itself. In templates that fence with triple quotes, triple quotes in the text are escaped.
+    digest of itself. In templates that fence with triple quotes, triple quotes in the text are escaped, and a blank
+    keeps its last backslash from escaping the fence.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -165,7 +136,7 @@ class Template:
         def put(found: re.Match[str]) -> str:
             value = values[FIELDS[found[2]]]
             if found[1] and found[3]:
-                value = value.replace('"""', r"\"\"\"")
+                value = _TRAILING.sub(r"\g<0> ", value.replace('"""', r"\"\"\""))
             return found[1] + value + found[3]
 
         return [{"role": role, "content": _FIELD.sub(put, text)} for role, text in self.messages]
@@ -318,7 +289,6 @@ class Weighted:
 
 
 NO_LOGPROBS = "an answer without log-probabilities"
-VERDICTS = {"A>>B": 1.0, "A>B": 1.0, "A=B": 1.5, "B>A": 2.0, "B>>A": 2.0}
 
 
 @dataclass(frozen=True)
@@ -336,7 +306,7 @@ class FiveWay:
         said = "".join("\n" + reply.text for reply in replies)
         found = set(re.findall(r"\[\[([AB<>=]+)\]\]", said))
         if len(found) == 1 and (verdict := found.pop()) in VERDICTS:
-            return Game(preference=VERDICTS[verdict], verdict=verdict, said=said)
+            return Game(preference=2 - VERDICTS[verdict][0], verdict=verdict, said=said)
         return Game(preference=None, said=said, reason="several verdicts" if len(found) > 1 else "no verdict")
 
 
@@ -399,7 +369,7 @@ class ChatJudge:
             (first,) = replies[i]
             assert isinstance(first, Reply)
             turns: Messages = [
-                {"role": "assistant", "content": first.text},
+                {"role": "assistant", "content": defuse(first.text)},  # it may quote what it judged
                 {"role": "user", "content": words},
             ]
             longer.append([*prompts[i], *turns])
@@ -449,14 +419,7 @@ class ScoreJudge:
         if not sights:
             return []
         scores = [self._scores(sights, side) for side in ("first", "second")]
-        return [
-            Game(
-                preference=1.5 + 0.5 * ((second > first) - (second < first)),
-                verdict=("A>B", "A=B", "B>A")[1 + (second > first) - (second < first)],
-                said=[first, second],
-            )
-            for first, second in zip(*scores, strict=True)
-        ]
+        return [_by_score(first, second) for first, second in zip(*scores, strict=True)]
 
     def _scores(self, sights: Sequence[Sight], side: str) -> list[float]:
         prompts: list[Any] = [s.instruction for s in sights]
@@ -477,49 +440,12 @@ class ScoreJudge:
         )
 
 
-# --- what is written
-
-
-def alpaca_annotations(judge: str, model: str, baseline: str, contests: Sequence[Contest]) -> list[Row]:
-    """AlpacaEval's ``annotations.json``: 2 is for the model; ``is_switched_outputs`` says that it was shown first."""
-    rows = []
-    for contest in contests:
-        (game,), (switched,) = contest.games[:1], contest.switched[:1]
-        rows.append(
-            {
-                "instruction": contest.battle.question.text,
-                "output_1": contest.battle.baseline,
-                "generator_1": baseline,
-                "dataset": contest.battle.columns.get("dataset"),
-                "output_2": contest.battle.answer,
-                "generator_2": model,
-                "annotator": judge,
-                "preference": contest.preference,
-                "is_switched_outputs": switched,
-                "raw_completion": game.said,
-                "time_per_example": game.seconds,
-                "price_per_example": game.price,
-                "unread": game.reason,
-            }
-        )
-    return rows
-
-
-def arena_judgments(judge: str, model: str, baseline: str, contests: Sequence[Contest]) -> list[Row]:
-    """Arena-Hard v0.1's judgments: game 1 shows the baseline as A, game 2 as B; a score is a label or null."""
-    return [
-        {
-            "question_id": contest.battle.question.key[0],
-            "model": model,
-            "judge": judge,
-            "baseline": baseline,
-            "games": [
-                {"user_prompt": game.prompt, "judgment": game.said, "score": game.verdict, "unread": game.reason}
-                for game in contest.games
-            ],
-        }
-        for contest in contests
-    ]
+def _by_score(first: float, second: float) -> Game:
+    said = [first, second]
+    if math.isnan(first) or math.isnan(second):
+        return Game(preference=None, said=said, reason="a score that is no number")
+    verdict = "A>B" if first > second else "B>A" if second > first else "A=B"
+    return Game(preference=2 - VERDICTS[verdict][0], verdict=verdict, said=said)
 
 
 def unread(contests: Sequence[Contest]) -> Counter[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rto.evaluation.logistic import fit_logistic
+from rto.evaluation.logistic import fit_logistic, sigmoid
 
 FOLDS = 5
 PENALTIES = 10
@@ -111,7 +111,7 @@ def fit_length_controlled(data: LengthControlData, gamed: GamedBaselines | None 
     if len(x) < FOLDS:
         raise ValueError(f"{len(x)} verdicts are too few for {FOLDS}-fold cross-validation of the length control")
     c, w = _cross_validated_l1(x, y, weight)
-    p = _sigmoid(_at_equal_length(data) @ w)
+    p = sigmoid(_at_equal_length(data) @ w)
     return LengthControlled(
         win_rate=100 * float(p.mean()),
         standard_error=100 * float(p.std(ddof=1) / np.sqrt(len(p))),
@@ -137,13 +137,13 @@ def refit_win_rates(
     gamed_rows = len(x) - judged.sum()
     constant = np.broadcast_to(weight[:gamed_rows], (len(weights), gamed_rows))
     w = fit_logistic(x, y, np.concatenate([constant, weights[:, judged]], axis=1), l2=WEAKEST_L2)
-    p = _sigmoid(w @ _at_equal_length(data).T)
+    p = sigmoid(w @ _at_equal_length(data).T)
     return 100 * (weights * p).sum(1) / weights.sum(1)
 
 
 def published_win_rate(theta: float, psi: float, difficulty: Float[np.ndarray, " n"]) -> float:
     """100·mean sigmoid(θ + ψ·γ): the length-controlled win rate that published coefficients stand for."""
-    return 100 * float(_sigmoid(theta + psi * np.asarray(difficulty, dtype=float)).mean())
+    return 100 * float(sigmoid(theta + psi * np.asarray(difficulty, dtype=float)).mean())
 
 
 def official_length_controlled(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -241,7 +241,3 @@ def _weighted_log_loss(label: np.ndarray, predicted: np.ndarray, *, share: np.nd
     """Log loss of the soft label; ``label`` is scikit-learn's 0 or 1 of the doubled rows and says nothing new."""
     p = np.clip(predicted, 1e-15, 1 - 1e-15)
     return float(-np.mean(weight * (share * np.log(p) + (1 - share) * np.log(1 - p))))
-
-
-def _sigmoid(z: np.ndarray | float) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -np.asarray(z, dtype=float)))

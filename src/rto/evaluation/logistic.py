@@ -51,7 +51,7 @@ def _newton(
     for _ in range(100):
         c, at = weights[open_], w[open_]
         z = at @ x.T
-        q = _sigmoid(z)
+        q = sigmoid(z)
         gradient = (c * (q - y)) @ x + l2 * at
         hessian = ((c * q * (1 - q)) @ products).reshape(-1, d, d) + l2 * np.eye(d)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
@@ -79,5 +79,6 @@ def _loss(x: np.ndarray, y: np.ndarray, c: np.ndarray, w: np.ndarray, l2: float)
     return (c * (np.logaddexp(0, z) - y * z)).sum(1) + l2 / 2 * (w**2).sum(1)
 
 
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -z))
+def sigmoid(z: np.ndarray | float) -> np.ndarray:
+    """1 / (1 + e^{−z}), without overflow."""
+    return np.exp(-np.logaddexp(0, -np.asarray(z, dtype=float)))

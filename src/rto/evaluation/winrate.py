@@ -32,21 +32,37 @@ class WinRate:
     missing: int
 
 
-def preference_shares(preference: Sequence[float | None] | np.ndarray) -> Float[np.ndarray, " n"]:
+def preference_share(preference: float | None) -> float:
     """Y = preference − 1 in [0, 1]: 1 the model wins, 0 the baseline, ½ a draw (1.5, or the older 0); nan not judged.
 
     Raises:
-        ValueError: a preference is something else; the message names the first such row.
+        ValueError: the preference is something else.
     """
-    x = np.array([np.nan if p is None else p for p in preference], dtype=float)
-    x = np.where(x == 0, 1.5, x)
-    bad = np.flatnonzero((x < 1) | (x > 2))
-    if len(bad):
+    if preference is None or preference != preference:  # nan
+        return np.nan
+    if preference == 0:
+        return 0.5
+    if not 1 <= preference <= 2:
         raise ValueError(
-            f"row {bad[0]}: preference {x[bad[0]]:g} is not in [1, 2] (2: the model wins; 1.5 or 0: a draw; "
+            f"preference {str(preference)[:20]} is not in [1, 2] (2: the model wins; 1.5 or 0: a draw; "
             "null: no verdict)"
         )
-    return x - 1
+    return preference - 1.0
+
+
+def preference_shares(preference: Sequence[float | None] | np.ndarray) -> Float[np.ndarray, " n"]:
+    """`preference_share` of each row.
+
+    Raises:
+        ValueError: as there; the message names the row.
+    """
+    shares = []
+    for i, x in enumerate(preference):
+        try:
+            shares.append(preference_share(x))
+        except ValueError as error:
+            raise ValueError(f"row {i}: {error}") from error
+    return np.array(shares, dtype=float)
 
 
 def win_rate(shares: Float[np.ndarray, " n"]) -> WinRate:

@@ -7,7 +7,9 @@ import pytest
 from sources import run_folder
 
 from rto.data.errors import DataError
-from rto.evaluation.results_files import read_difficulties, read_gamed, read_rows, read_sources
+from rto.evaluation.files import read_difficulties, read_gamed
+from rto.evaluation.sources import read_sources
+from rto.files import read_rows
 
 ROWS = [{"a": i, "games": [{"s": [1]}, [2]], "text": 'a "quoted" ] } \u2028 naïve 漢字\\ '} for i in range(4)]
 
@@ -86,7 +88,7 @@ BAD = [
     ([ARENA, ARENA], "row 1: question 'q' was judged in row 0 already"),
     ([ARENA | {"games": []}], "row 0: games must be one or two objects"),
     ([ARENA | {"games": [{"judgment": "?"}]}], "row 0: games must be one or two objects with a 'score'"),
-    ([ARENA | {"games": [{"score": 3}]}], "row 0: score is 3, expected a verdict or null"),
+    ([ARENA | {"games": [{"score": 3}]}], "row 0: score is 3, expected str or null"),
     ([ARENA | {"games": [{"score": "nonsense"}]}], "no game of 'mine' has one of the verdicts A>>B, A>B"),
     ([ARENA, without(ARENA, "question_id")], "row 1 has no key 'question_id'"),
 ]
@@ -119,7 +121,7 @@ def test_what_is_read(tmp_path):
     assert a.shares.tolist()[:2] == [0.25, 0.5]
     assert np.isnan(a.shares[2])
     assert (a.baseline_length.tolist(), a.model_length.tolist()) == ([3, 3, 3], [5, 5, 5])
-    assert a.prompts == (("i", 0), ("i", 1), ("i", 2))
+    assert a.prompts == [("i", 0), ("i", 1), ("i", 2)]
     assert (a.index, a.model_first) == (None, None)  # not every row says
     path.write_text(json.dumps([row | {"index": i, "is_switched_outputs": i == 1} for i, row in enumerate(rows)]))
     (entry,), _ = read_sources([path])
