@@ -50,6 +50,7 @@ def check_every_cut(path: Path, whole: bytes, start: int) -> None:
         (b'[{"a": 1}, {"a" 2}, {"a": 3}]', r"r\.jsonl: row 1 is not JSON.*repair or delete it"),
         (b"[1, 2]", r"r\.jsonl: row 0 is not a JSON object but 1"),
         (b'{"a": "\xff"}\n', r"r\.jsonl: byte 7 is not UTF-8"),
+        (b"[" * 100_000 + b"]", r"r\.jsonl: row 0 is not JSON"),
     ],
 )
 def test_damage_is_not_taken_for_a_cut(text, says, tmp_path):
@@ -81,6 +82,9 @@ BAD = [
     ([ALPACA, ALPACA | {"preference": 2.5}], r"row 1: preference 2\.5 is not in \[1, 2\]"),
     ([ALPACA, ALPACA | {"preference": "2"}], "row 1: preference is '2', expected int or float"),
     ([ALPACA, ALPACA | {"preference": True}], "row 1: preference is True"),
+    ([ALPACA, ALPACA | {"preference": 10**400}], r"row 1: preference 1000\d* is not in \[1, 2\]"),
+    ([ALPACA | {"preference": None}], "no row of 'mine' has a preference"),
+    ([ALPACA | {"generator_2": "half \ud800"}], "row 0: generator_2 holds half of a surrogate pair"),
     ([ALPACA, ALPACA | {"output_1": None}], "row 1: output_1 is None, expected str"),
     ([ALPACA, ALPACA | {"annotator": "other"}], "row 1: annotator is 'other', but 'judge' in row 0"),
     ([ALPACA, ALPACA | {"generator_1": "other"}], "row 1: generator_1 is 'other', but 'base' in row 0"),
@@ -175,6 +179,39 @@ def test_answers_are_found_by_the_name_they_carry(tmp_path):
     assert entry.arena.baseline_style is None
 
 
+def test_answers_as_hosted_today_have_style(tmp_path):
+    """``metadata`` as version 2's ``add_markdown_info.py`` writes it."""
+    counts = {
+        "header_count": {"h1": 2},
+        "list_count": {"ordered": 1, "unordered": 2},
+        "bold_count": {"**": 0, "__": 4},
+    }
+    hosted = {"uid": "q", "model": "gpt-4-0314", "metadata": {"token_len": 12, **counts}}
+    hosted["messages"] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": {"answer": "text"}}]
+    folder = arena_folder(tmp_path, {"mine": turn(content="x", token_len=3)})
+    (folder / "model_answer" / "any name.jsonl").write_text(json.dumps(hosted) + "\n")
+    (entry,), notes = read_sources([folder])
+    assert notes == []
+    assert entry.arena.baseline_style["q"].tolist() == [12, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        turn(content="x", token_len=10**400),
+        turn(content="x", token_len="nan"),
+        turn(content="x", token_len=-1),
+        {"choices": ["x"]},
+        turn(content="x") | {"conv_metadata": ["token_len"]},
+        turn(content=None, token_len=1),
+    ],
+)
+def test_counts_that_are_none_are_told(row, tmp_path):
+    (entry,), notes = read_sources([arena_folder(tmp_path, {"mine": row})])
+    assert entry.arena.model_style is None
+    assert "mine.jsonl: row 0 has no usable token_len or text" in notes[0]
+
+
 def test_answers_without_tokens_are_told(tmp_path):
     (entry,), notes = read_sources([arena_folder(tmp_path, {"mine": turn(content="x")})])
     assert entry.arena.model_style is None
@@ -222,6 +259,15 @@ def test_half_written_run_is_recovered(tmp_path):
     assert entries[0].run.gold == {("p0", 0): 0.0, ("p1", 0): 1.0}
     assert any("results.json: not readable" in note for note in notes)
     assert any("completions.jsonl: cut off in row 2" in note for note in notes)
+
+
+@pytest.mark.parametrize("results", [b"[1]", b'{"methods": [1]}', b'{"methods": {"RTO": 1}}', b"\xff", b"[" * 100_000])
+def test_results_that_are_none_leave_the_completions(results, tmp_path):
+    folder = run_folder(tmp_path / "one")
+    (folder / "evaluation" / "results.json").write_bytes(results)
+    entries, notes = read_sources([folder])
+    assert [e.model for e in entries] == ["SFT", "RTO"]
+    assert any("results.json: not readable" in note for note in notes)
 
 
 def test_extra_files(tmp_path):

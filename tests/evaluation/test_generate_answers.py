@@ -1,5 +1,6 @@
 """Answers against `generate`, files against the official formats, killed runs against uninterrupted ones."""
 
+import fcntl
 import json
 import os
 import signal
@@ -257,6 +258,21 @@ def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
     again.close()
     (tmp_path / "j").write_text('{"settings": {"a": 1}}\nnonsense\n{"index": 1}\n')
     with pytest.raises(DataError, match=r"j: row 1 \(line 2\) is not JSON"):
+        Journal(tmp_path / "j", {"a": 1})
+
+
+def test_a_journal_that_another_process_has_just_finished_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened before the other one removed it, and locked after: what is written there would be lost."""
+    real = fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        real(file, how)
+        (tmp_path / "j").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DataError, match="another process is writing here"):
         Journal(tmp_path / "j", {"a": 1})
 
 

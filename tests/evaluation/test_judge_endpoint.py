@@ -85,6 +85,28 @@ def test_a_request_that_is_at_fault_itself_is_not_sent_again() -> None:
     assert len(server.bodies) == 1
 
 
+def test_requests_that_are_at_fault_themselves_do_not_end_the_run() -> None:
+    """Twelve answers too long for the judge, one after another, say nothing about the thirteenth."""
+
+    def behave(handler: Handler, body: dict, n: int) -> None:
+        handler.say({}, 400) if n < 12 else fine(handler, body, n)
+
+    with JudgeServer(behave) as server:
+        endpoint = Endpoint(server.url, "judge", patience=SOON, concurrency=1)
+        replies = endpoint.ask(talk(*map(str, range(13))), {})
+    assert [type(r) for r in replies] == [Failure] * 12 + [Reply]
+
+
+def test_half_a_surrogate_pair_goes_there_and_back() -> None:
+    """In JSON it can be written, in UTF-8 it cannot: it must neither end the run nor come back to end the next one."""
+    with JudgeServer(lambda h, b, n: h.say(b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}')) as server:
+        endpoint = Endpoint(server.url, "judge", patience=SOON)
+        (reply,) = endpoint.ask(talk("half a \ud83d pair"), {})
+        endpoint.ask(talk(reply.text), {})
+    assert reply.text == "a ? b"
+    assert [b["messages"][0]["content"] for b in server.bodies] == ["half a \ud83d pair", "a ? b"]
+
+
 def test_a_server_that_asks_for_time_is_given_it() -> None:
     def behave(handler: Handler, body: dict, n: int) -> None:
         handler.say({}, 429, Retry_After="1") if n == 0 else fine(handler, body, n)
@@ -203,6 +225,26 @@ def test_a_rerun_costs_nothing_and_other_content_is_asked_for(tmp_path: Path) ->
         assert server.bodies[-1] == {"model": "judge", "messages": talk("a")[0], "seed": 1}
 
 
+def test_an_answer_without_the_log_probabilities_asked_for_is_not_kept(tmp_path: Path) -> None:
+    """Or switching them on at the server would never be noticed."""
+    switched_on = [False]
+
+    def behave(handler: Handler, body: dict, n: int) -> None:
+        handler.say(completion("m", LOGPROBS if switched_on[0] else None))
+
+    with JudgeServer(behave) as server:
+
+        def ask() -> Reply:
+            endpoint = Endpoint(server.url, "judge", cache=Cache(tmp_path / "c.jsonl"), patience=SOON)
+            return endpoint.ask(talk("a"), {"logprobs": True})[0]
+
+        assert ask().top_logprobs is None
+        switched_on[0] = True
+        assert ask().top_logprobs[0]["logprob"] == LOGPROBS["m"]
+        ask()
+        assert len(server.bodies) == 2
+
+
 def test_what_was_answered_before_the_end_is_kept(tmp_path: Path) -> None:
     """The fifth request ends everything; the next run asks for the rest only."""
     broken = [True]
@@ -273,7 +315,7 @@ def test_the_key_reaches_no_file_no_log_and_no_message(
 ) -> None:
     """Even where the server repeats it, in errors and in answers."""
     monkeypatch.setenv("SOME_KEY", KEY + "\n")
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG)  # at which httpcore2 writes down the headers of answers
 
     def behave(handler: Handler, body: dict, n: int) -> None:
         text = body["messages"][0]["content"]
@@ -287,7 +329,7 @@ def test_the_key_reaches_no_file_no_log_and_no_message(
             escaped = "".join(f"\\u{ord(c):04x}" for c in KEY)
             handler.say(json.dumps(completion("see X")).replace("X", escaped).encode())
         else:
-            handler.say(completion(f"your key is {KEY}", {"m": -1.0, KEY: -2.0}))
+            handler.say(completion(f"your key is {KEY}", {"m": -1.0, KEY: -2.0}), 200, X_Echo=KEY)
 
     with JudgeServer(behave) as server:
         cache = Cache(tmp_path / "cache.jsonl")
@@ -316,6 +358,8 @@ def test_the_key_reaches_no_file_no_log_and_no_message(
         (f"http://localhost/v1?key={KEY}", None, None, "must hold no user, password"),
         ("http://localhost/v1", "SOME_KEY", None, "SOME_KEY is not set"),
         ("http://localhost/v1", "SOME_KEY", " \n", "SOME_KEY is not set"),
+        ("http://localhost/v1", KEY, None, r"variable that was named \(not shown here"),
+        ("http://localhost/v1", KEY.replace("-", "_"), None, r"variable that was named \(not shown here"),
         ("http://localhost/v1", "SOME_KEY", f"{KEY}\r\nX-Evil: 1", "does not hold an API key"),
         ("http://example.com/v1", "SOME_KEY", KEY, "must not travel in clear text to example.com"),
     ],
@@ -328,7 +372,7 @@ def test_addresses_and_keys_are_checked_first(
         monkeypatch.setenv("SOME_KEY", value)
     with pytest.raises(EndpointError, match=says) as error:
         Endpoint(address, "judge", key_variable=variable)
-    assert KEY not in str(error.value)
+    assert KEY[3:] not in str(error.value).replace("_", "-")
 
 
 def test_a_key_for_openai_is_not_sent_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,13 +270,16 @@ class Endpoint:
             raise EndpointError(
                 "a judge behind an endpoint needs httpx2: pip install 'reinforced-token-optimization[judge]'"
             ) from error
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         proxies = not _is_local(urlsplit(self.url).hostname or "")  # what runs here is not asked through a proxy
-        with httpx2.Client(
-            headers=headers, timeout=self.patience.timeout, trust_env=proxies, follow_redirects=False
-        ) as client:
+        with (
+            _without_headers("httpcore2"),
+            httpx2.Client(headers=self._headers(), timeout=self.patience.timeout, trust_env=proxies) as client,
+        ):
             yield client
+
+    def _headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Content-Type": "application/json", **key}
 
     def _answer(
         self, client: Any, key: str, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any]
@@ -476,6 +479,18 @@ def _is_local(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@contextmanager
+def _without_headers(transport: str) -> Iterator[None]:
+    """Keep the transport's DEBUG lines out of the log: they hold the answer's headers, which may repeat the key."""
+    log = logging.getLogger(transport)
+    level = log.level
+    log.setLevel(max(level, logging.INFO))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _counts(counter: Counter[str]) -> str:

@@ -523,6 +523,9 @@ def _annotations(read: Rows, model: str, at: list[int]) -> AlpacaAnnotations:
     baseline_length, model_length = (
         np.array([len(read.get(i, key, str)) for i in at], dtype=float) for key in ("output_1", "output_2")
     )
+    shares = np.array([_share(read, i) for i in at], dtype=float)
+    if np.isnan(shares).all():
+        raise DataError(f"{read.path}: no row of {shown(model)} has a preference")
     index, switched = _column(rows, "index"), _column(rows, "is_switched_outputs")
     if index is not None and len(set(index)) < len(index):
         raise DataError(
@@ -534,7 +537,7 @@ def _annotations(read: Rows, model: str, at: list[int]) -> AlpacaAnnotations:
         baseline=read.same(at, "generator_1"),
         judge=read.same(at, "annotator", default="unnamed judge"),
         prompts=numbered(read.get(i, "instruction", str) for i in at),
-        shares=np.array([_share(read, i) for i in at], dtype=float),
+        shares=shares,
         baseline_length=baseline_length,
         model_length=model_length,
         index=None if index is None else np.array(index, dtype=int),

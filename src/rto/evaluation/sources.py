@@ -163,7 +163,7 @@ def _results(path: Path, notes: list[str]) -> Row:
         if not isinstance(methods, dict) or not all(isinstance(m, dict) for m in methods.values()):
             raise ValueError("not an object with methods")
         return results
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(
             f"{path}: not readable ({error}); gold rewards are taken from completions.jsonl, the rest is lost."
         )
