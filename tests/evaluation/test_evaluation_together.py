@@ -94,7 +94,8 @@ def alpaca_shares(root: Path, name: str) -> np.ndarray:
     return shares
 
 
-def alpaca_rule(root: Path, name: str) -> Callable[[Handler, dict, int], None]:
+def alpaca_rule(root: Path, name: str, model_first: dict[str, bool]) -> Callable[[Handler, dict, int], None]:
+    """A server that follows the rule, and takes down whose answer it was shown first."""
     ours, theirs = alpaca_outputs(root, name), alpaca_outputs(root, "base")
     shares = dict(zip(PROMPTS, alpaca_shares(root, name)))
     texts = {p: (a, b) for p, a, b in zip(PROMPTS, ours, theirs)}
@@ -103,7 +104,7 @@ def alpaca_rule(root: Path, name: str) -> Callable[[Handler, dict, int], None]:
         instruction, first, second = seen(body)
         model, baseline = texts[instruction]
         assert sorted([first, second]) == sorted([model, baseline])  # every character of both reached the judge
-        wins = shares[instruction]
+        wins, model_first[instruction] = shares[instruction], first == model
         if math.isnan(wins):
             handler.say(completion("Both", {"Both": -0.1}))
             return
@@ -168,8 +169,10 @@ def compare(answered: Path) -> dict[str, Any]:
     def never(handler: Handler, body: dict, n: int) -> None:
         raise AssertionError("asked again")
 
+    order: dict[str, dict[str, bool]] = {}
     for name in ("one", "two"):
-        assert judge(answered, name, alpaca_rule(answered, name), "alpaca") == len(PROMPTS)
+        order[name] = {}
+        assert judge(answered, name, alpaca_rule(answered, name, order[name]), "alpaca") == len(PROMPTS)
         judge(answered, name, arena_rule, "arena")
         files = sorted(answered.rglob("annotations.json")) + sorted(answered.rglob("model_judgment/*/*.jsonl"))
         before = [path.read_text() for path in files]
@@ -179,7 +182,7 @@ def compare(answered: Path) -> dict[str, Any]:
     out = answered / "comparison"
     sources = [str(answered / "alpaca"), str(answered / "arena"), "--output_dir", str(out)]
     assert main(["evaluate", "compare", *sources, "--rounds", "300"]) == 0
-    return json.loads((out / "compare.json").read_text()) | {"page": (out / "compare.md").read_text()}
+    return json.loads((out / "compare.json").read_text()) | {"page": (out / "compare.md").read_text(), "order": order}
 
 
 def cells(compared: dict, key: str) -> dict[str, dict]:
@@ -202,6 +205,8 @@ def check_alpaca_eval(answered: Path, compared: dict) -> None:
         details = compared["details"][name]["alpaca_eval"]
         assert (details["judged"], details["missing"]) == (int((~np.isnan(y)).sum()), int(np.isnan(y).sum()))
         assert (details["wins"], details["losses"]) == (int((y > 0.5).sum()), int((y < 0.5).sum()))
+        first = [x if compared["order"][name][p] else 1 - x for p, x in zip(PROMPTS, y)]
+        assert details["position"]["first"]["mean"] == pytest.approx(np.nanmean(first), abs=1e-9)
         error = np.nanstd(y, ddof=1) / np.sqrt(details["judged"])
         assert details["standard_error"] == pytest.approx(100 * error, abs=1e-9)
         # the rule is the GLM itself, so at equal length nothing but the talent is left
@@ -209,8 +214,9 @@ def check_alpaca_eval(answered: Path, compared: dict) -> None:
         assert compared["details"][name]["length_controlled"]["phi"] == pytest.approx(TASTE, abs=0.01)
         lengths = [len(text) for text in alpaca_outputs(answered, name)]
         assert cells(compared, "characters")[name]["value"] == pytest.approx(np.mean(lengths))
-    (pair,) = next(c for c in compared["columns"] if c["key"] == "ae_wr")["pairs"]
-    assert pair["difference"]["prompts"] == len(PROMPTS) - 1
+    lc, wr = ((*c["pairs"],) for c in compared["columns"] if c["key"] in ("ae_lc", "ae_wr"))
+    assert [pair["difference"]["prompts"] for pair in lc + wr] == [len(PROMPTS) - 1] * 2
+    (pair,) = wr
     assert pair["difference"]["value"] == pytest.approx(100 * np.nanmean(shares["one"] - shares["two"]), abs=1e-9)
 
 

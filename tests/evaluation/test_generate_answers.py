@@ -261,6 +261,15 @@ def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
         Journal(tmp_path / "j", {"a": 1})
 
 
+def test_a_line_that_lost_only_its_end_is_kept_and_ended(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_text('{"settings": {"a": 1}}\n{"index": 0}')
+    for rows in ([{"index": 0}], [{"index": 0}, {"index": 1}]):
+        with Journal(path, {"a": 1}) as journal:
+            assert journal.rows == rows
+            journal.append([{"index": 1}] * (len(rows) == 1))
+
+
 def test_a_journal_that_another_process_has_just_finished_is_not_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,7 +232,7 @@ def test_no_text_leaves_an_official_frame(attack: str, file: str, tmp_path: Path
         assert text.startswith(before)
         assert text.endswith(after)
         inside = text[len(before) : len(text) - len(after)]
-        assert not re.search(r"<\|[^\n]{1,60}?\|>|\[\[[AB]", inside)
+        assert not re.search(r"<\|[^\n]{1,60}?\|>|\[\[[AB]|\[\|[a-z]+\|\]|\[gMASK|<sop>", inside)
         if file == "alpaca.txt":
             assert '"""' not in inside
             assert not inside.endswith("\\")  # it would escape the fence
