@@ -90,6 +90,24 @@ def test_arena_hard_answers_are_greedy_by_default(tiny_folder: Path, arena: Path
     assert [b.answer for b in battles] == [b.baseline for b in battles]
 
 
+def test_models_that_answer_more_or_fewer_questions_share_a_folder(tmp_path: Path) -> None:
+    """A prompt that fits one model's context and not another's is no other benchmark; another text is."""
+    arena = BENCHMARKS["arena_hard"]
+    few, many, others = (
+        read_questions(
+            write(tmp_path / "q", [{"question_id": i, "prompt": t, "cluster": "c"} for i, t in rows]), arena
+        )
+        for rows in ([("a", "x")], [("a", "x"), ("b", "y")], [("a", "z"), ("b", "y")])
+    )
+    for questions in (few, many, few):
+        arena.prepare(tmp_path / "out", questions)
+    kept = read_questions(tmp_path / "out" / "question.jsonl", arena)
+    assert [(q.key[0], q.text, q.row["cluster"]) for q in kept] == [("a", "x", "c"), ("b", "y", "c")]
+    for refused in (others, read_questions(write(tmp_path / "q", [{"question_id": "e", "prompt": "x"}]), arena)):
+        with pytest.raises(DataError, match=r"question\.jsonl holds other questions than the prompts given"):
+            arena.prepare(tmp_path / "out", refused)
+
+
 def test_alpaca_eval_samples_at_its_temperature(tiny_folder: Path, alpaca: Path, tmp_path: Path) -> None:
     outputs = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
@@ -320,6 +338,7 @@ def test_a_system_message_comes_first(tokenizer: Any) -> None:
         ([{"prompt": "\ud800"}], "row 0: 'instruction' or 'prompt' holds half of a surrogate pair"),
         ([{"question_id": "a", "prompt": "x"}, {"prompt": "y"}], "row 1: no 'question_id'"),
         ([{"question_id": "a", "prompt": "x"}] * 2, "row 1: question 'a' occurs twice"),
+        ([{"question_id": "\ud800", "prompt": "x"}], "row 0: question_id holds half of a surrogate pair"),
         ([{"question_id": "a", "turns": ["x"]}], "row 0: 'turns' must be a list of one turn"),
         ([], "no rows"),
     ],

@@ -259,8 +259,9 @@ class ArenaHard:
     def question(self, row: Row, where: str) -> Question:
         """``question_id`` (or ``uid``) with ``turns`` of one turn, or ``prompt``."""
         name = row.get("question_id") or row.get("uid")
-        if not isinstance(name, str):
+        if name is None:
             raise DataError(f"{where}: no 'question_id': Arena-Hard tells questions by it")
+        checked(name, f"{where}: question_id", str)
         if "turns" in row:
             turns = row["turns"]
             if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
@@ -291,25 +292,25 @@ class ArenaHard:
         return folder / "model_judgment" / safe_name(judge) / f"{safe_name(model)}.jsonl"
 
     def prepare(self, folder: Path, questions: Sequence[Question]) -> None:
-        """Write the questions where the judge looks for them.
+        """Write the questions where the judge looks for them, beside those that models of more context answered.
 
         Raises:
             DataError: the folder holds other questions.
         """
         path = folder / "question.jsonl"
         (folder / "model_answer").mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if {q.key: q.text for q in read_questions(path, self)} != {q.key: q.text for q in questions}:
-                raise DataError(f"{path} holds other questions than the prompts given: choose another output folder")
-            return
-        write_atomically(
-            path,
-            _lines(
+        known = {q.key: q for q in read_questions(path, self)} if path.exists() else {}
+        new = {q.key: q for q in questions}
+        shared = known.keys() & new.keys()
+        if any(known[key].text != new[key].text for key in shared) or (known and not shared):
+            raise DataError(f"{path} holds other questions than the prompts given: choose another output folder")
+        if len(shared) < len(new):
+            rows = [
                 {k: v for k, v in q.row.items() if k not in ("prompt", "uid", "turns")}
                 | {"question_id": q.key[0], "turns": [{"content": q.text}]}
-                for q in questions
-            ),
-        )
+                for q in (known | new).values()
+            ]
+            write_atomically(path, _lines(rows))
 
     def answers(self, model: str, questions: Sequence[Question], answers: Sequence[Answer]) -> str:
         """JSON lines in the order of the questions."""
@@ -394,18 +395,13 @@ def _arena_turn(read: Rows, i: int) -> Row:
 # --- prompts and answers, read
 
 
-def read_questions(path: Path, benchmark: Benchmark | None = None) -> list[Question]:
+def read_questions(path: Path, benchmark: Benchmark) -> list[Question]:
     """Prompts of a benchmark from a file; one that occurs twice is told apart by its occurrence.
-
-    Args:
-        path: the file.
-        benchmark: its format; None asks `benchmark_of`.
 
     Raises:
         DataError: a row has no prompt, or a question id occurs twice; the message names file and row.
     """
     read = read_whole(path)
-    benchmark = benchmark or benchmark_of(path)
     found = [benchmark.question(row, read.where(i)) for i, row in enumerate(read.rows)]
     keys = _keys(read, [q.key[0] for q in found], benchmark)
     return [Question(key=key, text=q.text, row=q.row) for key, q in zip(keys, found)]
