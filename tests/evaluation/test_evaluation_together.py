@@ -181,7 +181,7 @@ def compare(answered: Path) -> dict[str, Any]:
         assert [path.read_text() for path in files] == before
     out = answered / "comparison"
     sources = [str(answered / "alpaca"), str(answered / "arena"), "--output_dir", str(out)]
-    assert main(["evaluate", "compare", *sources, "--rounds", "300"]) == 0
+    assert main(["evaluate", "compare", *sources, "--rounds", "100"]) == 0
     return json.loads((out / "compare.json").read_text()) | {"page": (out / "compare.md").read_text(), "order": order}
 
 
