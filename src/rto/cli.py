@@ -1,4 +1,4 @@
-"""`rto run | sft | reward | prefer | train`: the whole method, or one stage of it."""
+"""`rto run | sft | reward | prefer | train | inspect`: the whole method, or one stage of it."""
 
 import argparse
 import logging
@@ -25,6 +25,8 @@ one stage (flags as in TRL; --config FILE.yaml holds the same keys):
   train               PPO on the token reward of π_dpo (RTO), or without it (--dpo_coef 0)
 
 and:
+  inspect             what a token reward is worth: on held-out pairs (--dataset_name), a prompt (--prompt) or a file
+                      (--completions), token by token
   theory              the paper's statements, run
   report DIR          write report.html of a run again
 
@@ -190,6 +192,31 @@ def train(args: list[str]) -> int:
     return _finish(trainer)
 
 
+def inspect(args: list[str]) -> int:
+    """`rto inspect`."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as hf_logging
+    from trl import TrlParser
+
+    from rto.inspection import InspectArguments
+    from rto.inspection import inspect as look
+
+    kinds: list[Any] = [InspectArguments]
+    (parsed,) = TrlParser(kinds, prog="rto inspect").parse_args_and_config(args=args)
+    hf_logging.disable_progress_bar()  # one for each weight file
+    disable_progress_bar()
+    inspection = look(parsed)
+    from rich.console import Console
+
+    from rto.report.inspection import inspection_text, write_inspection
+
+    console = Console()
+    console.print(inspection_text(inspection))
+    page = write_inspection(inspection, Path(parsed.output_dir))
+    console.print(f"page: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
 def report(args: list[str]) -> int:
     """`rto report`."""
     parser = argparse.ArgumentParser(prog="rto report", description="Write report.html of a run folder again.")
@@ -213,6 +240,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reward": reward,
     "prefer": prefer,
     "train": train,
+    "inspect": inspect,
     "report": report,
     "theory": theory,
 }
