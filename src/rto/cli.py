@@ -202,7 +202,12 @@ def inspect(args: list[str]) -> int:
     from rto.inspection import inspect as look
 
     kinds: list[Any] = [InspectArguments]
-    (parsed,) = TrlParser(kinds, prog="rto inspect").parse_args_and_config(args=args)
+    try:
+        (parsed,) = TrlParser(kinds, prog="rto inspect").parse_args_and_config(args=args)
+        folder = Path(parsed.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before any model runs
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
     hf_logging.disable_progress_bar()  # one for each weight file
     disable_progress_bar()
     inspection = look(parsed)
@@ -212,7 +217,7 @@ def inspect(args: list[str]) -> int:
 
     console = Console()
     console.print(inspection_text(inspection))
-    page = write_inspection(inspection, Path(parsed.output_dir))
+    page = write_inspection(inspection, folder)
     console.print(f"page: {page}", markup=False, soft_wrap=True)
     return 0
 

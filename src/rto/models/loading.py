@@ -36,6 +36,31 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
     return model
 
 
+def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or hub id, the base model's for an adapter.
+
+    Raises:
+        ValueError: there is no such folder, and no such model on the hub.
+    """
+    try:
+        return _config_of(source, trust_remote_code)
+    except (OSError, ValueError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
+
+
+def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a language model, before it is loaded.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    config = find_config(role, source, trust_remote_code=trust_remote_code)
+    if any("SequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(f"{role} {source} is a model that scores completions, not a language model")
+    return config
+
+
 def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:
     """A model with one scalar head, as reward model or critic.
 
