@@ -117,6 +117,9 @@ class InspectArguments:
                 "say what to look at by one of --dataset_name (held-out pairs), --prompt and --completions; "
                 f"given: {', '.join(looked_at) or 'none'}"
             )
+        for name, needs in (("completion", "prompt"), ("credit", "dataset_name")):
+            if getattr(self, name) is not None and getattr(self, needs) is None:
+                raise ValueError(f"--{name} needs --{needs}")
 
 
 @dataclass(frozen=True, kw_only=True)
