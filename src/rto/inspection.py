@@ -289,11 +289,15 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     def text(start: int, end: int) -> str:
         return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def begins(at: int) -> bool:
+        """Whether reading may begin here: from the middle of a character, a run of byte tokens is no text at all."""
+        return text(at, whole).lstrip() == "".join(found[at:whole]).lstrip()
+
     found: list[str] = []
     whole = start = 0  # ids[:whole] have added their text
     for i in range(1, len(ids) + 1):
         if whole - start > WINDOW:
-            start = whole - WINDOW // 2
+            start = next((at for at in range(whole - WINDOW // 2, start, -1) if begins(at)), start)
         before, after = text(start, whole), text(start, i)
         done = not after.endswith("\ufffd") or i == len(ids)
         found.append(after[len(before) :] if done else "")
