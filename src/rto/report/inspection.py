@@ -4,12 +4,12 @@ A number that does not exist is a dash, an infinite one is ∞.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -406,7 +406,7 @@ class _Sides:
     shown: Shown
     scale: heatmap.Scale
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield ""
         yield Text(_tail(self.shown.prompt), style="dim")
         blocks = [_block(name, side, self.scale) for name, side in self.shown.sides.items()]
