@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -245,8 +246,8 @@ class Inspector:
         for row in rows:
             sides = {}
             for name in row["sides"]:
-                ids = completion_ids(row["prompt"], row[name], self.tokenizer, ended=row.get(f"{name}_ended", True))
-                (sides[name],) = self._reward([ids[0]], [ids[1]], [row], name)
+                prompt, ids = _ids_of(row, name, self.tokenizer)
+                (sides[name],) = self._reward([prompt], [ids], [row], name)
             found.append(Shown(prompt=spoken(row["prompt"]), sides=sides))
         return found
 
@@ -254,7 +255,9 @@ class Inspector:
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> list[Rewarded]:
         """One side of some rows."""
-        columns = {name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side)}
+        columns = {
+            name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side, "sides", "sampled")
+        }
         completed = Completed(
             prompts=[row["prompt"] for row in raw],
             completions=[row[side] for row in raw],
@@ -424,10 +427,16 @@ def _rows_to_show(
         for side in row["sides"]:
             if row[side] is None:
                 raise DataError(f"{where} has no {side}")
-            ids = completion_ids(row["prompt"], row[side], tokenizer, ended=row.get(f"{side}_ended", True))
-            if sum(map(len, ids)) > limit:
-                raise DataError(f"{where}: with its {side} it is {sum(map(len, ids))} tokens, {_over(args, limit)}")
+            tokens = sum(map(len, _ids_of(row, side, tokenizer)))
+            if tokens > limit:
+                raise DataError(f"{where}: with its {side} it is {tokens} tokens, {_over(args, limit)}")
     return rows
+
+
+def _ids_of(row: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Prompt and completion as tokens; a sampled completion as it was sampled, which its text need not give again."""
+    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=row.get(f"{side}_ended", True))
+    return prompt, row["sampled"].get(side, ids)
 
 
 def _over(args: InspectArguments, limit: int) -> str:
@@ -444,7 +453,7 @@ def _of_file(args: InspectArguments) -> list[dict[str, Any]]:
         )
     if not len(rows):
         raise DataError(f"{args.completions} has no rows")
-    return [{**row, "sides": sides} for row in rows]
+    return [{**row, "sides": sides, "sampled": {}} for row in rows]
 
 
 def _typed_in(
@@ -452,16 +461,21 @@ def _typed_in(
 ) -> dict[str, Any]:
     if not args.prompt:
         raise DataError("--prompt is empty: a completion's first token needs something before it")
-    completions = [(text, True) for text in args.completion or []] or _sample(args, tokenizer, models, limit)
-    named = {f"completion {i + 1}": x for i, x in enumerate(completions)}
-    row = {"prompt": args.prompt, "sides": list(named), **{name: text for name, (text, _) in named.items()}}
-    return row | {f"{name}_ended": ended for name, (_, ended) in named.items()}
+    row: dict[str, Any] = {"prompt": args.prompt, "sampled": {}}
+    if args.completion is not None:
+        row |= {f"completion {i + 1}": text for i, text in enumerate(args.completion)}
+    else:
+        for i, (text, ids, ended) in enumerate(_sample(args, tokenizer, models, limit)):
+            name = f"completion {i + 1}"
+            row |= {name: text, f"{name}_ended": ended}
+            row["sampled"][name] = ids
+    return row | {"sides": [name for name in row if re.fullmatch(r"completion \d+", name)]}
 
 
 def _sample(
     args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
-) -> list[tuple[str, bool]]:
-    """Two completions of the prompt by the first model, and whether they ended."""
+) -> list[tuple[str, list[int], bool]]:
+    """Two completions of the prompt by the first model, as text and as tokens, and whether they ended."""
     if not models:
         raise ValueError("nothing to sample from: give --completion, or a model as --dpo_model")
     ids = prompt_ids(args.prompt, tokenizer)
@@ -474,8 +488,11 @@ def _sample(
         pad_id=tokenizer.pad_token_id,
     )
     drawn = sampler(policy, [ids] * 2, args.seed)
-    texts = [
-        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-        for row, keep in zip(drawn.responses, drawn.mask)
+    responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
+    before = str(
+        tokenizer.decode(ids, skip_special_tokens=True)
+    )  # some tokenizers drop a space that a text begins with
+    return [
+        (str(tokenizer.decode(ids + response, skip_special_tokens=True))[len(before) :], response, ended)
+        for response, ended in zip(responses, drawn.ended.tolist())
     ]
-    return list(zip(map(str, texts), drawn.ended.tolist()))
