@@ -507,13 +507,19 @@ def test_a_file_that_is_half_written_is_not_seen(tmp_path: Path, monkeypatch: An
     write_inspection(inspection_of(3), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+    for written in (0, 1):
+        calls = []
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_inspection(inspection_of(5), tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        def full(*args: Any, calls: list = calls, written: int = written) -> None:
+            calls.append(args)
+            if len(calls) > written:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_inspection(inspection_of(5), tmp_path)
+        assert (tmp_path / "inspection.html").read_bytes() == before["inspection.html"]
+        assert ((tmp_path / "inspection.json").read_bytes() == before["inspection.json"]) == (written == 0)
 
 
 @pytest.mark.parametrize(
@@ -539,6 +545,22 @@ def test_calibration_error_that_chance_gives() -> None:
     right = rng.random((300, 400)) < 1 / (1 + np.exp(-0.1 * size))
     found = [calibrate(np.where(row, size, -size), 0.1) for row in right]
     assert noise(found[0]) == pytest.approx(np.mean([c.error for c in found]), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("right", "says"),
+    [
+        (80, "better than chance (0.5)"),
+        (20, "worse than chance: are the models, or the sides, swapped?"),
+        (52, "not told from chance (0.5)"),
+    ],
+)
+def test_accuracy_is_judged_by_its_interval(right: int, says: str) -> None:
+    pairs = [lone([1.0], [0.0])] * right + [lone([0.0], [1.0])] * (100 - right)
+    found = Inspection(source="", data="", pairs=report_on_pairs(pairs, beta=0.1, clip=1.0), credit=None, shown=[])
+    first = sections(found)[0].findings[0]
+    assert (first.name, first.value, first.reading) == ("pair accuracy", f"0.{right}0", f"100 pairs: {says}")
+    assert sections(found)[-1].note == "Needs a sentence reward to compare with: --reward_model."
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,7 @@ def _of_pairs(report: PairReport) -> list[Section]:
     ]
     found += [] if report.clipping is None else [_clipping(report.clipping, report.accuracy)]
     found += [] if report.agreement is None else [_agreement(report.agreement)]
-    found += [] if report.suggested is None else [_suggested(report.suggested)]
-    return found
+    return [*found, _suggested(report.suggested)]
 
 
 def _accuracy(report: PairReport) -> Section:
@@ -302,7 +301,10 @@ def _agreement(agreement: Agreement) -> Section:
     return Section(title="Does it agree with the sentence reward?", findings=findings)
 
 
-def _suggested(suggested: SuggestedBeta) -> Section:
+def _suggested(suggested: SuggestedBeta | None) -> Section:
+    if suggested is None:
+        note = "Needs a sentence reward to compare with: --reward_model."
+        return Section(title="Which β₁?", note=note)
     finding = Finding(name="suggested β₁", value=significant(suggested.beta), reading=_reason(suggested))
     return Section(title="Which β₁?", findings=[finding])
 
