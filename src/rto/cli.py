@@ -1,4 +1,4 @@
-"""`rto run | sft | reward | prefer | train | inspect`: the whole method, or one stage of it."""
+"""`rto run | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
 
 import argparse
 import logging
@@ -23,6 +23,11 @@ one stage (flags as in TRL; --config FILE.yaml holds the same keys):
   prefer              learn π_dpo from preference pairs
   reward              learn a sentence reward model from preference pairs
   train               PPO on the token reward of π_dpo (RTO), or without it (--dpo_coef 0)
+
+win rates (AlpacaEval 2, Arena-Hard, your own prompts):
+  evaluate generate   a model's answers to a benchmark's prompts
+  evaluate judge      compare two models' answers, by a chat model or offline
+  evaluate compare    the table of several runs, with intervals
 
 and:
   inspect             what a token reward is worth: on held-out pairs (--dataset_name), a prompt (--prompt) or a file
@@ -222,6 +227,13 @@ def inspect(args: list[str]) -> int:
     return 0
 
 
+def evaluate(args: list[str]) -> int:
+    """`rto evaluate`."""
+    from rto.evaluation.commands import main as run_evaluate
+
+    return run_evaluate(args)
+
+
 def report(args: list[str]) -> int:
     """`rto report`."""
     parser = argparse.ArgumentParser(prog="rto report", description="Write report.html of a run folder again.")
@@ -246,6 +258,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prefer": prefer,
     "train": train,
     "inspect": inspect,
+    "evaluate": evaluate,
     "report": report,
     "theory": theory,
 }

@@ -26,6 +26,7 @@ from trl import RewardConfig, SFTConfig
 
 from rto.data.formats import load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
+from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
 from rto.recipe import Recipe, RecipeError, is_function, resolve
 from rto.report.page import write_report
@@ -262,7 +263,7 @@ class Pipeline:
         self._write_token_rewards(folder, raw, answers, tokenizer)
         lines = [
             {
-                "prompt": _shown(prompt),
+                "prompt": spoken(prompt),
                 "completions": {name: a.completions[i] for name, a in answers.items()},
                 "gold": {name: a.gold[i] for name, a in answers.items()},
             }
@@ -281,10 +282,13 @@ class Pipeline:
         source = TokenReward(str(self.folder / "dpo"), str(self.folder / "sft")).to(self._device)
         ratios = source(rows)
         lines = []
-        for i, (ids, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
-            pieces = [tokenizer.decode([token]) for token in ids[keep].tolist()]
-            row = {"method": name, "prompt": _shown(raw[i]), "gold": answers[name].gold[i]}
-            lines.append({**row, "tokens": pieces, "rewards": ratio[keep].tolist()})
+        for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
+            ids = tokens[keep].tolist()
+            shown = [
+                text or label for text, label in zip(pieces(tokenizer, ids), tokenizer.convert_ids_to_tokens(ids))
+            ]
+            row = {"method": name, "prompt": spoken(raw[i]), "gold": answers[name].gold[i]}
+            lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
     def _judge(self, raw: list[Any]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
@@ -369,11 +373,6 @@ class Pipeline:
     @property
     def _device(self) -> torch.device:
         return PartialState().device
-
-
-def _shown(prompt: Any) -> str:
-    """A prompt as text for people."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def _said(prompt: Any, text: str) -> Any:

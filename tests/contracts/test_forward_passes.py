@@ -11,7 +11,7 @@ from rto.models.actor import (
     Actor,
     check_output_layer,
     output_layer,
-    policy_outputs,
+    policy_logprobs,
     score_logprobs,
     token_values,
 )
@@ -29,7 +29,10 @@ def own_logprobs(model, prompt, response, temperature=1.0):
 def test_logprobs_are_the_models_own(architecture, ragged, batch, temperature):
     """On each architecture: the output layer, the label shift, positions and attention under padding."""
     vocab = architecture.config.vocab_size
-    logp, entropy = policy_outputs(architecture, batch(vocab, left=3, right=2), temperature)
+    x = batch(vocab, left=3, right=2)
+    with torch.no_grad():
+        logp, _, entropy, _ = Actor(architecture)(x.tokens, x.prompt_mask, x.mask, temperature, with_entropy=True)
+    torch.testing.assert_close(policy_logprobs(architecture, x, temperature), logp, rtol=1e-6, atol=2e-6)
     for i, (x, y) in enumerate(zip(*ragged(vocab))):
         expected, full = own_logprobs(architecture, x, y, temperature)
         n = len(y)
@@ -45,11 +48,11 @@ def test_adapters_are_read_and_learn(tiny_model, ragged, batch, targets):
     """A LoRA policy scores with its adapters in place, also on the output layer, and only they get a gradient."""
     base = tiny_model(tie_word_embeddings=False)
     vocab = base.config.vocab_size
-    plain = policy_outputs(base, batch(vocab))[0].detach()
+    plain = policy_logprobs(base, batch(vocab)).detach()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    logp, _ = policy_outputs(model, batch(vocab, left=2))
+    logp = policy_logprobs(model, batch(vocab, left=2))
     for i, (x, y) in enumerate(zip(*ragged(vocab))):
         assert logp[i, : len(y)].tolist() == pytest.approx(own_logprobs(model, x, y)[0], abs=1e-4)
     assert (logp - plain).abs().max() > 0.1
@@ -58,7 +61,7 @@ def test_adapters_are_read_and_learn(tiny_model, ragged, batch, targets):
     learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert learned == {name for name, _ in model.named_parameters() if "lora_" in name}
     with model.disable_adapter():
-        assert torch.equal(policy_outputs(model, batch(vocab))[0], plain)
+        assert torch.equal(policy_logprobs(model, batch(vocab)), plain)
 
 
 def test_known_output_layers_pass_the_check(architecture):
@@ -124,7 +127,7 @@ def test_padding_is_inert(policy, critic, batch, left, right, pad):
     vocab = policy.config.vocab_size
     actor = Actor(policy, critic)
     few, more = batch(vocab), batch(vocab, left=left, right=right, pad=pad)
-    for a, b in zip(*(actor(x.tokens, x.prompt_mask, x.mask)[:3] for x in (few, more))):
+    for a, b in zip(*(actor(x.tokens, x.prompt_mask, x.mask, with_entropy=True)[:3] for x in (few, more))):
         assert a.abs().sum() > 1
         torch.testing.assert_close(b[:, : few.mask.shape[1]], a, rtol=1e-4, atol=1e-4)
         assert (b[:, few.mask.shape[1] :] == 0).all()
@@ -134,7 +137,7 @@ def test_padding_is_inert(policy, critic, batch, left, right, pad):
 @pytest.mark.parametrize("max_tokens", [1, 30, 64, 10_000])
 def test_micro_batches_change_no_number(policy, batch, max_tokens):
     x = batch(policy.config.vocab_size, left=2, right=2)
-    whole = policy_outputs(policy, x, 0.8)[0]
+    whole = policy_logprobs(policy, x, 0.8)
     torch.testing.assert_close(
         score_logprobs(policy, x, temperature=0.8, max_tokens=max_tokens), whole, rtol=1e-4, atol=1e-4
     )
@@ -159,7 +162,7 @@ def test_gradients_of_micro_batches_add_up(tiny_model, batch):
         model.zero_grad()
         for rows in micro_batches(x.lengths, budget):
             part = x.rows(rows).trim()
-            policy_outputs(model, part)[0].sum().backward()
+            policy_logprobs(model, part).sum().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name in grads[0]:
         torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-4, atol=1e-4)

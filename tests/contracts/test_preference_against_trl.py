@@ -11,7 +11,7 @@ from trl.experimental.cpo import CPOTrainer
 from rto.batches import collate
 from rto.data.formats import read_labelled, read_pairs
 from rto.functional.preference import DPO, IPO, KTO, Completions, SimPO
-from rto.models.actor import policy_outputs
+from rto.models.actor import policy_logprobs
 
 PAIRS = [
     {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " No, I will not do that."},
@@ -67,9 +67,9 @@ def theirs(models, tokenizer, tmp_path):
 
 def score(models, prompts, completions) -> Completions:
     batch = collate(prompts, completions, pad=0)
-    logp = policy_outputs(models[0], batch)[0]
+    logp = policy_logprobs(models[0], batch)
     with torch.no_grad():
-        ref_logp = policy_outputs(models[1], batch)[0]
+        ref_logp = policy_logprobs(models[1], batch)
     return Completions(logp=logp, ref_logp=ref_logp, mask=batch.mask)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto.batches import collate
-from rto.models.actor import policy_outputs
+from rto.models.actor import policy_logprobs
 from rto.models.loading import eos_ids, load_tokenizer
 from rto.rollout import sampling
 from rto.rollout.sampling import SamplingConfig, TransformersSampler, draw
@@ -221,13 +221,13 @@ def test_draws_follow_the_softmax_on_its_support(settings, support):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_sampler_draws_from_what_the_trainer_scores(tiny_model, temperature):
-    """Frequencies of all 6² completions of two tokens against exp Σ log π of `policy_outputs`."""
+    """Frequencies of all 6² completions of two tokens against exp Σ log π of `policy_logprobs`."""
     model = tiny_model(seed=5, vocab_size=6, initializer_range=0.15, pad_token_id=0)
     prompt, n = [1, 3, 2, 5], 6000
     every = [list(y) for y in itertools.product(range(6), repeat=2)]
     x = collate([prompt] * len(every), every, pad=0)
     with torch.no_grad():
-        probs = policy_outputs(model, x, temperature)[0].sum(1).exp()
+        probs = policy_logprobs(model, x, temperature).sum(1).exp()
     assert probs.sum().item() == pytest.approx(1.0, abs=1e-5)
     assert probs.min() * n > 2  # chi-square wants no empty cells
     assert probs.max() > 2 * probs.min()

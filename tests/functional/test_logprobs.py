@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rto.functional.logprobs import predicting, scatter, token_forward_kl, token_logprobs
+from rto.functional.logprobs import logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
 
 N, D, V = 23, 8, 61
 
@@ -30,9 +30,7 @@ def test_logprobs_are_those_of_the_full_softmax(layer, temperature, max_logits):
     hidden, head, tokens = layer
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            logp, _ = token_logprobs(
-                hidden, head, tokens, vocab_size=V, temperature=temperature, max_logits=max_logits
-            )
+            logp = token_logprobs(hidden, head, tokens, vocab_size=V, temperature=temperature, max_logits=max_logits)
         torch.testing.assert_close(logp, full_softmax(hidden, head, tokens, temperature), rtol=1e-6, atol=2e-6)
 
 
@@ -41,7 +39,9 @@ def test_entropy_is_that_of_the_distribution(layer, temperature):
     hidden, head, tokens = layer
     expected = torch.distributions.Categorical(logits=head(hidden).double() / temperature).entropy()
     for max_logits in (5 * V, 2**24):
-        _, entropy = token_logprobs(hidden, head, tokens, vocab_size=V, temperature=temperature, max_logits=max_logits)
+        settings = {"vocab_size": V, "temperature": temperature, "max_logits": max_logits}
+        logp, entropy = logprobs_and_entropies(hidden, head, tokens, **settings)
+        torch.testing.assert_close(logp, token_logprobs(hidden, head, tokens, **settings), rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
         assert not entropy.requires_grad
 
@@ -52,8 +52,8 @@ def test_gradients_of_chunks_are_those_of_the_whole(layer):
     grads = []
     for logprobs in (
         lambda h: full_softmax(h, head, tokens, 0.7),
-        lambda h: token_logprobs(h, head, tokens, vocab_size=V, temperature=0.7, max_logits=4 * V)[0],
-        lambda h: token_logprobs(h, head, tokens, vocab_size=V, temperature=0.7)[0],
+        lambda h: token_logprobs(h, head, tokens, vocab_size=V, temperature=0.7, max_logits=4 * V),
+        lambda h: token_logprobs(h, head, tokens, vocab_size=V, temperature=0.7),
     ):
         h = hidden.clone().requires_grad_()
         head.zero_grad()
@@ -68,7 +68,8 @@ def test_half_precision_logits_are_normalized_in_full_precision(layer):
     """The logits are rounded by the model; the softmax over them must not be rounded once more."""
     hidden, head, tokens = layer
     hidden, head = hidden.bfloat16(), head.bfloat16()
-    logp, entropy = token_logprobs(hidden, head, tokens, vocab_size=V)
+    logp, entropy = logprobs_and_entropies(hidden, head, tokens, vocab_size=V)
+    torch.testing.assert_close(token_logprobs(hidden, head, tokens, vocab_size=V), logp, rtol=1e-6, atol=2e-6)
     assert logp.dtype == entropy.dtype == torch.float32
     exact = torch.log_softmax(head(hidden).double(), -1).gather(-1, tokens[:, None]).squeeze(-1)
     torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=2e-6)
@@ -95,10 +96,10 @@ def test_no_tensor_ever_holds_a_vocabulary_for_each_token(max_logits):
     hidden, head = torch.randn(n, d, requires_grad=True), nn.Linear(d, v)
     tokens = torch.randint(v, (n,))
     with LargestTensor() as largest:
-        token_logprobs(hidden, head, tokens, vocab_size=v, max_logits=max_logits)[0].sum().backward()
+        token_logprobs(hidden, head, tokens, vocab_size=v, max_logits=max_logits).sum().backward()
     assert largest.numel == max(max_logits, d * v)
     with LargestTensor() as largest:  # the recorder does see them
-        token_logprobs(hidden, head, tokens, vocab_size=v)[0].sum().backward()
+        token_logprobs(hidden, head, tokens, vocab_size=v).sum().backward()
     assert largest.numel == n * v
 
 
@@ -120,29 +121,23 @@ def test_chunks_do_not_add_up_in_memory_until_the_backward_pass():
 def test_no_tokens_is_no_numbers_but_still_a_graph():
     """A process whose micro-batch holds no token must still take part in the backward pass."""
     hidden = torch.randn(0, D, requires_grad=True)
-    logp, entropy = token_logprobs(hidden, nn.Linear(D, V), torch.zeros(0, dtype=torch.long), vocab_size=V)
-    assert logp.shape == entropy.shape == (0,)
+    none, head = torch.zeros(0, dtype=torch.long), nn.Linear(D, V)
+    logp = token_logprobs(hidden, head, none, vocab_size=V)
+    assert logp.shape == (0,)
+    assert [x.shape for x in logprobs_and_entropies(hidden, head, none, vocab_size=V)] == [(0,), (0,)]
     logp.sum().backward()
     assert hidden.grad.shape == (0, D)
 
 
-@pytest.mark.parametrize("extra", [(), (4,)])
-@pytest.mark.parametrize(("prompt", "response"), [(1, 1), (3, 2), (2, 5)])
-def test_the_entry_before_a_token_predicts_it(prompt, response, extra):
-    """Entry i of each row is stamped i; the stamp that meets response token t must be that of position P + t − 1."""
-    length = prompt + response
-    stamps = torch.arange(float(length)).expand(2, length)
-    hidden = stamps.reshape(2, length, *[1] * len(extra)).expand(2, length, *extra)
-    ours = predicting(hidden, response)
-    assert ours.shape == (2, response, *extra)
-    for t in range(response):
-        assert (ours[:, t] == prompt + t - 1).all()
+def test_each_token_is_predicted_at_the_position_before_it():
+    kept = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    expected = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
+    assert torch.equal(predicting(kept), expected)
 
 
-@pytest.mark.parametrize("response", [0, 4, 5, -1])
-def test_a_response_needs_a_prompt_before_it(response):
-    with pytest.raises(ValueError, match=f"response of {response} tokens does not fit a sequence of 4"):
-        predicting(torch.zeros(1, 4), response)
+def test_a_response_needs_a_prompt_before_it():
+    with pytest.raises(ValueError, match="prompts must not be empty"):
+        predicting(torch.tensor([[False, True], [True, True]]))
 
 
 def test_scatter_undoes_the_selection_and_carries_gradients():

@@ -108,3 +108,21 @@ def test_help(flag: str, capsys: pytest.CaptureFixture) -> None:
 
     assert main([flag]) == 0
     assert "the whole method" in capsys.readouterr().out
+
+
+def test_every_learner_by_its_recipe(tiny_folder: Path, tmp_path: Path) -> None:
+    """The shipped settings of each loss, on a tiny model and one update."""
+    recipes = sorted((Path(__file__).parents[2] / "recipes" / "prefer").glob("*.yaml"))
+    pairs = write(tmp_path / "pairs.jsonl.gz", [{"prompt": w, "chosen": "ba" + w, "rejected": "zq"} for w in WORDS])
+    inputs = ["--model_name_or_path", str(tiny_folder), "--dataset_name", pairs, "--eval_dataset_name", pairs]
+    small = ["--dataset_test_split", "train", "--max_steps", "1", "--bf16", "false", *COMMON]
+    commands = [
+        ["prefer", "--config", str(path), *inputs, *small, "--output_dir", str(tmp_path / path.stem)]
+        for path in recipes
+    ]
+    assert {path.stem for path in recipes} == {"dpo", "ipo", "kto", "simpo", "rdpo", "tdpo"}
+    codes, out, errors = rto(*commands)
+    assert codes == [0] * len(recipes), errors[-3000:]
+    assert out.count("'eval_accuracy'") == len(recipes)
+    for path in recipes:
+        AutoModelForCausalLM.from_pretrained(tmp_path / path.stem)

@@ -7,7 +7,7 @@ import torch
 from test_mdp import KINDS, make
 
 from rto.functional.advantages import GAE, ReinforcePlusPlus
-from rto.functional.logprobs import token_logprobs
+from rto.functional.logprobs import logprobs_and_entropies
 from rto.functional.masked import masked_sum
 from rto.functional.ppo import policy_loss
 from rto.functional.rewards import RTOReward, place
@@ -239,12 +239,12 @@ def test_dpo_loss_is_stationary_at_the_soft_optimum(kind):
     assert dpo_loss(mdp, data, policy_of(mdp)) > loss + 1e-3
 
 
-def test_token_logprobs_reads_the_table():
+def test_logprobs_read_the_table():
     """In fp32, as for language models: identity head, the logits of each state as its hidden vector."""
     mdp = make(KINDS[0])
     responses = mdp.tree.responses
     hidden = mdp.ref_logp[0, responses.nodes.flatten()]
-    logp, entropy = token_logprobs(hidden, lambda h: h, responses.tokens.flatten(), vocab_size=3)
+    logp, entropy = logprobs_and_entropies(hidden, lambda h: h, responses.tokens.flatten(), vocab_size=3)
     close(logp.double(), responses.read(mdp.ref_logp)[0].flatten(), atol=1e-6)
     row = mdp.ref_logp[0, responses.nodes.flatten()]
     close(entropy.double(), -(row.exp() * row).sum(-1), atol=1e-6)

@@ -12,13 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 from killable import build
+from preferring import prefer
 
 from rto.trainers.base import SEAL, CheckpointError, check_seal, keep_lines, last_checkpoint
 
-PROGRAM = Path(__file__).with_name("killable.py")
+RTO, PREFERENCE = (Path(__file__).with_name(name) for name in ("killable.py", "preferring.py"))
 
 
-def start(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
+def start(*args: str, processes: int = 1, program: Path = RTO) -> subprocess.CompletedProcess:
     launch = [sys.executable]
     if processes > 1:
         # "--multi_gpu" is how `accelerate launch` spells several processes; use_cpu in the arguments makes them gloo.
@@ -26,7 +27,7 @@ def start(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--main_process_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*launch, str(PROGRAM), *args], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launch, str(program), *args], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def free_port() -> int:
@@ -154,3 +155,19 @@ def test_two_processes_do_what_one_does(tiny_folder: Path, dpo_folder: Path, tmp
         assert a.keys() == b.keys()
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+
+
+def test_two_processes_prefer_as_one_does(tiny_folder: Path, tmp_path: Path) -> None:
+    """Losses with a reference read beforehand, with KTO's global z₀, and with whole distributions."""
+    losses = ["dpo", "kto", "tdpo"]
+    both = start(str(tiny_folder), str(tmp_path / "two"), "4", *losses, processes=2, program=PREFERENCE)
+    assert both.returncode == 0, both.stderr[-2000:]
+    before = safetensors.torch.load_file(tiny_folder / "model.safetensors")
+    for loss in losses:
+        alone = prefer(str(tiny_folder), str(tmp_path / "one" / loss), loss, batch=8)
+        one, two = (safetensors.torch.load_file(tmp_path / n / loss / "model.safetensors") for n in ("one", "two"))
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+        assert max(float((one[name] - x).abs().max()) for name, x in before.items()) > 1e-3
+        together = json.loads((tmp_path / "two" / loss / "evaluation.json").read_text())
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)

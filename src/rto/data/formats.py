@@ -16,13 +16,11 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
+from rto.data.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file, row or column and the remedy."""
 
 
 def load_rows(path: str | Path, *, name: str | None = None, split: str = "train") -> Dataset:

@@ -10,24 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Samples
+from rto.evaluation.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
 from rto.models.loading import eos_ids
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean over prompts with its standard error (s / √n)."""
-
-    mean: float
-    se: float
-
-    @classmethod
-    def of(cls, x: Sequence[float] | np.ndarray) -> "Estimate":
-        """Mean and standard error of independent numbers."""
-        x = np.asarray(x, dtype=float)
-        return cls(mean=float(x.mean()), se=float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)

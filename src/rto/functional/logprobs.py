@@ -6,6 +6,7 @@ The label shift of the whole project is here, in `predicting`, and nowhere else.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,15 +18,17 @@ MAX_LOGITS = 2**24
 """Logits held at once: 64 MiB in fp32."""
 
 
-def predicting(hidden: Float[Tensor, "B L *D"], response: int) -> Float[Tensor, "B T *D"]:
-    """The entries that predict the last ``response`` tokens: position t−1 predicts token t.
+def predicting(kept: Bool[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+    """Positions that predict the kept tokens: position t − 1 predicts token t.
 
     At the same positions the critic reads V(s_t) with s_t = (x, y_<t), the state before y_t is chosen.
+
+    Raises:
+        ValueError: a row's first token is kept; nothing predicts that one.
     """
-    length = hidden.shape[1]
-    if not 0 < response < length:
-        raise ValueError(f"a response of {response} tokens does not fit a sequence of {length} with a prompt")
-    return hidden[:, length - response - 1 : length - 1]
+    if bool(kept[:, 0].any()):
+        raise ValueError("a response needs a token before it that predicts its first one: prompts must not be empty")
+    return F.pad(kept[:, 1:], (0, 1), value=False)
 
 
 def token_logprobs(
@@ -36,40 +39,38 @@ def token_logprobs(
     vocab_size: int,
     temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """One number a token, in fp32: log p(token) and entropy of p = softmax(head(hidden) / temperature).
+) -> Float[Tensor, " N"]:
+    """Log p(token) for each token, in fp32, with p = softmax(head(hidden) / temperature).
 
     Rows are cut so that at most ``max_logits`` logits exist at a time. When there is more than one cut and
-    gradients are on, logits are computed again in the backward pass instead of being kept. The entropy
-    carries no gradient.
+    gradients are on, logits are computed again in the backward pass instead of being kept.
     """
-    if len(tokens) == 0:
-        empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
-        return empty, empty.detach()
-    rows = max(1, max_logits // vocab_size)
-    again = torch.is_grad_enabled() and len(tokens) > rows
-    parts = []
-    for h, y in zip(hidden.split(rows), tokens.split(rows)):
-        args = (h, head, y, temperature)
-        parts.append(checkpoint(_token_logprobs, *args, use_reentrant=False) if again else _token_logprobs(*args))
-    logp, entropy = (torch.cat(column) for column in zip(*parts))
+
+    def logp(h: Tensor, y: Tensor) -> Tensor:
+        logits = _logits(h, head, temperature)
+        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    return _by_rows(logp, (hidden, tokens), max(1, max_logits // vocab_size))
+
+
+@torch.no_grad()
+def logprobs_and_entropies(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    tokens: Int[Tensor, " N"],
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log p(token) as in `token_logprobs`, and H(p) = −Σ_v p(v) log p(v), nats; from one pass, without gradient."""
+
+    def both(h: Tensor, y: Tensor) -> Tensor:
+        logp = _logits(h, head, temperature).log_softmax(-1)
+        return torch.stack([logp.gather(-1, y[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)])
+
+    logp, entropy = _by_rows(both, (hidden, tokens), max(1, max_logits // vocab_size)).expand(2, -1)
     return logp, entropy
-
-
-def _token_logprobs(hidden: Tensor, head: Head, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    normalizer = logits.logsumexp(-1)
-    logp = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
-    with torch.no_grad():
-        entropy = normalizer - (logits - normalizer[:, None]).exp().mul_(logits).sum(-1)
-    return logp, entropy
-
-
-def scatter(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Put the kept tokens' numbers back in their places, 0 elsewhere; the inverse of ``y[mask]``."""
-    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
 
 
 def token_forward_kl(
@@ -83,22 +84,34 @@ def token_forward_kl(
 ) -> Float[Tensor, " N"]:
     """KL(p_ref ‖ p) = Σ_v p_ref(v) [log p_ref(v) − log p(v)] for each position, nats, in fp32.
 
-    Gradients reach ``hidden`` and ``head`` only. Rows are cut and logits computed again in the backward pass as in
-    `token_logprobs`; both models' logits exist for one cut at a time.
+    Gradients reach ``hidden`` and ``head`` only. Cuts as in `token_logprobs`; both models' logits exist for one cut
+    at a time.
     """
+
+    def divergence(h: Tensor, ref_h: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = _logits(ref_h, ref_head, 1.0).log_softmax(-1)
+        return (ref.exp() * (ref - _logits(h, head, 1.0).log_softmax(-1))).sum(-1)
+
+    return _by_rows(divergence, (hidden, ref_hidden), max(1, max_logits // (2 * vocab_size)))
+
+
+def _logits(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    logits = head(hidden).float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _by_rows(number: Callable[..., Tensor], columns: tuple[Tensor, ...], rows: int) -> Tensor:
+    """``number`` of so many rows at a time; several cuts with gradients are computed again in the backward pass."""
+    hidden = columns[0]
     if len(hidden) == 0:
         return hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=torch.float32)
-    rows = max(1, max_logits // (2 * vocab_size))
-    again = torch.is_grad_enabled() and len(hidden) > rows
-    parts = []
-    for h, ref in zip(hidden.split(rows), ref_hidden.split(rows)):
-        args = (h, head, ref, ref_head)
-        parts.append(checkpoint(_forward_kl, *args, use_reentrant=False) if again else _forward_kl(*args))
-    return torch.cat(parts)
+    cuts = list(zip(*(x.split(rows) for x in columns)))
+    if not torch.is_grad_enabled() or len(cuts) == 1:
+        return torch.cat([number(*cut) for cut in cuts], dim=-1)
+    return torch.cat([checkpoint(number, *cut, use_reentrant=False) for cut in cuts], dim=-1)
 
 
-def _forward_kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> Tensor:
-    with torch.no_grad():
-        ref = ref_head(ref_hidden).float().log_softmax(-1)
-    ours = head(hidden).float().log_softmax(-1)
-    return (ref.exp() * (ref - ours)).sum(-1)
+def scatter(x: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Put the kept tokens' numbers back in their places, 0 elsewhere; the inverse of ``y[mask]``."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rto.batches import Sequences, micro_batches
-from rto.functional.logprobs import Head, predicting, scatter, token_forward_kl, token_logprobs
+from rto.functional.logprobs import Head, logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
 from rto.models.loading import backbone, scalar_head, unwrap_peft
 
 
@@ -19,10 +19,10 @@ class TokenOutputs(NamedTuple):
 
     logp: Float[Tensor, "B T"]
     """log π(y_t|x,y_<t), nats."""
-    entropy: Float[Tensor, "B T"]
-    """Entropy of π(·|x,y_<t), nats, without gradient."""
     values: Float[Tensor, "B T"] | None
     """V(s_t), s_t = (x, y_<t)."""
+    entropy: Float[Tensor, "B T"] | None = None
+    """Entropy of π(·|x,y_<t), nats, without gradient; None where not asked for."""
     ref_kl: Float[Tensor, "B T"] | None = None
     """KL(π_ref(·|x,y_<t) ‖ π(·|x,y_<t)), nats; None without a reference to compare with."""
 
@@ -49,25 +49,33 @@ class Actor(nn.Module):
         prompt_mask: Bool[Tensor, "B P"],
         mask: Bool[Tensor, "B T"],
         temperature: float = 1.0,
+        with_entropy: bool = False,
         ref_hidden: Float[Tensor, "N D"] | None = None,
         ref_head: Head | None = None,
     ) -> TokenOutputs:
         """Score every response token under the policy and the critic.
 
-        With ``ref_hidden`` (a reference's hidden states at the kept response tokens) and ``ref_head`` (its output
-        layer), the policy's whole distribution is compared with the reference's, too.
+        With ``with_entropy`` the entropies come, too, and nothing has a gradient. With ``ref_hidden`` (a reference's
+        hidden states at the kept response tokens) and ``ref_head`` (its output layer), the policy's whole
+        distribution is compared with the reference's.
         """
         sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)
         hidden = response_states(self.policy, sequences)
-        logp, entropy = _scored(self.policy, hidden, sequences, temperature)
-        values = None if self.value_model is None else token_values(self.value_model, sequences)
-        ref_kl = None
+        head, own = output_layer(self.policy), sequences.responses[mask]
+        settings: dict[str, Any] = {"vocab_size": vocab_size(self.policy), "temperature": temperature}
+        values = entropy = ref_kl = None
+        if with_entropy:
+            logp, flat = logprobs_and_entropies(hidden, head, own, **settings)
+            entropy = scatter(flat, mask)
+        else:
+            logp = token_logprobs(hidden, head, own, **settings)
+        if self.value_model is not None:
+            values = token_values(self.value_model, sequences)
         if ref_hidden is not None:
             assert ref_head is not None
-            vocab_size = unwrap_peft(self.policy).config.get_text_config().vocab_size
-            head = output_layer(self.policy)
-            ref_kl = scatter(token_forward_kl(hidden, head, ref_hidden, ref_head, vocab_size=vocab_size), mask)
-        return TokenOutputs(logp, entropy, values, ref_kl)
+            size = vocab_size(self.policy)
+            ref_kl = scatter(token_forward_kl(hidden, head, ref_hidden, ref_head, vocab_size=size), mask)
+        return TokenOutputs(scatter(logp, mask), values, entropy, ref_kl)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
@@ -96,33 +104,38 @@ def hidden_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B L 
     return outputs.last_hidden_state
 
 
-def policy_outputs(
-    model: nn.Module, sequences: Sequences, temperature: float = 1.0
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Log π(y_t|x,y_<t) and the entropy of π(·|x,y_<t), 0 outside the mask."""
-    return _scored(model, response_states(model, sequences), sequences, temperature)
-
-
 def response_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "N D"]:
-    """Hidden states that predict the kept response tokens."""
-    return predicting(hidden_states(model, sequences), sequences.mask.shape[1])[sequences.mask]
+    """Last hidden states that predict the kept response tokens, row by row.
+
+    Rows are moved to the left, prompt and response in one piece, so a batch is as wide as its longest row. What is
+    then padding comes after every token of its row, where a causal model never looks: no attention mask is needed,
+    which is the fast path of attention kernels, and positions count from 0.
+    """
+    exists = sequences.attention_mask
+    width = int(sequences.lengths.max())
+    order = exists.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    kept = torch.cat([torch.zeros_like(sequences.prompt_mask), sequences.mask], dim=1)
+    hidden = backbone(model)(input_ids=sequences.tokens.gather(1, order), use_cache=False).last_hidden_state
+    return hidden[predicting(kept.gather(1, order))]
 
 
-def _scored(
-    model: nn.Module, hidden: Float[Tensor, "N D"], sequences: Sequences, temperature: float
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    mask = sequences.mask
-    vocab_size = unwrap_peft(model).config.get_text_config().vocab_size
-    logp, entropy = token_logprobs(
-        hidden, output_layer(model), sequences.responses[mask], vocab_size=vocab_size, temperature=temperature
-    )
-    return scatter(logp, mask), scatter(entropy, mask)
+def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Float[Tensor, "B T"]:
+    """Log π(y_t|x,y_<t), 0 outside the mask."""
+    hidden, mask = response_states(model, sequences), sequences.mask
+    tokens, size = sequences.responses[mask], vocab_size(model)
+    logp = token_logprobs(hidden, output_layer(model), tokens, vocab_size=size, temperature=temperature)
+    return scatter(logp, mask)
 
 
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
     hidden = response_states(model, sequences)
     return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """V."""
+    return int(unwrap_peft(model).config.get_text_config().vocab_size)
 
 
 class output_layer:
@@ -188,5 +201,5 @@ def score_logprobs(
     out = torch.zeros(sequences.mask.shape, dtype=torch.float32, device=sequences.tokens.device)
     for rows in micro_batches(sequences.lengths.cpu(), max_tokens):
         part = sequences.rows(rows).trim()
-        out[rows.to(out.device), : part.mask.shape[1]] = policy_outputs(model, part, temperature)[0]
+        out[rows.to(out.device), : part.mask.shape[1]] = policy_logprobs(model, part, temperature)
     return out

@@ -58,10 +58,14 @@ def call(function: Callable[..., Any], batch: Completed) -> Any:
         "completions": batch.completions,
         "completion_ids": batch.completion_ids,
     }
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = {p.name for p in parameters}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    takes = asked_for(function)
     return function(**{name: x for name, x in offered.items() if takes_all or name in takes})
+
+
+def asked_for(function: Callable[..., Any]) -> set[str]:
+    """Names in a function's signature."""
+    return set(inspect.signature(function).parameters)
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from rto.batches import micro_batches
+from rto.files import write_atomically
 from rto.models.actor import Actor
 
 logger = logging.getLogger(__name__)
@@ -208,6 +209,13 @@ class TokenTrainer(SealedCheckpoints):
                 self.processing_class.save_pretrained(where)
         torch.save(self.args, folder / "training_args.bin")
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        # The library's own looks for weights under the actor's names, finds none, and goes on with a warning.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one sharded state for the whole actor
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -259,16 +267,6 @@ def seal(folder: Path) -> None:
             os.fsync(file.fileno())
         sizes[str(path.relative_to(folder))] = path.stat().st_size
     write_atomically(folder / SEAL, json.dumps({"files": sizes}, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a run after a power cut, sees the old or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

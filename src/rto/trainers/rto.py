@@ -349,6 +349,7 @@ class RTOTrainer(TokenTrainer):
             logratio = None
             if self.token_reward is not None:
                 logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
+        assert acting.entropy is not None
         self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
         return Rollout(
             **samples.tensors(),
@@ -430,12 +431,15 @@ class RTOTrainer(TokenTrainer):
         logp, entropy, values = (torch.zeros(shape, device=device) for _ in range(3))
         for rows in self.micro_batches(samples.lengths.cpu()):
             part = samples.rows(rows).trim()
-            out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, self.args.temperature)
+            out: TokenOutputs = model(
+                part.tokens, part.prompt_mask, part.mask, self.args.temperature, with_entropy=True
+            )
             at, width = rows.to(device), part.mask.shape[1]
+            assert out.entropy is not None
             logp[at, :width], entropy[at, :width] = out.logp.float(), out.entropy
             if out.values is not None:
                 values[at, :width] = out.values
-        return TokenOutputs(logp, entropy, values if self.estimator.needs_values else None)
+        return TokenOutputs(logp, values if self.estimator.needs_values else None, entropy)
 
     def _reference_logprobs(self, model: nn.Module, samples: Sequences) -> Float[Tensor, "B T"]:
         budget = self.args.max_tokens_per_micro_batch

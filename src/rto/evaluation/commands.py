@@ -1,0 +1,280 @@
+"""`rto evaluate generate | judge | compare`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rto.data.formats import DataError
+from rto.evaluation.endpoint import Cache, Endpoint, Patience, Prices
+from rto.evaluation.files import (
+    BENCHMARKS,
+    Benchmark,
+    answers_benchmark,
+    benchmark_of,
+    read_battles,
+    read_questions,
+    safe_name,
+)
+from rto.trainers.base import write_atomically
+
+USAGE = """usage: rto evaluate COMMAND [options]
+
+  generate    a model's answers to a benchmark's prompts, in the benchmark's own format
+  judge       compare two models' answers, by a chat model behind an endpoint or offline
+  compare     the table of several runs, with intervals
+
+rto evaluate COMMAND --help tells the options of a command."""
+
+
+def main(args: Sequence[str]) -> int:
+    """`rto evaluate`."""
+    known = {"generate": generate, "judge": judge, "compare": compare}
+    if not args or args[0] not in known:
+        wanted = bool(args) and args[0] in ("-h", "--help")
+        if args and not wanted:
+            _say(f"rto evaluate: no such command: {args[0]}\n", sys.stderr)
+        _say(USAGE)
+        return 0 if wanted else 2
+    return known[args[0]](list(args[1:]))
+
+
+def compare(args: list[str]) -> int:
+    """`rto evaluate compare`."""
+    from rto.evaluation.compare import main as run_compare
+
+    return run_compare(args)
+
+
+# --- generate
+
+
+def generate(args: list[str]) -> int:
+    """`rto evaluate generate`."""
+    flags = _generate_parser().parse_args(args)
+    benchmark, questions = _prompts(flags.benchmark, flags.prompts)
+    name = flags.name or Path(flags.model).name
+    if safe_name(name) != name:
+        raise DataError(f"--name {name!r} becomes part of a file's name: use letters, digits, dot, dash, underscore")
+    if flags.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from rto.evaluation.generate import encode, weights_digest
+    from rto.evaluation.generate import generate as draw
+    from rto.models.loading import eos_ids, freeze, load_policy, load_tokenizer, max_positions
+    from rto.rollout.sampling import SamplingConfig, TransformersSampler
+
+    hf_logging.disable_progress_bar()  # one for each weight file
+    tokenizer = load_tokenizer(flags.model)
+    model = freeze(load_policy(flags.model, dtype=flags.dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    context = max_positions(model) or 2**31
+    limit = flags.max_new_tokens or min(benchmark.max_new_tokens, context // 2)
+    config = SamplingConfig(
+        max_completion_length=limit,
+        temperature=benchmark.temperature if flags.temperature is None else flags.temperature,
+        top_p=flags.top_p,
+        top_k=flags.top_k,
+    )
+    sampler = TransformersSampler(
+        config=config, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_rows=flags.batch_size
+    )
+    result = draw(
+        model,
+        tokenizer,
+        encode(questions, tokenizer, max_length=context - limit, system=flags.system),
+        benchmark,
+        flags.output,
+        name=name,
+        sampler=sampler,
+        settings={
+            "model": str(flags.model),
+            "weights": weights_digest(Path(flags.model)),
+            "dtype": flags.dtype,
+            "sampling": vars(config),
+        },
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+    )
+    _say(
+        f"{result.path}: {result.answers} answers, {result.new} of them new; {result.mean_tokens:.1f} tokens on "
+        f"average, {result.answers - result.ended} cut at {limit}"
+    )
+    return 0
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rto evaluate generate",
+        description="Answer a benchmark's prompts. A run that was killed goes on where it stopped.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Folder or hub id.")
+    add("--benchmark", required=True, help="alpaca_eval, arena_hard, or a file of prompts (JSON, JSON lines).")
+    add("--output", type=Path, required=True, help="Output folder.")
+    add("--prompts", type=Path, help="The benchmark's prompts as a local file; from the hub when not given.")
+    add("--name", help="The model's name in the file; the folder's name when not given.")
+    add("--system", help="A system message before every prompt.")
+    add("--temperature", type=float, help="0.7 for alpaca_eval, 0 (greedy) for arena_hard when not given.")
+    add("--top_p", type=float, default=1.0)
+    add("--top_k", type=int, default=0)
+    add("--max_new_tokens", type=int, help="2048 for alpaca_eval, 4096 for arena_hard, at most half the context.")
+    add("--batch_size", type=int, default=32, help="Prompts side by side; answers depend on it, as on the seed.")
+    add("--seed", type=int, default=0)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    return parser
+
+
+def _prompts(benchmark: str, prompts: Path | None) -> tuple[Benchmark, list[Any]]:
+    """The file format, and the questions."""
+    if benchmark not in BENCHMARKS:
+        path = Path(benchmark)
+        if prompts is not None or not path.is_file():
+            raise DataError(f"--benchmark {benchmark}: neither {' nor '.join(BENCHMARKS)} nor a file of prompts")
+        return (kind := benchmark_of(path)), read_questions(path, kind)
+    kind = BENCHMARKS[benchmark]
+    return kind, read_questions(prompts or _download(*kind.hub), kind)
+
+
+def _download(repository: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset"))
+    except Exception as error:  # no network, no such file, no permission: the hub raises many kinds
+        raise DataError(
+            f"{repository}/{file} cannot be had from the hub ({error}): give a local file, --prompts"
+        ) from error
+
+
+# --- judge
+
+
+def judge(args: list[str]) -> int:
+    """`rto evaluate judge`."""
+    flags = _judge_parser().parse_args(args)
+    model, baseline, battles = read_battles(flags.answers, flags.baseline, flags.questions)
+    kind = answers_benchmark(flags.answers).name
+    from rto.evaluation.judges import alpaca_annotations, arena_judgments, hold, unread
+
+    judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, kind)
+    name = safe_name(flags.annotator or (flags.judge_model if kind == "arena_hard" and endpoint else judging.name))
+    try:
+        contests = hold(judging, battles, seed=flags.seed)
+    finally:
+        if endpoint is not None:
+            _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
+    folder = _folder(flags, kind)
+    if kind == "alpaca_eval":
+        path = folder / name / "annotations.json"
+        text = json.dumps(alpaca_annotations(name, model, baseline, contests), indent=2) + "\n"
+    else:
+        path = folder / "model_judgment" / name / f"{safe_name(model)}.jsonl"
+        text = "".join(json.dumps(row) + "\n" for row in arena_judgments(name, model, baseline, contests))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    games = sum(len(c.games) for c in contests)
+    reasons = unread(contests)
+    _say(f"{path}: {games - reasons.total()} of {games} games read, {model} against {baseline}")
+    for reason, count in reasons.most_common():
+        _say(f"  {count} not read: {reason}")
+    if any(reason.startswith("no answer") for reason in reasons):
+        _say("  run the same command again to ask for the missing answers; the others cost nothing")
+    return 0
+
+
+def _folder(flags: argparse.Namespace, kind: str) -> Path:
+    """The output folder: where the answers are, but not among Arena-Hard's answers, which its tools read all."""
+    beside: Path = flags.answers.parent
+    return flags.output or (beside if kind == "alpaca_eval" else beside.parent)
+
+
+def _judge_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rto evaluate judge",
+        description="Compare two models' answers. AlpacaEval's files get its weighted protocol, Arena-Hard's the "
+        "five-way one in two games.",
+    )
+    add = parser.add_argument
+    add("--answers", type=Path, required=True, help="The model's answers: model_outputs.json or MODEL.jsonl.")
+    add("--baseline", type=Path, required=True, help="The baseline's answers, in the same format.")
+    add("--questions", type=Path, help="Arena-Hard's question.jsonl; beside model_answer/ when not given.")
+    add("--output", type=Path, help="Output folder; that of the answers when not given.")
+    add("--annotator", help="The judge's name in the files.")
+    add("--seed", type=int, default=0, help="Of the order of the outputs (AlpacaEval); 0 gives the official order.")
+    offline = parser.add_argument_group("offline judges")
+    offline.add_argument(
+        "--judge", help="A reward model's folder, a function (module:function), or gold (the embedded task's)."
+    )
+    chat = parser.add_argument_group("a chat model behind an OpenAI-compatible endpoint")
+    add = chat.add_argument
+    add("--judge_model", help="Its name at the endpoint.")
+    add("--base_url", default="https://api.openai.com/v1", help="Like http://localhost:8000/v1.")
+    add("--key_env", help="Environment variable with the API key; OPENAI_API_KEY for OpenAI, else none.")
+    add("--template", type=Path, help="An official template: AlpacaEval's .txt or Arena-Hard's .yaml.")
+    add("--parameters", type=json.loads, default={}, help="JSON added to each request; a null takes one away.")
+    add("--cache", type=Path, help="Answers by content; judge_cache.jsonl in the output folder when not given.")
+    add("--concurrency", type=int, default=8, help="Requests under way at once.")
+    add("--timeout", type=float, default=120.0, help="Seconds for one attempt.")
+    add("--retries", type=int, default=6, help="Further attempts on errors, time-outs and rate limits.")
+    add("--price_prompt", type=float, help="US dollars a million prompt tokens.")
+    add("--price_completion", type=float, help="US dollars a million completion tokens.")
+    return parser
+
+
+def _chat_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, Endpoint]:
+    if flags.judge_model is None:
+        raise ValueError("say who judges: --judge_model NAME (and --base_url), or --judge for an offline judge")
+    if (flags.price_prompt is None) != (flags.price_completion is None):
+        raise ValueError("--price_prompt and --price_completion go together")
+    if not isinstance(flags.parameters, dict):
+        raise ValueError("--parameters must be a JSON object, like '{\"seed\": 0}'")
+    if flags.retries < 0 or flags.timeout <= 0:
+        raise ValueError("--retries must be at least 0 and --timeout positive")
+    from rto.evaluation.judges import PROTOCOLS, ChatJudge, read_template
+
+    prices = None
+    if flags.price_prompt is not None:
+        prices = Prices(prompt=flags.price_prompt, completion=flags.price_completion)
+    protocol: Any = PROTOCOLS[kind]()
+    merged = {**protocol.parameters, **flags.parameters}
+    parameters = {key: value for key, value in merged.items() if value is not None}
+    template = protocol.template if flags.template is None else read_template(flags.template)
+    endpoint = Endpoint(
+        flags.base_url,
+        flags.judge_model,
+        key_variable=flags.key_env,
+        cache=Cache(flags.cache or _folder(flags, kind) / "judge_cache.jsonl"),
+        patience=Patience(timeout=flags.timeout, retries=flags.retries),
+        concurrency=flags.concurrency,
+        prices=prices,
+    )
+    return ChatJudge(endpoint, type(protocol)(template=template, parameters=parameters)), endpoint
+
+
+def _offline_judge(flags: argparse.Namespace, kind: str) -> tuple[Any, None]:
+    if flags.judge_model is not None:
+        raise ValueError("--judge and --judge_model are two judges: name one")
+    from rto.evaluation.judges import ScoreJudge
+    from rto.recipe import is_function, resolve
+    from rto.rollout.rewards import RewardFunc, reward_source
+
+    name = "rto.data.embedded:gold_reward" if flags.judge == "gold" else flags.judge
+    source: RewardFunc = name
+    if is_function(name):
+        try:
+            source = resolve(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--judge {name} cannot be imported: {error}") from error
+    elif not Path(name).exists() and os.sep in name and name.startswith((".", os.sep)):
+        raise DataError(f"--judge {name}: no such folder")
+    return ScoreJudge(reward_source(source, max_tokens=2**14)), None
+
+
+def _say(text: str, to: Any = None) -> None:
+    (to or sys.stdout).write(text + "\n")
