@@ -565,7 +565,7 @@ def test_accuracy_is_judged_by_its_interval(right: int, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "says"),
-    [(0.1, "margins have the right size"), (1.0, "overconfident: margins are 10"), (0.01, "underconfident: ")],
+    [(0.1, "not told from 0.1 by 2,000 pairs"), (1.0, "overconfident: margins are 10"), (0.01, "underconfident: ")],
 )
 def test_the_size_of_margins_is_judged_by_likelihood(scale: float, says: str) -> None:
     rng = np.random.default_rng(4)

@@ -256,7 +256,7 @@ def _scale_reading(calibration: Calibration) -> str:
         return "every pair is right, so a larger β is always likelier"
     n = sum(b.observed.n for b in calibration.bins)
     if 2 * n * (calibration.log_loss - calibration.fitted_log_loss) < Z95**2:  # the likelihood ratio test at 5 %
-        return f"not told from {significant(beta)}: margins have the right size"
+        return f"not told from {significant(beta)} by {n:,} pairs"
     side = "overconfident: margins are {} times too large" if fitted < beta else "underconfident: {} times too small"
     factor = significant(max(fitted / beta, beta / fitted))
     return f"{side.format(factor)}; log loss with it {number(calibration.fitted_log_loss)}"
