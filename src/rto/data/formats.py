@@ -261,7 +261,9 @@ def completion_texts(
     """
     contexts = [prompt[-CONTEXT:] for prompt in prompts]
     both = [context + ids for context, ids in zip(contexts, completions, strict=True)]
-    before, after, alone = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (contexts, both, completions))
+    before, after, alone = (
+        tokenizer.batch_decode(x, skip_special_tokens=True) for x in (contexts, both, list(completions))
+    )
     return [b[len(a) :] if b.startswith(a) else c for a, b, c in zip(before, after, alone)]
 
 
