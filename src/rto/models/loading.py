@@ -26,10 +26,11 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
     """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base.
 
     Raises:
-        ValueError: weights are missing, as in the folder of a reward model.
+        ValueError: it is a reward model, or weights are missing.
     """
     if isinstance(source, nn.Module) or (Path(source) / "adapter_config.json").is_file():
         return _load(AutoModelForCausalLM, source, init_kwargs)
+    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs)))
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
         raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
@@ -56,9 +57,14 @@ def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool =
         ValueError: there is no such model, or it is one that scores.
     """
     config = find_config(role, source, trust_remote_code=trust_remote_code)
-    if any("SequenceClassification" in name for name in config.architectures or ()):
-        raise ValueError(f"{role} {source} is a model that scores completions, not a language model")
+    _refuse_scorer(f"{role} {source}", config)
     return config
+
+
+def _refuse_scorer(name: str, config: Any) -> None:
+    """With tied embeddings no weight of a language model is missing in a reward model's folder."""
+    if any("SequenceClassification" in architecture for architecture in config.architectures or ()):
+        raise ValueError(f"{name} is a model that scores completions, not a language model")
 
 
 def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:
