@@ -47,13 +47,14 @@ class Work:
 
     size: str
     pairs: int
-    batch: int = 16
+    batch: int
     max_length: int = 512
     threads: int = 2
     seed: int = 0
 
 
-SIZES = {"stories260K": 1024, "llama-384x8-32k": 96}
+SIZES = {"stories260K": (256, 16), "llama-384x8-32k": (24, 8)}
+"""Pairs, and pairs in one update."""
 
 
 def prepare(work: Work, folder: Path) -> None:
@@ -265,7 +266,8 @@ def main() -> None:
         return
     report: dict[str, Any] = {"machine": machine(), "revision": revision(), "rounds": options.rounds, "sizes": {}}
     for size in options.sizes:
-        work = Work(size=size, pairs=SIZES[size], threads=options.threads)
+        pairs, batch = SIZES[size]
+        work = Work(size=size, pairs=pairs, batch=batch, threads=options.threads)
         runs = measure(work, options.rounds)
         rows = summarize(runs)
         print(f"\n{size}\n{table(rows)}\n")

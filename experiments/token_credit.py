@@ -76,7 +76,7 @@ TASKS = {
     "stories": Task(
         ROOT / "recipes" / "stories.yaml",
         {},
-        4000,
+        2000,
         500,
         "experiments.token_credit:rating_spans",
         (3e-5, 1e-4, 3e-4),

@@ -1,4 +1,4 @@
-"""`rto run | sft | reward | prefer | train | evaluate`: the whole method, or one stage of it."""
+"""`rto run | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
 
 import argparse
 import logging
@@ -30,6 +30,8 @@ win rates (AlpacaEval 2, Arena-Hard, your own prompts):
   evaluate compare    the table of several runs, with intervals
 
 and:
+  inspect             what a token reward is worth: on held-out pairs (--dataset_name), a prompt (--prompt) or a file
+                      (--completions), token by token
   theory              the paper's statements, run
   report DIR          write report.html of a run again
 
@@ -195,6 +197,36 @@ def train(args: list[str]) -> int:
     return _finish(trainer)
 
 
+def inspect(args: list[str]) -> int:
+    """`rto inspect`."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as hf_logging
+    from trl import TrlParser
+
+    from rto.inspection import InspectArguments
+    from rto.inspection import inspect as look
+
+    kinds: list[Any] = [InspectArguments]
+    try:
+        (parsed,) = TrlParser(kinds, prog="rto inspect").parse_args_and_config(args=args)
+        folder = Path(parsed.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before any model runs
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+    hf_logging.disable_progress_bar()  # one for each weight file
+    disable_progress_bar()
+    inspection = look(parsed)
+    from rich.console import Console
+
+    from rto.report.inspection import inspection_text, write_inspection
+
+    console = Console()
+    console.print(inspection_text(inspection))
+    page = write_inspection(inspection, folder)
+    console.print(f"page: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
 def evaluate(args: list[str]) -> int:
     """`rto evaluate`."""
     from rto.evaluation.commands import main as run_evaluate
@@ -225,6 +257,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reward": reward,
     "prefer": prefer,
     "train": train,
+    "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
     "theory": theory,

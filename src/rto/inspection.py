@@ -1,11 +1,14 @@
 """`rto inspect`: what a token reward says of held-out pairs and of text, before anyone trains with it."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -26,7 +29,14 @@ from rto.evaluation.inspection import (
     report_on_pairs,
     words,
 )
-from rto.models.loading import check_same_vocabulary, eos_ids, load_policy, load_tokenizer
+from rto.models.loading import (
+    check_same_vocabulary,
+    config_of_policy,
+    eos_ids,
+    find_config,
+    load_policy,
+    load_tokenizer,
+)
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
@@ -88,6 +98,17 @@ class InspectArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
 
     def __post_init__(self) -> None:
+        for name in ("dpo_model", "completion"):  # a YAML file may hold one as text
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        for name in ("beta", "temperature", "token_reward_clip", "spread_fraction"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("rows", "max_length", "max_completion_length", "max_tokens_per_micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.show < 0 or (self.show == 0 and self.completions is not None):
+            raise ValueError(f"show={self.show} leaves nothing to look at")
         if self.token_reward not in TOKEN_REWARDS:
             known = ", ".join(TOKEN_REWARDS)
             raise ValueError(f"token_reward={self.token_reward!r} is not known; choose from {known}")
@@ -97,6 +118,9 @@ class InspectArguments:
                 "say what to look at by one of --dataset_name (held-out pairs), --prompt and --completions; "
                 f"given: {', '.join(looked_at) or 'none'}"
             )
+        for name, needs in (("completion", "prompt"), ("credit", "dataset_name")):
+            if getattr(self, name) is not None and getattr(self, needs) is None:
+                raise ValueError(f"--{name} needs --{needs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +148,19 @@ class Inspection:
         """Numbers as JSON; the text that is shown is not repeated."""
         numbers = {"source": self.source, "data": self.data}
         parts = {"pairs": self.pairs, "credit": self.credit}
-        return json.dumps(numbers | {name: asdict(x) for name, x in parts.items() if x is not None}, indent=1)
+        found = numbers | {name: asdict(x) for name, x in parts.items() if x is not None}
+        return json.dumps(_json(found), indent=1, allow_nan=False)
+
+
+def _json(x: Any) -> Any:
+    """What JSON can hold: null for what is not a number, and the word for ∞, which JSON has no number for."""
+    if isinstance(x, dict):
+        return {name: _json(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_json(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None if math.isnan(x) else str(x).replace("inf", "Infinity")
+    return x
 
 
 def inspect(args: InspectArguments) -> Inspection:
@@ -138,19 +174,21 @@ def inspect(args: InspectArguments) -> Inspection:
     named = [*models, *([args.ref_model] if args.ref_model else [])]
     if not named:
         raise ValueError("a token reward function needs a tokenizer to cut text by: give --ref_model")
+    limit = _check_models(args, models)
+    functions = {spec: _function("--dpo_model", spec) for spec in args.dpo_model if is_function(spec)}
+    credit = None if args.credit is None else _function("--credit", args.credit)
+    score: str | Callable[..., Any] | None = args.reward_model
+    if args.reward_model is not None and is_function(args.reward_model):
+        score = _function("--reward_model", args.reward_model)
     tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
-    rows = None if args.dataset_name is None else _head(_load(args, args.dataset_name), args.rows)
-    shown_rows = rows is None and _rows_to_show(args, tokenizer, models)
-    inspector = Inspector(
-        _source(args, models, tokenizer), tokenizer, score=_score(args), device=PartialState().device
-    )
-    source = f"{args.token_reward} of {', '.join(args.dpo_model)}"
-    if shown_rows:
-        data = f"the prompt {args.prompt!r}" if args.prompt is not None else str(args.completions)
+    source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
+    if args.dataset_name is None:
+        shown_rows, data = _rows_to_show(args, tokenizer, models, limit), _what(args)
+        inspector = _inspector(args, models, functions, score, tokenizer)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
-    assert rows is not None
-    pairs, _ = read_pairs(rows, tokenizer, max_length=args.max_length, what=str(args.dataset_name))
-    rewarded = inspector.pairs(pairs, rows)
+    rows = _head(_load(args, args.dataset_name), args.rows)
+    pairs, skipped = read_pairs(rows, tokenizer, max_length=limit, what=args.dataset_name)
+    rewarded = _inspector(args, models, functions, score, tokenizer).pairs(pairs, rows)
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
     shown = [
         Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})
@@ -158,9 +196,10 @@ def inspect(args: InspectArguments) -> Inspection:
     ]
     return Inspection(
         source=source,
-        data=f"{len(rewarded)} pairs of {args.dataset_name}",
+        data=f"{len(rewarded):,} pairs of "
+        + (skipped.report(args.dataset_name) if skipped.counts else args.dataset_name),
         pairs=report,
-        credit=None if args.credit is None else credit_report(rewarded, resolve(args.credit)),
+        credit=None if credit is None else credit_report(rewarded, credit),
         shown=shown,
     )
 
@@ -207,8 +246,8 @@ class Inspector:
         for row in rows:
             sides = {}
             for name in row["sides"]:
-                ids = completion_ids(row["prompt"], row[name], self.tokenizer, ended=row.get(f"{name}_ended", True))
-                (sides[name],) = self._reward([ids[0]], [ids[1]], [row], name)
+                prompt, ids = _ids_of(row, name, self.tokenizer)
+                (sides[name],) = self._reward([prompt], [ids], [row], name)
             found.append(Shown(prompt=spoken(row["prompt"]), sides=sides))
         return found
 
@@ -216,7 +255,9 @@ class Inspector:
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> list[Rewarded]:
         """One side of some rows."""
-        columns = {name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side)}
+        columns = {
+            name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side, "sides", "sampled")
+        }
         completed = Completed(
             prompts=[row["prompt"] for row in raw],
             completions=[row[side] for row in raw],
@@ -226,6 +267,9 @@ class Inspector:
         )
         sequences = collate(prompts, completions, pad=self.tokenizer.pad_token_id or 0, device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
+        for row, text in zip(rewards, completed.completions):
+            if not np.isfinite(row).all():
+                raise ValueError(f"the token rewards of {text!r:.200} are not finite: {row.tolist()!r:.200}")
         scores = self.score(completed) if self.score is not None else [None] * len(raw)
         return [
             Rewarded(
@@ -248,11 +292,15 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     def text(start: int, end: int) -> str:
         return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def begins(at: int) -> bool:
+        """Whether reading may begin here: from the middle of a character, a run of byte tokens is no text at all."""
+        return text(at, whole).lstrip() == "".join(found[at:whole]).lstrip()
+
     found: list[str] = []
     whole = start = 0  # ids[:whole] have added their text
     for i in range(1, len(ids) + 1):
         if whole - start > WINDOW:
-            start = whole - WINDOW // 2
+            start = next((at for at in range(whole - WINDOW // 2, start, -1) if begins(at)), start)
         before, after = text(start, whole), text(start, i)
         done = not after.endswith("\ufffd") or i == len(ids)
         found.append(after[len(before) :] if done else "")
@@ -264,6 +312,8 @@ def credit_report(pairs: Sequence[RewardedPair], credit: Credit) -> CreditReport
     """How well token rewards follow the truth, word by word, on both sides of the pairs."""
     sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
     spans = credit(prompts=[prompt for prompt, _ in sides], completions=["".join(side.pieces) for _, side in sides])
+    if len(spans) != len(sides):
+        raise ValueError(f"the credit has {len(spans)} lists of spans for {len(sides)} completions: one for each")
     groups = [words(side.pieces) for _, side in sides]
     return report_on_credit(
         [by_word(side.rewards, group) for (_, side), group in zip(sides, groups)],
@@ -279,40 +329,74 @@ def spoken(prompt: Any) -> str:
 # --- what the user named
 
 
-def _source(args: InspectArguments, models: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenSource:
-    init = {"trust_remote_code": args.trust_remote_code}
-    reference = args.ref_model
-    if reference is None and models and args.token_reward == "logratio":
-        reference = base_of_adapter(models[0])
-        if reference is None:
-            raise ValueError(
-                f"{models[0]} is a whole model, so its reference must be named: --ref_model, the model it started from"
-            )
-    others = [("--dpo_model", model) for model in models[1:]] + ([("--ref_model", reference)] if reference else [])
-    for role, other in others if models else ():
-        check_same_vocabulary(role, other, tokenizer, models[0], **init)
-    return token_source(
-        [resolve(spec) if is_function(spec) else spec for spec in args.dpo_model],
-        reference,
+def _inspector(
+    args: InspectArguments,
+    models: list[str],
+    functions: dict[str, Callable[..., Any]],
+    score: str | Callable[..., Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> "Inspector":
+    """Load what runs."""
+    init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    source = token_source(
+        [functions.get(spec, spec) for spec in args.dpo_model],
+        _reference(args, models),
         kind=args.token_reward,
         pessimism=args.token_reward_pessimism,
         temperature=args.temperature,
         max_tokens=args.max_tokens_per_micro_batch,
         **init,
     )
+    scored = None if score is None else reward_source(score, max_tokens=args.max_tokens_per_micro_batch, **init)
+    return Inspector(source, tokenizer, score=scored, device=PartialState().device)
+
+
+def _reference(args: InspectArguments, models: list[str]) -> str | None:
+    """The model to compare with: the named one, or an adapter's base."""
+    if args.ref_model is not None or not models or args.token_reward != "logratio":
+        return args.ref_model
+    base = base_of_adapter(models[0])
+    if base is None:
+        raise ValueError(
+            f"{models[0]} is a whole model, so its reference must be named: --ref_model, the model it started from"
+        )
+    return base
+
+
+def _check_models(args: InspectArguments, models: list[str]) -> int:
+    """What can be told of models before they are loaded; the longest row that all of them can read."""
+    reference, trust = _reference(args, models), args.trust_remote_code
+    named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
+    configs = [config_of_policy(role, model, trust_remote_code=trust) for role, model in named]
+    if args.reward_model is not None and not is_function(args.reward_model):
+        find_config("--reward_model", args.reward_model, trust_remote_code=trust)
+    if models:
+        tokenizer = load_tokenizer(models[0], trust_remote_code=trust)
+        for role, other in named[1:]:
+            check_same_vocabulary(role, other, tokenizer, models[0], trust_remote_code=trust)
+    contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    return min([args.max_length, *(context for context in contexts if context is not None)])
+
+
+def _function(flag: str, spec: str) -> Callable[..., Any]:
+    """What ``module:function`` names.
+
+    Raises:
+        ValueError: it names nothing that can be called.
+    """
+    try:
+        function = resolve(spec)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{flag} {spec} cannot be imported as module:function: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{flag} {spec} is not a function")
+    return function
 
 
 def base_of_adapter(source: str) -> str | None:
     """The model that an adapter's folder names as its base; None for a whole model."""
     path = Path(source) / "adapter_config.json"
     return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
-
-
-def _score(args: InspectArguments) -> RewardModel | FunctionReward | None:
-    if args.reward_model is None:
-        return None
-    named = resolve(args.reward_model) if is_function(args.reward_model) else args.reward_model
-    return reward_source(named, max_tokens=args.max_tokens_per_micro_batch, trust_remote_code=args.trust_remote_code)
 
 
 def _load(args: InspectArguments, path: str) -> Dataset:
@@ -327,41 +411,88 @@ def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **maybe_extract_prompt(dict(row))}
 
 
+def _what(args: InspectArguments) -> str:
+    return f"the prompt {args.prompt!r}" if args.prompt is not None else str(args.completions)
+
+
 def _rows_to_show(
-    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str]
+    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
 ) -> list[dict[str, Any]]:
-    """Rows for `Inspector.show`, each with the names of its sides."""
-    if args.completions is not None:
-        rows = _head(_load(args, args.completions), args.show)
-        sides = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
-        if "prompt" not in rows.column_names or not sides:
-            raise DataError(
-                f"{args.completions} has the columns {', '.join(rows.column_names)}: heat-maps need a prompt, and a "
-                "completion or chosen and rejected"
-            )
-        return [{**row, "sides": sides} for row in rows]
-    assert args.prompt is not None
+    """Rows for `Inspector.show`, each with the names of its sides, each checked."""
+    rows = [_typed_in(args, tokenizer, models, limit)] if args.completions is None else _of_file(args)
+    for i, row in enumerate(rows):
+        where = f"{_what(args)}, row {i}" if args.completions is not None else "--prompt"
+        if not row["prompt"]:
+            raise DataError(f"{where} is empty: a completion's first token needs something before it")
+        for side in row["sides"]:
+            if row[side] is None:
+                raise DataError(f"{where} has no {side}")
+            tokens = sum(map(len, _ids_of(row, side, tokenizer)))
+            if tokens > limit:
+                raise DataError(f"{where}: with its {side} it is {tokens} tokens, {_over(args, limit)}")
+    return rows
+
+
+def _ids_of(row: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Prompt and completion as tokens; a sampled completion as it was sampled, which its text need not give again."""
+    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=row.get(f"{side}_ended", True))
+    return prompt, row["sampled"].get(side, ids)
+
+
+def _over(args: InspectArguments, limit: int) -> str:
+    return f"over {'max_length' if limit == args.max_length else 'the context of a model'}, {limit}"
+
+
+def _of_file(args: InspectArguments) -> list[dict[str, Any]]:
+    rows = _head(_load(args, str(args.completions)), args.show)
+    sides = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
+    if "prompt" not in rows.column_names or not sides:
+        raise DataError(
+            f"{args.completions} has the columns {', '.join(rows.column_names)}: heat-maps need a prompt, and a "
+            "completion or chosen and rejected"
+        )
+    if not len(rows):
+        raise DataError(f"{args.completions} has no rows")
+    return [{**row, "sides": sides, "sampled": {}} for row in rows]
+
+
+def _typed_in(
+    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
+) -> dict[str, Any]:
     if not args.prompt:
         raise DataError("--prompt is empty: a completion's first token needs something before it")
-    completions = [(text, True) for text in args.completion or []] or _sample(args, tokenizer, models)
-    named = {f"completion {i + 1}": x for i, x in enumerate(completions)}
-    row = {"prompt": args.prompt, "sides": list(named), **{name: text for name, (text, _) in named.items()}}
-    return [row | {f"{name}_ended": ended for name, (_, ended) in named.items()}]
+    row: dict[str, Any] = {"prompt": args.prompt, "sampled": {}}
+    if args.completion is not None:
+        row |= {f"completion {i + 1}": text for i, text in enumerate(args.completion)}
+    else:
+        for i, (text, ids, ended) in enumerate(_sample(args, tokenizer, models, limit)):
+            name = f"completion {i + 1}"
+            row |= {name: text, f"{name}_ended": ended}
+            row["sampled"][name] = ids
+    return row | {"sides": [name for name in row if re.fullmatch(r"completion \d+", name)]}
 
 
-def _sample(args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str]) -> list[tuple[str, bool]]:
-    """Two completions of the prompt by the first model, and whether they ended."""
+def _sample(
+    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
+) -> list[tuple[str, list[int], bool]]:
+    """Two completions of the prompt by the first model, as text and as tokens, and whether they ended."""
     if not models:
         raise ValueError("nothing to sample from: give --completion, or a model as --dpo_model")
+    ids = prompt_ids(args.prompt, tokenizer)
+    if len(ids) + args.max_completion_length > limit:
+        raise DataError(f"--prompt is {len(ids)} tokens: with max_completion_length it is {_over(args, limit)}")
     policy = load_policy(models[0], trust_remote_code=args.trust_remote_code).to(PartialState().device)
     sampler = TransformersSampler(
         config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
         eos_ids=eos_ids(policy, tokenizer),
         pad_id=tokenizer.pad_token_id,
     )
-    drawn = sampler(policy, [prompt_ids(args.prompt, tokenizer)] * 2, args.seed)
-    texts = [
-        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
-        for row, keep in zip(drawn.responses, drawn.mask)
+    drawn = sampler(policy, [ids] * 2, args.seed)
+    responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
+    before = str(
+        tokenizer.decode(ids, skip_special_tokens=True)
+    )  # some tokenizers drop a space that a text begins with
+    return [
+        (str(tokenizer.decode(ids + response, skip_special_tokens=True))[len(before) :], response, ended)
+        for response, ended in zip(responses, drawn.ended.tolist())
     ]
-    return list(zip(map(str, texts), drawn.ended.tolist()))

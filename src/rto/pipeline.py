@@ -24,7 +24,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, SFTConfig
 
-from rto.data.formats import load_rows, read_prompts
+from rto.data.formats import completion_texts, load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
@@ -325,9 +325,10 @@ class Pipeline:
         ids = [p.ids for p in prompts for _ in range(2)]
         drawn: list[tuple[str, bool]] = []
         for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
-            samples = sampler(policy, ids[i : i + SIDE_BY_SIDE], self.recipe.seed * 1_000_003 + i)
+            part = ids[i : i + SIDE_BY_SIDE]
+            samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
             kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-            drawn += zip(tokenizer.batch_decode(kept, skip_special_tokens=True), samples.ended.tolist())
+            drawn += zip(completion_texts(tokenizer, part, kept), samples.ended.tolist())
         raw = [p.raw for p in prompts]
         sides = [[(_said(x, text), ended) for x, (text, ended) in zip(raw, drawn[i::2])] for i in range(2)]
         return raw, sides

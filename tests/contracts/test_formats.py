@@ -11,6 +11,7 @@ from datasets import Dataset
 from rto.data.formats import (
     DataError,
     completion_ids,
+    completion_texts,
     load_rows,
     prompt_ids,
     read_pairs,
@@ -282,3 +283,19 @@ def test_what_is_left_out_is_told_once(tokenizer, caplog):
     read_pairs(Dataset.from_list(rows), tokenizer, max_length=20)
     assert len(caplog.messages) == 1
     assert "2 of 3 rows left out" in caplog.messages[0]
+
+
+def test_completions_keep_the_space_before_their_first_word(stories):
+    """stories260K's tokenizer drops it when a completion is decoded by itself; special tokens add nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    text = 'Once upon a time there was a café, "Lily" said.'
+    ids = tokenizer(text).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    cuts = [i for i in range(1, len(ids)) if not tokenizer.decode(ids[:i]).endswith("\ufffd")]
+    prompts, rest = [ids[:i] for i in cuts], [[*ids[i:], tokenizer.eos_token_id] for i in cuts]
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    assert [x + y for x, y in zip(before, completion_texts(tokenizer, prompts, rest))] == [whole] * len(cuts)
+    alone = tokenizer.batch_decode(rest, skip_special_tokens=True)
+    assert sum(x + y != whole for x, y in zip(before, alone)) > 5

@@ -167,10 +167,22 @@ def test_a_language_model_is_no_reward_model(tiny_folder: Path) -> None:
     assert load_scalar(str(tiny_folder)) is not None
 
 
-def test_a_reward_model_is_no_policy(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_no_policy(tiny_folder: Path, tmp_path: Path, tied: bool) -> None:
+    """Also with tied embeddings, where no weight of a language model is missing."""
     load_scalar(str(tiny_folder)).save_pretrained(tmp_path)
-    untied = AutoConfig.from_pretrained(tmp_path)
-    untied.tie_word_embeddings = False  # tied, the embeddings are the output layer, and nothing is missing
-    untied.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.tie_word_embeddings = tied
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model that scores completions, not a language model"):
+        load_policy(str(tmp_path))
+
+
+def test_a_policy_without_its_output_layer_is_none(tiny_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not a whole causal language model: it lacks lm_head\.weight"):
         load_policy(str(tmp_path))

@@ -33,7 +33,8 @@ for args in json.loads(sys.argv[1]):
 
 def rto(*commands: list[str]) -> tuple[list[int], str, str]:
     """Exit codes, standard output and standard error of several commands."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "trainers")}
+    path = [str(Path(__file__).parents[1] / "trainers"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(commands)],
         env=environment,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto import PreferenceConfig, PreferenceTrainer
 from rto.data.formats import DataError
@@ -20,7 +20,13 @@ from rto.trainers.examples import Example, mismatch
 @pytest.fixture
 def trainer(tiny_folder: Path, pairs: Dataset, tmp_path: Path) -> Callable[..., PreferenceTrainer]:
     def build(
-        *, peft_config: Any = None, ref_model: Any = None, loss: Any = None, data: Any = None, **kwargs: Any
+        *,
+        model: Any = None,
+        peft_config: Any = None,
+        ref_model: Any = None,
+        loss: Any = None,
+        data: Any = None,
+        **kwargs: Any,
     ) -> PreferenceTrainer:
         kwargs |= {"loss": loss} if isinstance(loss, str) else {}
         settings = {
@@ -35,8 +41,9 @@ def trainer(tiny_folder: Path, pairs: Dataset, tmp_path: Path) -> Callable[..., 
         }
         config = PreferenceConfig(**settings | kwargs)
         return PreferenceTrainer(
-            str(tiny_folder),
+            model or str(tiny_folder),
             config,
+            processing_class=AutoTokenizer.from_pretrained(tiny_folder),
             train_dataset=data or pairs,
             eval_dataset=data or pairs,
             peft_config=peft_config,
@@ -297,6 +304,21 @@ def test_precomputed_reference_changes_no_step(
         run.train()
         finals.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
     torch.testing.assert_close(*finals, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["read beforehand", "kept"])
+def test_an_adapter_that_came_with_the_model_belongs_to_the_reference(
+    trainer: Callable[..., PreferenceTrainer], tiny_folder: Path, before: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config)
+    run = trainer(model=adapted, precompute_ref_log_probs=before)
+    assert run.evaluate()["eval_margin"] == pytest.approx(0, abs=1e-5)
+    run.train()
+    assert run.evaluate()["eval_margin"] > 0.05
 
 
 def test_reference_is_read_once_for_the_same_model_and_data(

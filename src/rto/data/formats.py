@@ -7,7 +7,7 @@ tokenizer's chat template).
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,26 @@ def completion_ids(
     if whole[: len(before)] == before:
         return before, whole[len(before) :]
     return before, tokenizer(text["completion"], add_special_tokens=False).input_ids
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+) -> list[str]:
+    """The text that each completion adds to its prompt; special tokens add none.
+
+    Decoded by themselves, completions lose their first space under SentencePiece tokenizers, and prompt + completion
+    would be another text than the one that was sampled.
+    """
+    contexts = [prompt[-CONTEXT:] for prompt in prompts]
+    both = [context + ids for context, ids in zip(contexts, completions, strict=True)]
+    before, after, alone = (
+        tokenizer.batch_decode(x, skip_special_tokens=True) for x in (contexts, both, list(completions))
+    )
+    return [b[len(a) :] if b.startswith(a) else c for a, b, c in zip(before, after, alone)]
+
+
+CONTEXT = 8
+"""Tokens of a prompt that a completion's first text may depend on."""
 
 
 def _blank(side: Any) -> bool:

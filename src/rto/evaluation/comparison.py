@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Samples
+from rto.data.formats import completion_texts
 from rto.evaluation.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
@@ -46,7 +47,7 @@ def answer(
     sampler = TransformersSampler(config=sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
     samples = sampler(policy, prompts, seed)
     ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = completion_texts(tokenizer, prompts, ids)
     score = partial(score_logprobs, temperature=sampling.temperature or 1.0, max_tokens=max_tokens)
     ratio = score(policy, samples) - score(reference, samples)
     ended = samples.ended.tolist()

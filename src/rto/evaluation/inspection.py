@@ -251,7 +251,8 @@ def calibrate(margin: np.ndarray, beta: float, *, bins: int = 10) -> Calibration
 
 def log_loss(margin: np.ndarray, beta: float) -> float:
     """Mean −log σ(β · margin), nats."""
-    return float(np.logaddexp(0, -beta * margin).mean())
+    size = np.multiply(beta, margin, out=np.zeros(len(margin)), where=margin != 0)  # ∞ · 0 says nothing of the draw
+    return float(np.logaddexp(0, -size).mean())
 
 
 def fit_scale(margin: np.ndarray) -> float:
@@ -277,7 +278,7 @@ def kind_of(piece: str) -> str:
     """What a token is, by its text; byte pieces of one character count as words."""
     text = piece.strip()
     if not text:
-        return "whitespace"
+        return "whitespace" if piece else "words"
     marks = all(unicodedata.category(c)[0] in "PS" for c in text)
     return "punctuation" if marks else "words"
 
@@ -416,7 +417,10 @@ def report_on_credit(rewards: Sequence[np.ndarray], credit: Sequence[np.ndarray]
     pairs = [x for r, c in zip(rewards, credit, strict=True) if not math.isnan(x := concordance(r, c))]
     sums = [np.array([x.sum() for x in side]) for side in (rewards, credit)]
     return CreditReport(
-        rank=Estimate.of(ranks), concordance=Estimate.of(pairs), total=spearman(*sums), completions=len(ranks)
+        rank=Estimate.of(ranks or [math.nan]),
+        concordance=Estimate.of(pairs or [math.nan]),
+        total=spearman(*sums),
+        completions=len(ranks),
     )
 
 

@@ -26,14 +26,45 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
     """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base.
 
     Raises:
-        ValueError: weights are missing, as in the folder of a reward model.
+        ValueError: it is a reward model, or weights are missing.
     """
     if isinstance(source, nn.Module) or (Path(source) / "adapter_config.json").is_file():
         return _load(AutoModelForCausalLM, source, init_kwargs)
+    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs)))
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
         raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
     return model
+
+
+def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder or hub id, the base model's for an adapter.
+
+    Raises:
+        ValueError: there is no such folder, and no such model on the hub.
+    """
+    try:
+        return _config_of(source, trust_remote_code)
+    except (OSError, ValueError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
+
+
+def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a language model, before it is loaded.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    config = find_config(role, source, trust_remote_code=trust_remote_code)
+    _refuse_scorer(f"{role} {source}", config)
+    return config
+
+
+def _refuse_scorer(name: str, config: Any) -> None:
+    """With tied embeddings no weight of a language model is missing in a reward model's folder."""
+    if any("SequenceClassification" in architecture for architecture in config.architectures or ()):
+        raise ValueError(f"{name} is a model that scores completions, not a language model")
 
 
 def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:

@@ -52,10 +52,10 @@ class Cell:
     title: str
 
 
-def cells(tokens: Sequence[str], rewards: Sequence[float], scale: Scale) -> list[Cell]:
+def cells(tokens: Sequence[str], rewards: Sequence[float], scale: Scale, unit: str = " nats") -> list[Cell]:
     """Each token with its colour, and its reward in words."""
     return [
-        Cell(visible(token), css(scale.colour(reward)), f"{signed(reward)} nats")
+        Cell(visible(token), css(scale.colour(reward)), f"{signed(reward)}{unit}")
         for token, reward in zip(tokens, rewards, strict=True)
     ]
 
@@ -87,9 +87,16 @@ def visible(token: str) -> str:
     return "".join(_visible(c) for c in token) or "∅"
 
 
+def printable(text: str) -> str:
+    """A whole text, as `visible` has it, with its line breaks and tabs as they are."""
+    return "".join(c if c in _DRAWN else _visible(c) for c in text)
+
+
 def signed(x: float, digits: int = 3) -> str:
-    """+0.120, −0.120."""
-    return f"{x:+.{digits}f}".replace("-", "−")
+    """+0.120, −0.120; what is not a number is a dash."""
+    if math.isnan(x):
+        return "–"
+    return (f"{x:+.{digits}f}" if math.isfinite(x) else f"{x:+}".replace("inf", "∞")).replace("-", "−")
 
 
 def css(colour: RGB) -> str:

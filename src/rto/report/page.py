@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
@@ -50,18 +50,10 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("rto.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"signed": heatmap.signed, "listed": listed}
     headings, rows = results_cells(run.results)
     scale = heatmap.Scale.of(r for row in run.token_rewards[:SHOWN] for r in row.rewards)
     colours = plots.palette([*run.methods, *run.online, *run.offline])
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         run=run,
         colours=colours,
         headings=headings,
@@ -74,9 +66,24 @@ def render(run: Run) -> str:
         samples=run.samples[:SHOWN],
         heat=[(row, heatmap.cells(row.tokens, row.rewards, scale)) for row in run.token_rewards[:SHOWN]],
         scale=scale,
-        ends=[heatmap.css(c) for c in (heatmap.NEGATIVE, heatmap.ZERO, heatmap.POSITIVE)],
-        ink=heatmap.css(heatmap.INK),
     )
+
+
+def template(name: str) -> Template:
+    """A page of this folder; what it is given is text and is escaped."""
+    environment = Environment(
+        loader=PackageLoader("rto.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": heatmap.signed, "listed": listed}
+    environment.globals |= {
+        "ends": [heatmap.css(c) for c in (heatmap.NEGATIVE, heatmap.ZERO, heatmap.POSITIVE)],
+        "ink": heatmap.css(heatmap.INK),
+    }
+    return environment.get_template(name)
 
 
 def reached(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from rto.evaluation.inspection import Calibration, Carried
 from rto.report.folder import Log, Run, number
 
 STYLE: Any = {
@@ -46,6 +47,7 @@ METADATA = ("Creator", "Date", "Format", "Type")  # left out of the SVG
 METHODS = {"SFT": "#6b7075", "DPO": "#2a8159", "PPO": "#0b6fb3", "RTO": "#cb4b16"}
 OTHERS = ("#8e5aa8", "#b07d00", "#3a9bb5", "#c2528b", "#5b6abf", "#7a7a2e")
 SOURCES = {"token": ("token reward", "#8e5aa8"), "kl": ("KL penalty", "#b8bec4"), "score": ("score", "#e0a800")}
+CARRIED = {"reward": ("share of Σ|reward|", SOURCES["token"][1]), "tokens": ("share of tokens", "#b8bec4")}
 PHASES = {"sample": "#264e70", "score": "#5b8fb0", "credit": "#e0a800", "update": "#b4cfdf"}
 
 
@@ -214,6 +216,51 @@ def seconds_per_phase(logs: Mapping[str, Log]) -> Panel | None:
             title="Time by phase",
             unit="mean",
             legend=tuple(PHASES.items()),
+        )
+
+
+def reliability(calibration: Calibration) -> Panel:
+    """How often the side that the reward prefers was chosen, against the probability it gave; p ≥ ½."""
+    predicted = np.array([b.predicted for b in calibration.bins])
+    observed, low, high = np.array([(b.observed.rate, b.observed.low, b.observed.high) for b in calibration.bins]).T
+    with _style():
+        figure, ax = _axes(LARGE, "predicted: mean σ(β · margin)")
+        ax.set_ylabel("observed")
+        ax.plot([0.5, 1], [0.5, 1], color="#9aa0a6", linewidth=0.9, linestyle=(0, (1, 2)))
+        error = np.clip([observed - low, high - observed], 0, None)  # at 0 and 1 rounding would turn them negative
+        ax.errorbar(predicted, observed, error, fmt="o", markersize=3.5, color=METHODS["PPO"], elinewidth=0.9)
+        ax.set_xlim(0.5 - 0.01, 1 + 0.01)
+        ax.set_ylim(min(0.5, float(low.min())) - 0.02, 1.02)
+        figure.subplots_adjust(left=0.13)
+        said = "; ".join(f"{p:.3g} predicted, {o:.3g} observed" for p, o in zip(predicted, observed))
+        return _panel(figure, f"Calibration: {said}.", title="Calibration", unit="95 % intervals; dotted: perfect")
+
+
+def carried_shares(carried: Mapping[str, Carried]) -> Panel:
+    """How much of the reward each kind of token carries, beside how many of the tokens it is."""
+    with _style():
+        figure, ax = _axes(LARGE, "share")
+        for i, (part, (_, colour)) in enumerate(CARRIED.items()):
+            shares = np.nan_to_num([getattr(share, part) for share in carried.values()])
+            at = np.arange(len(carried)) + 0.38 * (i - 0.5)
+            ax.barh(at, shares, height=0.34, color=colour)
+            for y, share in zip(at, shares):
+                ax.text(share + 0.012, y, f"{share:.2f}", va="center", color="#5f6368")
+        ax.set_yticks(range(len(carried)), list(carried), parse_math=False)
+        ax.set_ylim(len(carried) - 0.4, -0.6)
+        ax.set_xlim(0, 1.08)
+        ax.grid(False)
+        ax.spines["left"].set_visible(False)
+        figure.subplots_adjust(left=0.2)
+        said = "; ".join(
+            f"{kind}: {c.reward:.3g} of the reward, {c.tokens:.3g} of tokens" for kind, c in carried.items()
+        )
+        return _panel(
+            figure,
+            f"What carries the reward. {said}.",
+            title="What carries the reward",
+            unit="by kind of token",
+            legend=tuple(CARRIED.values()),
         )
 
 

@@ -110,7 +110,7 @@ class PreferenceTrainer(TokenTrainer):
 
     Args:
         model: the starting policy: a folder, a hub id or a model.
-        ref_model: π_ref; None means the starting policy itself, or the base model under a PEFT adapter.
+        ref_model: π_ref; None means the starting policy itself, which under a new adapter is the base.
         args: the configuration.
         train_dataset: pairs in TRL's preference format, standard or conversational; for an unpaired loss, rows in
             TRL's unpaired format or pairs.
@@ -154,6 +154,7 @@ class PreferenceTrainer(TokenTrainer):
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy)
         check_output_layer(policy)
         self.reference: nn.Module | None = None
+        self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if ref_model is not None and self.loss.needs_reference:
             self.reference = freeze(load_policy(ref_model, **init))
         if peft_config is not None:
@@ -178,7 +179,7 @@ class PreferenceTrainer(TokenTrainer):
         if self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self._sharded:
             self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
             self.reference = None
-        elif self.reference is None and not self._adapted:
+        elif self.reference is None and not self._new_adapter:
             self.reference = freeze(clone(self.model.policy))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -236,7 +237,8 @@ class PreferenceTrainer(TokenTrainer):
         table = torch.zeros(len(Outcome._fields), len(data), dtype=torch.float64, device=self.args.device)
         kl = self._kl(self.model, examples)
         for rows in self._cuts(examples):
-            outcome = self._outcome(self.model, [examples[i] for i in rows], kl)
+            with self.compute_loss_context_manager():
+                outcome = self._outcome(self.model, [examples[i] for i in rows], kl)
             table[:, [mine[i] for i in rows]] = torch.stack(outcome).double()
         return Outcome(*self.all_reduce(table).unbind())
 
@@ -322,18 +324,14 @@ class PreferenceTrainer(TokenTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
-    def _adapted(self) -> bool:
-        return hasattr(self.model.policy, "peft_config")
-
-    @property
     def _has_reference(self) -> bool:
-        return self.reference is not None or self._adapted
+        return self.reference is not None or self._new_adapter
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
         """π_ref: a model of its own, or the policy with its adapter switched off."""
         policy: Any = self.accelerator.unwrap_model(self.model).policy
-        switched = policy.disable_adapter() if self.reference is None and self._adapted else nullcontext()
+        switched = policy.disable_adapter() if self.reference is None and self._new_adapter else nullcontext()
         with switched, torch.no_grad(), self.accelerator.autocast():
             yield policy if self.reference is None else self.reference
 

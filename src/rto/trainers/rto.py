@@ -26,7 +26,7 @@ from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Rollout, Samples, Sequences, Targets
-from rto.data.formats import Prompt, read_prompts
+from rto.data.formats import Prompt, completion_texts, read_prompts
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
@@ -470,7 +470,7 @@ class RTOTrainer(TokenTrainer):
 
     def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        texts = completion_texts(self.processing_class, [p.ids for p in prompts], ids)
         raw = [p.raw for p in prompts]
         plain = isinstance(raw[0], str)
         names = prompts[0].columns
