@@ -1,6 +1,6 @@
 """Which preference learner gives the best token-wise reward? Rank correlation with a known credit, learner by learner.
 
-    python experiments/token_credit.py embedded --seeds 5
+    python experiments/token_credit.py embedded --seeds 3
     RTO_DATA=../shared/data python experiments/token_credit.py stories --seeds 3
 
 For each seed: one starting policy, one set of sampled pairs labelled by Bradley-Terry on the gold, and on them every
