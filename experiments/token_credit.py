@@ -20,7 +20,7 @@ import functools
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,6 @@ class Learner:
     loss: str
     kwargs: dict[str, float]
     other: dict[str, float]
-    settings: list[dict[str, Any]] = field(default_factory=list)
 
 
 LEARNERS = {

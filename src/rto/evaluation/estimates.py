@@ -9,7 +9,7 @@ from scipy import stats
 
 LEVEL = 0.95
 """Coverage of every interval here."""
-Z = 1.959964
+Z = 1.959963984540054
 """Of a normal variable, at that coverage."""
 
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from rto.evaluation.estimates import Estimate
-
-Z95 = float(stats.norm.ppf(0.975))
+from rto.evaluation.estimates import Estimate, wilson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +57,11 @@ class Share:
 
     @classmethod
     def of(cls, hits: float, n: int) -> "Share":
-        """Wilson's interval, (p̂ + z²/2n ± z√(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n); a draw is half a hit."""
+        """``hits`` of ``n`` with Wilson's interval; a draw is half a hit."""
         if n == 0:
             return cls(rate=math.nan, low=math.nan, high=math.nan, n=0)
-        p, z2 = hits / n, Z95**2
-        centre, half = p + z2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return cls(rate=p, low=(centre - half) / (1 + z2 / n), high=(centre + half) / (1 + z2 / n), n=n)
+        low, high = wilson(hits / n, n)
+        return cls(rate=hits / n, low=low, high=high, n=n)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rto.evaluation.comparison import Estimate
+from rto.evaluation.estimates import Z
 from rto.evaluation.inspection import (
-    Z95,
     Agreement,
     Calibration,
     Carried,
@@ -255,7 +255,7 @@ def _scale_reading(calibration: Calibration) -> str:
     if math.isinf(fitted):
         return "every pair is right, so a larger β is always likelier"
     n = sum(b.observed.n for b in calibration.bins)
-    if 2 * n * (calibration.log_loss - calibration.fitted_log_loss) < Z95**2:  # the likelihood ratio test at 5 %
+    if 2 * n * (calibration.log_loss - calibration.fitted_log_loss) < Z**2:  # the likelihood ratio test at 5 %
         return f"not told from {significant(beta)} by {n:,} pairs"
     side = "overconfident: margins are {} times too large" if fitted < beta else "underconfident: {} times too small"
     factor = significant(max(fitted / beta, beta / fitted))
@@ -361,7 +361,7 @@ def interval(low: float, high: float) -> str:
 
 def interval_of(estimate: Estimate) -> tuple[float, float]:
     """Mean ± 1.96 standard errors."""
-    return estimate.mean - Z95 * estimate.se, estimate.mean + Z95 * estimate.se
+    return estimate.mean - Z * estimate.se, estimate.mean + Z * estimate.se
 
 
 def _share(name: str, share: Share, reading: str) -> Finding:
