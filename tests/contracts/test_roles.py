@@ -144,8 +144,8 @@ def test_switching_changes_no_requires_grad(roles, batch):
     assert any(".value_model" in n for n in trained)
     for role in roles.values():
         response_states(role, batch(260))
-    with pytest.raises(ZeroDivisionError), roles["dpo"].acting():
-        1 / 0
+    with pytest.raises(KeyboardInterrupt), roles["dpo"].acting():
+        raise KeyboardInterrupt
     assert {n: p.requires_grad for n, p in roles["pi"].named_parameters()} == flags
     assert roles["pi"].active_adapter == "default"
     freeze(value)
