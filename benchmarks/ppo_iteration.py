@@ -8,8 +8,8 @@ TRL needs an environment of its own, because its newer releases have no PPO trai
 
 Two sizes (``--size``): ``stories260K``, where what is not arithmetic counts (128 prompts of 16 tokens, 48 new
 tokens), and a random Llama of hidden 384, 8 layers and a vocabulary of 32,000, where arithmetic counts (64 prompts
-of 64 tokens, 128 new tokens). The same work on both sides: model, prompts, completions (neither side stops at EOS), one PPO epoch
-over 4 minibatches with one optimizer step each, optimizer, learning rates, threads. The sides:
+of 64 tokens, 128 new tokens). The same work on both sides: model, prompts, completions (neither side stops at EOS),
+one PPO epoch over 4 minibatches with one optimizer step each, optimizer, learning rates, threads. The sides:
 
 - ``trl``: policy, critic, reference, reward model, fp32.
 - ``ppo``: `RTOTrainer` with β₁ = 0, the same four models.
@@ -225,9 +225,9 @@ def operations(work: Work, config: Any) -> float:
     """Floating-point operations an RTO iteration cannot do without: two for each multiply-add of a matrix product.
 
     One forward pass of a model over a row of L = P + T tokens takes F = 2·M·L + 2·D·L²·layers (M weights in the
-    blocks' matrices, causal attention); its head takes H = 2·D·V·T. Sampling is F + H with a cache; scoring reads policy,
-    reference and DPO model with their heads, critic and reward model without: 5F + 3H; the update goes through policy
-    and critic forwards and backwards: 6F + 3H.
+    blocks' matrices, causal attention); its head takes H = 2·D·V·T. Sampling is F + H with a cache; scoring reads
+    policy, reference and DPO model with their heads, critic and reward model without: 5F + 3H; the update goes
+    through policy and critic forwards and backwards: 6F + 3H.
     """
     hidden, length = config.hidden_size, work.prompt_tokens + work.new_tokens
     keys = hidden * config.num_key_value_heads // config.num_attention_heads

@@ -6,8 +6,8 @@ Everything on random Llamas and made-up prompts, one process, fp32. Four measure
 
 - ``length``: completions of 32 to 256 tokens, 32 prompts.
 - ``batch``: 16 to 128 prompts, 64 new tokens.
-- ``ragged``: completions that end between 5 and 128 tokens (each length as likely), beside the same number of tokens at
-  equal lengths, on a model where arithmetic counts.
+- ``ragged``: completions that end between 5 and 128 tokens (each length as likely), beside the same number of
+  tokens at equal lengths, on a model where arithmetic counts.
 - ``leak``: 200 iterations: seconds and resident memory, the last 50 beside the 50 after warming up.
 
 Seconds are medians of iterations, by the phases that the trainer logs.
