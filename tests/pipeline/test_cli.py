@@ -126,3 +126,41 @@ def test_every_learner_by_its_recipe(tiny_folder: Path, tmp_path: Path) -> None:
     assert out.count("'eval_accuracy'") == len(recipes)
     for path in recipes:
         AutoModelForCausalLM.from_pretrained(tmp_path / path.stem)
+
+
+FAULTS = """
+import resource, sys, torch
+from rto.cli import _keep_freed_memory
+if sys.argv[1] == "keep":
+    _keep_freed_memory()
+def touch():
+    torch.zeros(2**24).add_(1)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """Tensors of 64 MiB, made and freed in turn: the command's process is not paid new pages for each."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    settings = [("leave", {}), ("keep", {}), ("keep", {"MALLOC_MMAP_THRESHOLD_": "131072"})]
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how],
+                env=environment | own,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for how, own in settings
+    ]
+    usual, kept, asked = faults
+    assert usual > 1000
+    assert kept < usual / 10
+    assert asked > 1000  # the user's own setting stays
