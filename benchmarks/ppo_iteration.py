@@ -409,8 +409,11 @@ def peak_mib() -> float:
 # --- the driver
 
 
-def spawn(python: str, side: str, folder: Path, threads: int) -> str:
-    """Run a worker.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+
+
+def spawn(python: str, side: str, folder: Path, threads: int, *, keep_memory: bool = False) -> str:
+    """Run a worker; with ``keep_memory`` glibc keeps freed memory in the process, as the command `rto` tells it to.
 
     Raises:
         RuntimeError: it failed; its last words are in the message.
@@ -420,6 +423,7 @@ def spawn(python: str, side: str, folder: Path, threads: int) -> str:
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_OFFLINE": "1",
     }
+    environment |= KEEP_MEMORY if keep_memory else {}
     command = [python, str(Path(__file__).resolve()), "--worker", side, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -446,7 +450,7 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
-def compare(pythons: dict[str, str], work: Work, rounds: int, target: Path) -> None:
+def compare(pythons: dict[str, str], work: Work, rounds: int, target: Path, *, keep_memory: bool) -> None:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in pythons}
     with tempfile.TemporaryDirectory(prefix="rto-benchmark-") as name:
         folder = Path(name)
@@ -454,7 +458,7 @@ def compare(pythons: dict[str, str], work: Work, rounds: int, target: Path) -> N
         spawn(sys.executable, "prepare", folder, work.threads)
         for i in range(rounds):
             for side, python in pythons.items():
-                run = json.loads(spawn(python, side, folder, work.threads).splitlines()[-1])
+                run = json.loads(spawn(python, side, folder, work.threads, keep_memory=keep_memory).splitlines()[-1])
                 runs[side].append(run)
                 wall, cpu = (statistics.median(run["seconds"][clock]) for clock in ("wall", "cpu"))
                 print(
@@ -472,6 +476,7 @@ def compare(pythons: dict[str, str], work: Work, rounds: int, target: Path) -> N
         "settings": {
             "rounds": rounds,
             "device": "cpu",
+            "keep_memory": keep_memory,
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
         },
         "versions": {side: results[0]["versions"] for side, results in runs.items()},
@@ -546,6 +551,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
     parser.add_argument("--iterations", type=int, default=8, help="timed iterations of a process")
     parser.add_argument("--warmup", type=int, default=2, help="iterations before those")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="all sides keep freed memory, as `rto` does (glibc)"
+    )
     parser.add_argument("--output", type=Path, help="the report; benchmarks/results/ppo_iteration_SIZE.json")
     parser.add_argument("--worker", choices=("prepare", *RUN), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -569,7 +577,7 @@ def main() -> None:
         **SIZES[options.size],
     )
     output = options.output or REPOSITORY / "benchmarks" / "results" / f"ppo_iteration_{options.size}.json"
-    compare(pythons, work, options.rounds, output)
+    compare(pythons, work, options.rounds, output, keep_memory=options.keep_memory)
 
 
 if __name__ == "__main__":
