@@ -84,6 +84,39 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     assert list(Path(out).rglob("events.out.tfevents*"))
 
 
+def test_stages_with_adapters_and_their_export(tiny_folder: Path, tmp_path: Path) -> None:
+    """With --use_peft every stage writes an adapter, `rto train` puts them on one base, `rto export` merges one."""
+    pairs = write(tmp_path / "pairs.jsonl.gz", [{"prompt": w, "chosen": "ba" + w, "rejected": "zq"} for w in WORDS])
+    prompts = write(tmp_path / "prompts.jsonl.gz", [{"prompt": w} for w in WORDS])
+    dpo, reward, out, merged = (str(tmp_path / name) for name in ("dpo", "reward", "out", "merged"))
+    lora = ["--model_name_or_path", str(tiny_folder), "--use_peft", "--lora_target_modules", "all-linear", *COMMON]
+    small = ["--per_device_train_batch_size", "8", "--max_completion_length", "4"]
+    codes, _, errors = rto(
+        ["prefer", *lora, "--dataset_name", pairs, "--output_dir", dpo],
+        ["reward", *lora, "--dataset_name", pairs, "--output_dir", reward, *TRL],
+        [
+            *("train", *lora, "--dataset_name", prompts, "--output_dir", out, *small),
+            *("--dpo_model", dpo, "--reward_funcs", reward),
+        ],
+        ["export", "--model_name_or_path", out, "--output_dir", merged],
+        ["export", "--model_name_or_path", out, "--output_dir", merged],
+        ["train", *lora, "--dataset_name", prompts, "--output_dir", out, "--model_name_or_path", dpo],
+        ["sft", *COMMON, "--model_name_or_path", dpo, "--dataset_name", pairs, "--output_dir", out, "--load_in_4bit"],
+    )
+    assert codes == [0, 0, 0, 0, 2, 2, 2], errors[-3000:]
+    for folder, kind in (
+        (dpo, "CAUSAL_LM"),
+        (reward, "SEQ_CLS"),
+        (out, "CAUSAL_LM"),
+        (f"{out}/value_model", "SEQ_CLS"),
+    ):
+        assert json.loads((Path(folder) / "adapter_config.json").read_text())["task_type"] == kind
+    AutoModelForCausalLM.from_pretrained(merged)
+    *_, again, _, four_bits, _ = errors.split("--- end of")
+    assert "merged exists already" in again
+    assert "add --use_peft" in four_bits
+
+
 def test_bad_input_ends_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("dpo_cof: 0.1\n")

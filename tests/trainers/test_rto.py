@@ -306,7 +306,8 @@ def test_peft_policy_has_the_base_as_reference(trainer: Callable[..., RTOTrainer
     from peft import LoraConfig, PeftModel
 
     run = trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), num_train_epochs=2)
-    assert run.reference is None
+    assert run.reference.adapter is None
+    assert run.reference.get_base_model() is run.model.policy.get_base_model()
     run.train()
     assert run.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)
     run.save_model()

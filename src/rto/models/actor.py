@@ -3,6 +3,7 @@
 Only positions that predict a response token reach a head, and only in chunks.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from rto.batches import Sequences, micro_batches
 from rto.functional.logprobs import Head, logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
 from rto.models.loading import backbone, scalar_head, unwrap_peft
+from rto.models.roles import Role, acting, own_parameters
 
 
 class TokenOutputs(NamedTuple):
     """What one forward pass yields for each response token, 0 outside the mask."""
 
-    logp: Float[Tensor, "B T"]
-    """log π(y_t|x,y_<t), nats."""
+    logp: Float[Tensor, "B T"] | None
+    """log π(y_t|x,y_<t), nats; None where only the critic is read."""
     values: Float[Tensor, "B T"] | None
     """V(s_t), s_t = (x, y_<t)."""
     entropy: Float[Tensor, "B T"] | None = None
@@ -39,6 +41,17 @@ class Actor(nn.Module):
         self.value_model = value_model
 
     @property
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The critic's trained parameters: all of its model, or its adapter and head on a base that it shares."""
+        return [] if self.value_model is None else [p for p in own_parameters(self.value_model) if p.requires_grad]
+
+    @property
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The policy's trained parameters: all that are not the critic's."""
+        theirs = set(map(id, self.value_parameters))
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+
+    @property
     def config(self) -> object:
         """The policy's configuration: what `transformers.Trainer` looks up on its model."""
         return unwrap_peft(self.policy).config
@@ -52,14 +65,18 @@ class Actor(nn.Module):
         with_entropy: bool = False,
         ref_hidden: Float[Tensor, "N D"] | None = None,
         ref_head: Head | None = None,
+        parts: Sequence[str] = ("policy", "value"),
     ) -> TokenOutputs:
-        """Score every response token under the policy and the critic.
+        """Score every response token under the policy and the critic, or under one of them (``parts``).
 
         With ``with_entropy`` the entropies come, too, and nothing has a gradient. With ``ref_hidden`` (a reference's
         hidden states at the kept response tokens) and ``ref_head`` (its output layer), the policy's whole
         distribution is compared with the reference's.
         """
         sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)
+        if "policy" not in parts:
+            assert self.value_model is not None
+            return TokenOutputs(None, token_values(self.value_model, sequences))
         hidden = response_states(self.policy, sequences)
         head, own = output_layer(self.policy), sequences.responses[mask]
         settings: dict[str, Any] = {"vocab_size": vocab_size(self.policy), "temperature": temperature}
@@ -69,7 +86,7 @@ class Actor(nn.Module):
             entropy = scatter(flat, mask)
         else:
             logp = token_logprobs(hidden, head, own, **settings)
-        if self.value_model is not None:
+        if self.value_model is not None and "value" in parts:
             values = token_values(self.value_model, sequences)
         if ref_hidden is not None:
             assert ref_head is not None
@@ -80,13 +97,17 @@ class Actor(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
     ) -> None:
-        """Recompute activations in the backward pass, in both models."""
-        for model in (self.policy, self.value_model):
+        """Recompute activations in the backward pass, in both models; on a shared base each in its own role."""
+        settings, models = activation_checkpointing_kwargs, [self.policy, self.value_model]
+        if isinstance(self.value_model, Role):
+            settings = {"use_reentrant": False, **(settings or {}), "context_fn": self.value_model.base.recomputing}
+            models = [self.policy]
+        for model in models:
             if model is not None:
                 inner = unwrap_peft(model)
                 new = hasattr(inner, "activation_checkpointing_enable")  # older transformers call it gradient ...
                 enable = inner.activation_checkpointing_enable if new else inner.gradient_checkpointing_enable
-                enable(activation_checkpointing_kwargs)
+                enable(settings)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
@@ -95,12 +116,13 @@ def hidden_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B L 
     """Last hidden states; positions count the tokens that exist, so left padding is inert."""
     attention = sequences.attention_mask
     positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-    outputs = backbone(model)(
-        input_ids=sequences.tokens,
-        attention_mask=None if bool(attention.all()) else attention.long(),
-        position_ids=positions,
-        use_cache=False,
-    )
+    with acting(model):
+        outputs = backbone(model)(
+            input_ids=sequences.tokens,
+            attention_mask=None if bool(attention.all()) else attention.long(),
+            position_ids=positions,
+            use_cache=False,
+        )
     return outputs.last_hidden_state
 
 
@@ -115,7 +137,8 @@ def response_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "N 
     width = int(sequences.lengths.max())
     order = exists.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     kept = torch.cat([torch.zeros_like(sequences.prompt_mask), sequences.mask], dim=1)
-    hidden = backbone(model)(input_ids=sequences.tokens.gather(1, order), use_cache=False).last_hidden_state
+    with acting(model):
+        hidden = backbone(model)(input_ids=sequences.tokens.gather(1, order), use_cache=False).last_hidden_state
     return hidden[predicting(kept.gather(1, order))]
 
 
@@ -148,20 +171,17 @@ class output_layer:
     def __init__(self, model: nn.Module) -> None:
         inner = unwrap_peft(model)
         config = inner.config.get_text_config()
+        self.model = model
         self.head: Any = inner.get_output_embeddings()
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
-    def without_adapter(self) -> "output_layer":
-        """The layer of the base model, where an adapter has one of its own."""
-        self.head = getattr(self.head, "base_layer", getattr(self.head, "original_module", self.head))
-        return self
-
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits, in the model's own precision."""
-        logits = self.head(hidden)
+        with acting(self.model):  # here and not around the call: a checkpointed head runs again in the backward pass
+            logits = self.head(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

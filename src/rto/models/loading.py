@@ -26,10 +26,15 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
     """A causal language model, as policy, reference or DPO model; a PEFT adapter folder loads on its base.
 
     Raises:
-        ValueError: it is a reward model, or weights are missing.
+        ValueError: it is a reward model, weights are missing, or an adapter is of a kind that is not read here.
     """
-    if isinstance(source, nn.Module) or (Path(source) / "adapter_config.json").is_file():
-        return _load(AutoModelForCausalLM, source, init_kwargs)
+    if isinstance(source, nn.Module):
+        return source
+    if is_adapter(source):
+        config = adapter_config(source)
+        if is_scorer(config):
+            raise ValueError(f"{source} is an adapter that scores completions, not a language model")
+        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), init_kwargs), source)
     _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs)))
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
@@ -68,7 +73,7 @@ def _refuse_scorer(name: str, config: Any) -> None:
 
 
 def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:
-    """A model with one scalar head, as reward model or critic.
+    """A model with one scalar head, as reward model or critic; a PEFT adapter folder loads on its base.
 
     A folder of a causal language model gives its backbone with a new head that starts at zero: V = 0.
 
@@ -81,10 +86,12 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         ValueError: the model has more than one output, or no trained head and none may be made.
     """
     if isinstance(source, nn.Module):
-        labels = getattr(source.config, "num_labels", None)
+        labels = getattr(source, "num_labels", getattr(source.config, "num_labels", None))
         if labels != 1:
             raise ValueError(f"a reward or value model has one output, {source_name(source)} has num_labels={labels}")
         return source
+    if is_adapter(source):
+        return _load_scalar_adapter(source, new_head, init_kwargs)
     config = _config_of(source, trusts(init_kwargs))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
@@ -96,6 +103,109 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
     if missing:
         nn.init.zeros_(scalar_head(model).weight)
     return model
+
+
+def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[str, Any]) -> nn.Module:
+    from peft import load_peft_weights
+
+    config = adapter_config(source)
+    _, head = split_head(load_peft_weights(str(source), device="cpu"))
+    if head is None and not new_head:
+        raise ValueError(
+            f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
+        )
+    base = load_scalar(_base_of(source, config), **init_kwargs)
+    return _load_adapter(base, source, config)
+
+
+# --- adapters
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def adapter_config(folder: str | Path) -> Any:
+    """A PEFT adapter's configuration.
+
+    Raises:
+        ValueError: PEFT is not installed, or the adapter is of a kind that is not read here.
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{folder} is a PEFT adapter: pip install peft") from error
+    config = PeftConfig.from_pretrained(str(folder))
+    check_adapter(str(folder), config)
+    return config
+
+
+def is_scorer(config: Any) -> bool:
+    """Whether an adapter belongs to a sequence classification model."""
+    return config.task_type == "SEQ_CLS"
+
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations of LoRA that change the base's weights, so that the base is not what is left without it."""
+
+
+def is_shareable(config: Any) -> bool:
+    """Whether an adapter leaves its base as it is and can be switched layer by layer."""
+    initialisation = str(getattr(config, "init_lora_weights", "")).lower()
+    changes = initialisation.startswith(CHANGES_BASE) or getattr(config, "bias", "none") != "none"
+    return not (config.is_prompt_learning or config.is_adaption_prompt or changes)
+
+
+def check_adapter(name: str, config: Any) -> None:
+    """Refuse adapters that cannot be told from their base.
+
+    Raises:
+        ValueError: it is a prompt, trains the base's biases, or starts by changing the base's weights.
+    """
+    if not is_shareable(config):
+        what = f"{getattr(config.peft_type, 'value', config.peft_type)}"
+        raise ValueError(
+            f"{name}: this {what} adapter cannot be used here: an adapter must live in the layers and leave the base "
+            f"as it is (LoRA with bias='none', without init_lora_weights of {', '.join(CHANGES_BASE)}; no prompts)"
+        )
+
+
+def _base_of(source: str | Path, config: Any) -> str:
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{source}: adapter_config.json names no base model: set base_model_name_or_path in it")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"{source}: its base model {base} is not there: set base_model_name_or_path in its adapter_config.json"
+        )
+    return str(base)
+
+
+def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
+
+
+def split_head(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """An adapter's weights without its scalar head, and the head's (None where there is none)."""
+    head, rest = {}, {}
+    for name, x in state.items():
+        owner, _, parameter = name.removeprefix("base_model.model.").rpartition(".")
+        if owner in ("score", "classifier"):
+            head[parameter] = x
+        else:
+            rest[name] = x
+    return rest, head or None
+
+
+def zero_head(width: int, *, bias: bool = False) -> nn.Linear:
+    """A scalar head that starts at zero."""
+    head = nn.Linear(width, 1, bias=bias)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -162,11 +272,11 @@ def scalar_head(model: nn.Module) -> Any:
     Raises:
         ValueError: the model keeps its head under another name than ``score`` or ``classifier``.
     """
-    inner = unwrap_peft(model)
     for name in ("score", "classifier"):
-        if hasattr(inner, name):
-            return getattr(inner, name)
-    raise ValueError(f"{type(inner).__name__} has no `score` head that can be read at every token")
+        head = getattr(model, name, None)  # a PEFT model hands on what its base has
+        if head is not None:
+            return head
+    raise ValueError(f"{type(unwrap_peft(model)).__name__} has no `score` head that can be read at every token")
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -185,11 +295,10 @@ def max_positions(model: nn.Module) -> int | None:
 
 def source_name(source: Any) -> str:
     """How messages call a model."""
-    return (
-        str(source)
-        if isinstance(source, str | Path)
-        else str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-    )
+    if isinstance(source, str | Path):
+        return str(source)
+    folder = getattr(source, "source", "")  # a role on a shared base knows its own
+    return str(folder or getattr(unwrap_peft(source).config, "_name_or_path", "") or type(source).__name__)
 
 
 def check_same_vocabulary(
@@ -227,9 +336,6 @@ def _vocab_size(source: Source, trust_remote_code: bool) -> int:
 
 def _config_of(source: str | Path, trust_remote_code: bool) -> Any:
     """The configuration of a folder or hub id; of the base model where it is an adapter."""
-    adapter = Path(str(source)) / "adapter_config.json"
-    if adapter.is_file():
-        from peft import PeftConfig
-
-        source = PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    if is_adapter(source):
+        source = _base_of(source, adapter_config(source))
     return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

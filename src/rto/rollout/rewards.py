@@ -21,6 +21,7 @@ from rto.models.loading import (
     scalar_head,
     source_name,
     trusts,
+    unwrap_peft,
 )
 
 RewardFunc = str | Path | nn.Module | Callable[..., list[float]]
@@ -88,7 +89,7 @@ class RewardModel:
     def __call__(self, batch: Completed) -> list[float]:
         """One score a completion."""
         ids = self._encode(batch)
-        device = next(self.model.parameters()).device
+        device = next(unwrap_peft(self.model).parameters()).device
         sequences = collate([[]] * len(ids), ids, pad=self.tokenizer.pad_token_id, device=device)
         out = torch.zeros(len(ids))
         for rows in micro_batches(sequences.lengths.cpu(), self.max_tokens):

@@ -29,6 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
+from rto.models.roles import Role, load_adapter_weights, save_adapter
 
 logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -150,20 +151,38 @@ class TokenTrainer(SealedCheckpoints):
         """The sum over processes."""
         return self.accelerator.reduce(x, reduction="sum")
 
-    def backward(self, model: nn.Module, parts: Sequence[_Part], loss: Callable[[_Part], Tensor]) -> Tensor:
+    @property
+    def sharded(self) -> bool:
+        """The model is cut over processes (FSDP, DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def backward(
+        self, model: nn.Module, parts: Sequence[_Part], loss: Callable[[_Part], Tensor], *, whole: bool = True
+    ) -> Tensor:
         """Add up the gradients of Σ loss(part); processes exchange them once, after the last part.
 
         ``loss`` divides by a global denominator. Wrappers average gradients over processes, so the sum is
         multiplied by their number first.
+
+        Args:
+            model: the model as it is wrapped.
+            parts: what the loss is called on, one after the other.
+            loss: a part's share of the loss.
+            whole: every part reaches every trained parameter, which DDP's own exchange of gradients needs. Where
+                it is not so, gradients are exchanged here.
         """
         total = torch.zeros((), device=self.args.device)
         for i, part in enumerate(parts):
-            sync = nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(model)
+            sync = nullcontext() if whole and i == len(parts) - 1 else self.accelerator.no_sync(model)
             with sync:
                 with self.compute_loss_context_manager():
                     value = loss(part)
-                self.accelerator.backward(value * self.accelerator.num_processes)
+                self.accelerator.backward(value * (self.accelerator.num_processes if whole else 1))
             total += value.detach()
+        if not whole and self.accelerator.num_processes > 1:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            for exchange in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
+                exchange.wait()
         return self.all_reduce(total)
 
     def micro_batches(self, lengths: Tensor) -> list[Tensor]:
@@ -204,7 +223,12 @@ class TokenTrainer(SealedCheckpoints):
                 continue
             name = "policy" if part is actor.policy else VALUE_MODEL
             own = None if state_dict is None else _strip(state_dict, f"{name}.")
-            part.save_pretrained(where, state_dict=own)
+            if isinstance(part, Role):
+                part.save_pretrained(where, None if state_dict is None else _strip(state_dict, "policy."))
+            elif hasattr(part, "peft_config"):
+                save_adapter(part, part.active_adapter, where, state_dict=own)
+            else:
+                part.save_pretrained(where, state_dict=own)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
         torch.save(self.args, folder / "training_args.bin")
@@ -241,11 +265,15 @@ def load_weights(model: Any, folder: Path) -> None:
     Raises:
         CheckpointError: a weight is missing or left over.
     """
-    if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        return
+    try:
+        if isinstance(model, Role):
+            model.load_weights(folder)
+            return
+        if hasattr(model, "peft_config"):
+            load_adapter_weights(model, model.active_adapter, folder)
+            return
+    except ValueError as error:
+        raise CheckpointError(f"{error}: resume with the models this run started from") from error
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         state |= safetensors.torch.load_file(file)

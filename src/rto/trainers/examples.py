@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Sequences, collate
 from rto.data.formats import DataError, Labelled, Pair, Skipped, read_labelled, read_pairs
+from rto.models.roles import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def sequences_of(
 def reference_key(reference: nn.Module, examples: Sequence[Example], precision: str) -> str:
     """What the reference's numbers depend on: its weights, the token ids (the template is in them), the precision."""
     digest = hashlib.blake2b(precision.encode(), digest_size=16)
-    for name, weight in reference.state_dict().items():
+    for name, weight in weights_of(reference).items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(memoryview(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     digest.update(json.dumps([[e.prompt, *e.scored] for e in examples]).encode())

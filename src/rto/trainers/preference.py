@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Sequences, collate, micro_batches
 from rto.functional.logprobs import scatter
@@ -27,6 +27,7 @@ from rto.models.loading import (
     source_name,
     trusts,
 )
+from rto.models.roles import adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments
 from rto.trainers.examples import (
     Example,
@@ -155,12 +156,12 @@ class PreferenceTrainer(TokenTrainer):
         check_output_layer(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
-        if ref_model is not None and self.loss.needs_reference:
-            self.reference = freeze(load_policy(ref_model, **init))
         if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
+            set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
+            policy = adapt(policy, peft_config)
+        self._base = shared_base(policy)
+        if ref_model is not None and self.loss.needs_reference:
+            self.reference = freeze(load_policy(place(self._base, ref_model, "ref_model"), **init))
         super().__init__(
             Actor(policy),
             args,
@@ -176,11 +177,12 @@ class PreferenceTrainer(TokenTrainer):
         """Read π_ref's numbers beforehand and let it go, or keep it beside the policy."""
         if self.reference is not None:
             self.reference.to(self.args.device)
-        if self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self._sharded:
+        if self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self.sharded:
             self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
             self.reference = None
         elif self.reference is None and not self._new_adapter:
-            self.reference = freeze(clone(self.model.policy))
+            policy = self.model.policy
+            self.reference = freeze(clone(policy) if self._base is None else self._base.copy(None, "ref_model"))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""
@@ -271,8 +273,9 @@ class PreferenceTrainer(TokenTrainer):
         )
         if self.loss.needs_ref_kl:
             return self._score_with_kl(model, sequences)
-        logp = model(sequences.tokens, sequences.prompt_mask, sequences.mask).logp
-        ref = None
+        out: TokenOutputs = model(sequences.tokens, sequences.prompt_mask, sequences.mask)
+        assert out.logp is not None
+        logp, ref = out.logp, None
         if self.loss.needs_reference and examples[0].ref_logp:
             first = 0 if completions[0] is examples[0].completions else len(examples[0].completions)
             known = [e.ref_logp[first + side] for side in range(len(completions[0])) for e in examples]
@@ -287,10 +290,11 @@ class PreferenceTrainer(TokenTrainer):
         with self._as_reference() as reference:
             ref_logp = policy_logprobs(reference, sequences)
             ref_hidden = response_states(reference, sequences)
-            ref_head = output_layer(reference).without_adapter()
+            ref_head = output_layer(reference)
         out: TokenOutputs = model(
             sequences.tokens, sequences.prompt_mask, sequences.mask, ref_hidden=ref_hidden, ref_head=ref_head
         )
+        assert out.logp is not None
         return Completions(logp=out.logp, ref_logp=ref_logp, mask=sequences.mask, ref_kl=out.ref_kl)
 
     @torch.no_grad()
@@ -320,20 +324,18 @@ class PreferenceTrainer(TokenTrainer):
     # --- the reference
 
     @property
-    def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @property
     def _has_reference(self) -> bool:
         return self.reference is not None or self._new_adapter
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
-        """π_ref: a model of its own, or the policy with its adapter switched off."""
-        policy: Any = self.accelerator.unwrap_model(self.model).policy
-        switched = policy.disable_adapter() if self.reference is None and self._new_adapter else nullcontext()
-        with switched, torch.no_grad(), self.accelerator.autocast():
-            yield policy if self.reference is None else self.reference
+        """π_ref: a model of its own, the base under a new adapter, or before training the policy itself."""
+        reference = self.reference
+        if reference is None and self._new_adapter:
+            assert self._base is not None
+            reference = self._base.without_adapter().eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            yield self.accelerator.unwrap_model(self.model).policy if reference is None else reference
 
     def _precomputed(self, examples: list[Example] | None) -> list[Example] | None:
         """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref."""
@@ -385,7 +387,7 @@ class PreferenceTrainer(TokenTrainer):
         """Micro-batches of whole examples."""
         sides = [(e.prompt, e.mismatched if mismatched else e.completions) for e in examples]
         lengths = torch.tensor([len(s) * (len(x) + max(map(len, s))) for x, s in sides], dtype=torch.long)
-        if self.model.training or self._sharded:
+        if self.model.training or self.sharded:
             return self.micro_batches(lengths)
         return micro_batches(lengths, self.args.max_tokens_per_micro_batch)
 

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Sampler as IndexSampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.formats import Prompt, completion_texts, read_prompts
@@ -45,10 +44,11 @@ from rto.models.loading import (
     source_name,
     trusts,
 )
+from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
-from rto.trainers.base import CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
 
 ESTIMATORS = ("gae", "reinforce++")
 
@@ -192,14 +192,15 @@ class RTOTrainer(TokenTrainer):
     """Reinforced Token Optimization, and everything that is a value of it.
 
     Args:
-        model: the starting policy: a folder, a hub id or a model.
+        model: the starting policy: a folder, a hub id or a model. An adapter goes on being trained.
         args: the configuration.
         dpo_model: π_dpo, whose log-ratio to the reference is the token reward. Not run when β₁ = 0. Or any other
             `TokenRewardSpec`: a token source, a Python function; a list of them counts as their mean.
         dpo_ref_model: π_dpo's own reference; None means ``ref_model``.
-        ref_model: π_ref; None means the starting policy itself, or the base model under a PEFT adapter.
+        ref_model: π_ref; None means the starting policy itself, or the base model under a new adapter.
         value_model: what the critic starts from; None means the first reward model that shares the policy's
-            tokenizer, or else the policy's backbone with a head that starts at zero.
+            tokenizer, or else the policy's backbone with a head that starts at zero. On a shared base: the first
+            reward model that shares it, or else a new adapter like the policy's.
         reward_funcs: as in TRL's GRPO: a reward model (folder, hub id, object), a Python function, or a list of
             these. Needed unless β₃ = 0.
         reward_processing_classes: tokenizers of reward models given as objects, in the order of ``reward_funcs``.
@@ -207,7 +208,9 @@ class RTOTrainer(TokenTrainer):
         eval_dataset: prompts for ``evaluate``.
         processing_class: the tokenizer; None loads the model's.
         sampler: draws completions; None decodes with transformers.
-        peft_config: train a PEFT adapter on the policy instead of the whole model.
+        peft_config: train a new PEFT adapter on the policy instead of the whole model. Where the policy is an
+            adapter, each other model that is given as the folder of an adapter on the same base shares that base
+            (`rto.models.roles`); any other model is one of its own.
 
     Raises:
         DataError: the prompts cannot be used.
@@ -257,34 +260,40 @@ class RTOTrainer(TokenTrainer):
                     dataset, tokenizer, max_length=_room(args, policy), what=f"{name}_dataset"
                 )
 
+        if peft_config is not None:
+            set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
+            policy = adapt(policy, peft_config)
+        base = shared_base(policy)
         budget = args.max_tokens_per_micro_batch
         tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
+        scorers = [place(base, f, "reward_model", scalar=True) for f in functions]
         self.score_sources = [
-            reward_source(f, t, max_tokens=budget, **init) for f, t in zip(functions, tokenizers, strict=True)
+            reward_source(f, t or _tokenizer_on_base(f, tokenizer), max_tokens=budget, **init)
+            for f, t in zip(scorers, tokenizers, strict=True)
         ]
         self.score_weights = args.reward_weights or [1.0] * len(functions)
         self.estimator = args.estimator()
         critic = None
         if self.estimator.needs_values:
-            critic = self._critic(value_model, model, tokenizer, init)
-        self.reference: nn.Module | None = None
-        if ref_model is not None or peft_config is None:
-            self.reference = freeze(clone(policy) if ref_model is None else load_policy(ref_model, **init))
+            critic = self._critic(base, value_model, model, tokenizer, init)
+        if ref_model is not None:
+            reference = load_policy(place(base, ref_model, "ref_model"), **init)
+        elif base is None:
+            reference = clone(policy)
+        else:
+            reference = base.without_adapter() if peft_config is not None else base.copy(None, "ref_model")
+        self.reference = freeze(reference)
         self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
             self.token_reward = token_source(
-                token_rewards,
-                dpo_ref_model,
+                [place(base, spec, "dpo_model") for spec in token_rewards],
+                place(base, dpo_ref_model, "dpo_ref_model"),
                 kind=args.token_reward,
                 pessimism=args.token_reward_pessimism,
                 temperature=args.temperature,
                 max_tokens=budget,
                 **init,
             )
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
         self.sampler: Sampler = sampler or TransformersSampler(
             config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
         )
@@ -305,7 +314,8 @@ class RTOTrainer(TokenTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        for scorer in (self.reference, self.token_reward, *(s.model for s in self._reward_models())):
+        self.reference.to(self.args.device)
+        for scorer in (self.token_reward, *(s.model for s in self._reward_models())):
             if scorer is not None:
                 scorer.to(self.args.device)
 
@@ -345,10 +355,11 @@ class RTOTrainer(TokenTrainer):
         model.eval()
         acting, completed = self._act(model, samples), self._completed(samples, prompts)
         with self.accelerator.autocast():
-            ref_logp = self._reference_logprobs(model, samples)
+            ref_logp = self._reference_logprobs(samples)
             logratio = None
             if self.token_reward is not None:
                 logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
+        assert acting.logp is not None
         assert acting.entropy is not None
         self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
         return Rollout(
@@ -398,16 +409,19 @@ class RTOTrainer(TokenTrainer):
         tokens = self.all_reduce(batch.mask.sum().float())
         stats: dict[str, Tensor] = {}
 
-        def loss(rows: Tensor) -> Tensor:
-            part = batch.rows(rows).trim()
-            out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, args.temperature)
-            policy = policy_loss(out.logp, part.old_logp, part.advantages, cliprange=args.cliprange)
-            terms = {
-                "loss/policy": policy.loss,
-                "clip/ratio": policy.clipped.float(),
-                "approx_kl": approx_kl(out.logp, part.old_logp),
-            }
-            total = masked_sum(policy.loss, part.mask)
+        def loss(share: tuple[Tensor, tuple[str, ...]]) -> Tensor:
+            part = batch.rows(share[0]).trim()
+            out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, args.temperature, parts=share[1])
+            terms: dict[str, Tensor] = {}
+            total = torch.zeros((), device=part.mask.device)
+            if out.logp is not None:
+                policy = policy_loss(out.logp, part.old_logp, part.advantages, cliprange=args.cliprange)
+                terms |= {
+                    "loss/policy": policy.loss,
+                    "clip/ratio": policy.clipped.float(),
+                    "approx_kl": approx_kl(out.logp, part.old_logp),
+                }
+                total = total + masked_sum(policy.loss, part.mask)
             if out.values is not None:
                 assert part.old_values is not None
                 assert part.returns is not None
@@ -418,7 +432,12 @@ class RTOTrainer(TokenTrainer):
                 stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
             return total / tokens
 
-        total = self.backward(model, self.micro_batches(batch.lengths.cpu()), loss)
+        # The policy's graph is gone before the critic's is built: a step holds the activations of one model. Sharded
+        # models run in step with each other and keep to one pass.
+        passes = [("policy", "value")] if self.sharded else [("policy",), ("value",)]
+        passes = passes if self.estimator.needs_values else [("policy",)]
+        shares_of = [(rows, parts) for rows in self.micro_batches(batch.lengths.cpu()) for parts in passes]
+        total = self.backward(model, shares_of, loss, whole=len(passes) == 1)
         means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
         self.record(**dict(zip(stats, means)))
         return total
@@ -435,20 +454,18 @@ class RTOTrainer(TokenTrainer):
                 part.tokens, part.prompt_mask, part.mask, self.args.temperature, with_entropy=True
             )
             at, width = rows.to(device), part.mask.shape[1]
+            assert out.logp is not None
             assert out.entropy is not None
             logp[at, :width], entropy[at, :width] = out.logp.float(), out.entropy
             if out.values is not None:
                 values[at, :width] = out.values
         return TokenOutputs(logp, values if self.estimator.needs_values else None, entropy)
 
-    def _reference_logprobs(self, model: nn.Module, samples: Sequences) -> Float[Tensor, "B T"]:
-        budget = self.args.max_tokens_per_micro_batch
-        score = partial(score_logprobs, temperature=self.args.temperature, max_tokens=budget)
-        if self.reference is not None:
-            return score(self.reference, samples)
-        policy: Any = self.accelerator.unwrap_model(model).policy
-        with policy.disable_adapter():
-            return score(policy, samples)
+    def _reference_logprobs(self, samples: Sequences) -> Float[Tensor, "B T"]:
+        args = self.args
+        return score_logprobs(
+            self.reference, samples, temperature=args.temperature, max_tokens=args.max_tokens_per_micro_batch
+        )
 
     def _scores(self, samples: Samples, batch: Completed) -> Float[Tensor, " B"]:
         """Σ weight · score over the reward functions, standardized if asked for."""
@@ -489,13 +506,21 @@ class RTOTrainer(TokenTrainer):
         return [s for s in self.score_sources if isinstance(s, RewardModel)]
 
     def _critic(
-        self, value_model: Source | None, model: Source, tokenizer: PreTrainedTokenizerBase, init: dict[str, Any]
+        self,
+        base: SharedBase | None,
+        value_model: Source | None,
+        model: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        init: dict[str, Any],
     ) -> nn.Module:
         if value_model is not None:
-            return load_scalar(value_model, **init)
+            return trainable(load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init))
+        if base is not None:
+            shared = next((s.model for s in self._reward_models() if isinstance(s.model, Role)), None)
+            return trainable(base.new_critic(VALUE_MODEL) if shared is None else base.copy(shared, VALUE_MODEL))
         for reward_model in self._reward_models():
             if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
-                return clone(reward_model.model).requires_grad_(True)
+                return trainable(clone(reward_model.model))
         name = source_name(model)
         if not Path(name).is_dir() and isinstance(model, nn.Module):
             raise ValueError("a policy given as an object needs a value_model, or a reward model with its tokenizer")
@@ -507,11 +532,12 @@ class RTOTrainer(TokenTrainer):
         """One optimizer, two learning rates: the policy's and the critic's."""
         if self.optimizer is None:
             acting = self.model if model is None else model
+            critic = set(map(id, self.accelerator.unwrap_model(acting).value_parameters))
             decayed = set(self.get_decay_parameter_names(acting))
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, parameter in acting.named_parameters():
                 if parameter.requires_grad:
-                    lr = self.args.value_learning_rate if ".value_model." in f".{name}" else self.args.learning_rate
+                    lr = self.args.value_learning_rate if id(parameter) in critic else self.args.learning_rate
                     decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((lr, decay), []).append(parameter)
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, acting))
@@ -528,9 +554,9 @@ class RTOTrainer(TokenTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         actor: Actor = self.accelerator.unwrap_model(model)
-        norm = self.accelerator.clip_grad_norm_(actor.policy.parameters(), self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
-            value_norm = self.accelerator.clip_grad_norm_(actor.value_model.parameters(), self.args.max_grad_norm)
+            value_norm = self.accelerator.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
         return norm
@@ -727,6 +753,13 @@ class RolloutSampler(IndexSampler[list[int]]):
             mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
             for _ in range(self.repeats):
                 yield mine
+
+
+def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """An adapter's folder may come without a tokenizer: it reads its base's, the policy's."""
+    if isinstance(model, Role) and not (Path(model.source) / "tokenizer_config.json").is_file():
+        return tokenizer
+    return None
 
 
 def _listed(x: Any) -> list[Any]:
