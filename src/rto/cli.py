@@ -1,10 +1,12 @@
 """`rto run | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
 
 import argparse
+import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ win rates (AlpacaEval 2, Arena-Hard, your own prompts):
   evaluate compare    the table of several runs, with intervals
 
 and:
+  export              merge a policy adapter into its base and write the whole model
   inspect             what a token reward is worth: on held-out pairs (--dataset_name), a prompt (--prompt) or a file
                       (--completions), token by token
   theory              the paper's statements, run
@@ -47,6 +50,16 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data, read like dataset_name."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split of the held-out data."})
+
+
+@dataclass
+class ExportArguments:
+    """What `rto export` merges, and where to."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a policy adapter."})
+    output_dir: str = field(metadata={"help": "A new folder for the whole model."})
+    dtype: str = field(default="auto", metadata={"help": "Precision to merge in: auto (the base's), float32, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base."})
 
 
 @dataclass
@@ -81,11 +94,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if args and args[0] in ("-h", "--help") else 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    _keep_freed_memory()
     try:
         return COMMANDS[args[0]](args[1:])
     except ValueError as error:  # RecipeError, DataError, CheckpointError and the checks of the configurations
         print(f"rto {args[0]}: {error}", file=sys.stderr)
         return 2
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of handing it back to the system.
+
+    PyTorch frees and asks for tensors of megabytes at every operation; each would come as untouched pages and be paid
+    for in page faults, a fifth of a forward pass on a CPU. A user's own setting in the environment stays.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+                libc.mallopt(parameter, 2**31 - 1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 
 def run(args: list[str]) -> int:
@@ -126,6 +157,8 @@ def sft(args: list[str]) -> int:
     data, config, model = _parse("sft", args, DataArguments, SFTConfig)
     from rto.trainers.supervised import SFTTrainer
 
+    if model.load_in_4bit or model.load_in_8bit:
+        config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
     trainer = SFTTrainer(
         model.model_name_or_path,
         config,
@@ -150,7 +183,7 @@ def reward(args: list[str]) -> int:
         train_dataset=_train_rows(data),
         eval_dataset=_eval_rows(data),
         processing_class=load_tokenizer(model.model_name_or_path),
-        peft_config=_peft(model),
+        peft_config=_peft(model, task="SEQ_CLS"),
     )
     return _finish(trainer)
 
@@ -195,6 +228,19 @@ def train(args: list[str]) -> int:
         peft_config=_peft(model),
     )
     return _finish(trainer)
+
+
+def export(args: list[str]) -> int:
+    """`rto export`."""
+    from trl import TrlParser
+
+    kinds: list[Any] = [ExportArguments]
+    (parsed,) = TrlParser(kinds, prog="rto export").parse_args_and_config(args=args)
+    from rto.models.roles import export as write
+
+    trust = parsed.trust_remote_code
+    print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
+    return 0
 
 
 def inspect(args: list[str]) -> int:
@@ -257,6 +303,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reward": reward,
     "prefer": prefer,
     "train": train,
+    "export": export,
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
@@ -294,13 +341,30 @@ def _init(model: Any) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` from TRL's ``ModelConfig``."""
     names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
     found = {name: getattr(model, ours, None) for name, ours in names.items()}
+    if model.load_in_4bit or model.load_in_8bit:
+        found |= _quantized(model)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _peft(model: Any) -> Any:
+def _quantized(model: Any) -> dict[str, Any]:
+    """``--load_in_4bit`` and ``--load_in_8bit``: a frozen base of few bits under adapters (QLoRA)."""
+    from importlib.util import find_spec
+
+    from trl import get_quantization_config
+
+    flag = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if not model.use_peft:
+        raise ValueError(f"--{flag} freezes the base, so nothing could learn: add --use_peft")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"--{flag} needs the package bitsandbytes: pip install bitsandbytes")
+    return {"quantization_config": get_quantization_config(model)}
+
+
+def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
+    """The adapter that ``--use_peft`` and its flags describe, for a language model or one that scores."""
     from trl import get_peft_config
 
-    return get_peft_config(model)
+    return get_peft_config(replace(model, lora_task_type=task))
 
 
 def _finish(trainer: Any) -> int:

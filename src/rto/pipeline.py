@@ -120,9 +120,15 @@ class Pipeline:
             assert recipe.data.demonstrations is not None
             config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**TRL_DEFAULTS, **recipe.sft})
             rows = recipe.data.demonstrations.load(recipe.seed)
-            trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+            trainer = SFTTrainer(
+                model, config, train_dataset=rows, processing_class=tokenizer, peft_config=recipe.lora()
+            )
             trainer.train(resume_from_checkpoint=True)
-            trainer.save_model()
+            if recipe.peft is None:
+                trainer.save_model()
+            elif trainer.args.should_save:  # a whole model: the base that the adapters of all later stages share
+                trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
 
     def pairs(self) -> None:
         """Preference pairs: two completions of the starting policy for each prompt, labelled by the gold reward."""
@@ -162,6 +168,7 @@ class Pipeline:
                 ),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
+                peft_config=self.recipe.lora(),
             )
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
@@ -184,6 +191,7 @@ class Pipeline:
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
                 processing_class=tokenizer,
+                peft_config=self.recipe.lora("SEQ_CLS") if self.recipe.reward_model is None else None,
             )
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
@@ -212,6 +220,7 @@ class Pipeline:
                 dpo_model=str(self.folder / "dpo") if args.dpo_coef != 0 else None,
                 reward_funcs=rewards,
                 train_dataset=recipe.data.prompts.load(recipe.seed),
+                peft_config=recipe.lora(),
             )
             trainer.train(resume_from_checkpoint=True)
             trainer.save_model()

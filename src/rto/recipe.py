@@ -97,6 +97,9 @@ class Recipe:
         train: arguments of `RTOConfig` that all methods share.
         methods: name to the arguments of `RTOConfig` that are its own.
         evaluate_temperature: sampling temperature of the evaluation.
+        peft: arguments of PEFT's ``LoraConfig``; every stage then trains an adapter. That of SFT is merged into
+            ``sft/``, the base that all other roles share; a ``reward_model`` of its own is trained whole. None trains
+            whole models.
     """
 
     model: str
@@ -112,6 +115,15 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
     evaluate_temperature: float = 1.0
+    peft: dict[str, Any] | None = None
+
+    def lora(self, task: str = "CAUSAL_LM") -> Any:
+        """A new ``LoraConfig`` for a language model, or for one that scores (``SEQ_CLS``); None without ``peft``."""
+        if self.peft is None:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(task_type=task, **self.peft)
 
     def to_yaml(self) -> str:
         """The resolved recipe."""
@@ -183,6 +195,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             if name not in known:
                 why = "is set by the recipe itself" if name in ours else "is not known"
                 raise RecipeError(f"{where}: {key}.{name} {why}{_nearest(name, known)}")
+    _check_peft(recipe, where)
     if recipe.reward is None:
         for name, own in recipe.methods.items():
             if {**recipe.train, **own}.get("score_coef", 1.0) != 0:
@@ -196,6 +209,29 @@ def check_recipe(recipe: Recipe, where: str) -> None:
                 resolve(value)
             except (ImportError, AttributeError) as error:
                 raise RecipeError(f"{where}: {key}: {value} cannot be imported: {error}") from error
+
+
+def _check_peft(recipe: Recipe, where: str) -> None:
+    if recipe.peft is None:
+        return
+    if not isinstance(recipe.peft, dict):
+        raise RecipeError(f"{where}: peft must be a mapping of LoraConfig's arguments, not {recipe.peft!r}")
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise RecipeError(f"{where}: peft needs the package peft: pip install peft") from error
+    from rto.models.loading import check_adapter
+
+    ours = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
+    known = {f.name for f in fields(LoraConfig)} - ours
+    for name in recipe.peft:
+        if name not in known:
+            why = "is set by the stages themselves" if name in ours else "is not known"
+            raise RecipeError(f"{where}: peft.{name} {why}{_nearest(name, known)}")
+    try:
+        check_adapter("peft", recipe.lora())
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: peft: {error}") from error
 
 
 def is_function(path: str) -> bool:

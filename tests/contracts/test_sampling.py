@@ -248,12 +248,50 @@ def test_a_token_sees_what_exists_before_it_and_padding_sees_itself(tiny_model, 
     mask = decoder._mask(start, stop)
     seen = mask if implementation == "sdpa" else mask == 0
     assert implementation == "sdpa" or (mask[mask != 0] == torch.finfo(torch.float32).min).all()
-    assert seen.shape == (2, 1, stop - start, 8)
+    assert seen.shape == (2, 1, stop - start, stop)
     for b, row in enumerate(exists):
         row = [*row, *[True] * 4]
         for q in range(start, stop):
-            expected = [k for k in range(8) if (k <= q and row[k]) or k == q]
+            expected = [k for k in range(stop) if (k <= q and row[k]) or k == q]
             assert seen[b, 0, q - start].nonzero().flatten().tolist() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"], indirect=True)
+def test_decoding_works_under_autocast(architecture):
+    """Autocast gives keys in fp32 and values in bf16; the logits are those of fp32 up to rounding."""
+    tokens = torch.randint(architecture.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = architecture(tokens).logits
+    decoder = sampling._Decoder(architecture, torch.ones(3, 4, dtype=torch.bool), 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps = [decoder.step(tokens[:, :4]), *(decoder.step(tokens[:, t : t + 1]) for t in range(4, 9))]
+    logits = torch.stack(steps, dim=1)
+    assert logits.dtype == torch.float32
+    gap = (logits - expected[:, 3:]).abs().max() / expected.abs().max()
+    assert gap < 0.03
+    precisions = {layer.keys.dtype for layer in decoder.cache.layers}
+    assert precisions == {torch.bfloat16 if decoder.full else torch.float32}
+
+
+@pytest.mark.parametrize("size", [3, sampling.BLOCK, sampling.BLOCK + 1, 5 * sampling.BLOCK - 7])
+def test_inversion_is_the_search_of_the_whole_cumulative_sum(size):
+    """Blocks change the work, not the draw; `uniform` runs over the row, its very ends included."""
+    weights = torch.rand(64, size, generator=torch.Generator().manual_seed(0))
+    weights[:, ::3] = 0
+    weights[:, -1] = 0
+    uniform = torch.linspace(0, 1 - 1e-12, 64, dtype=torch.float64)[:, None]
+    cumulative = weights.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
+    assert torch.equal(sampling.invert(weights, uniform), expected)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0])
+def test_inversion_never_draws_a_weight_of_zero(uniform):
+    """Not even where rounding puts the point at the end of the sum."""
+    weights = torch.zeros(1, 700)
+    weights[0, [300, 301, 400]] = torch.tensor([0.1, 1e-30, 0.3])
+    drawn = sampling.invert(weights, torch.full((1, 1), uniform, dtype=torch.float64))
+    assert drawn.item() == (300 if uniform == 0 else 400)
 
 
 @torch.no_grad()

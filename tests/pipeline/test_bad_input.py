@@ -46,6 +46,10 @@ RECIPES = [
     ({"data__prompts": "prompts.jsonl"}, ["data.prompts", "must be a mapping"]),
     ({"gold": None}, ["without data.pairs", "gold"]),
     ({"gold": "rto.data.embedded:golden"}, ["gold", "golden", "cannot be imported"]),
+    ({"peft": {"rank": 4}}, ["peft.rank is not known"]),
+    ({"peft": {"task_type": "SEQ_CLS"}}, ["peft.task_type is set by the stages themselves"]),
+    ({"peft": {"bias": "all"}}, ["peft: ", "leave the base as it is"]),
+    ({"peft": True}, ["peft must be a mapping"]),
     ({"reward": None}, ["methods.PPO", "score_coef: 0"]),
     ({"model": "${RTO_NO_SUCH_VARIABLE}/m"}, ["RTO_NO_SUCH_VARIABLE", "not set"]),
 ]

@@ -84,6 +84,39 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     assert list(Path(out).rglob("events.out.tfevents*"))
 
 
+def test_stages_with_adapters_and_their_export(tiny_folder: Path, tmp_path: Path) -> None:
+    """With --use_peft every stage writes an adapter, `rto train` puts them on one base, `rto export` merges one."""
+    pairs = write(tmp_path / "pairs.jsonl.gz", [{"prompt": w, "chosen": "ba" + w, "rejected": "zq"} for w in WORDS])
+    prompts = write(tmp_path / "prompts.jsonl.gz", [{"prompt": w} for w in WORDS])
+    dpo, reward, out, merged = (str(tmp_path / name) for name in ("dpo", "reward", "out", "merged"))
+    lora = ["--model_name_or_path", str(tiny_folder), "--use_peft", "--lora_target_modules", "all-linear", *COMMON]
+    small = ["--per_device_train_batch_size", "8", "--max_completion_length", "4"]
+    codes, _, errors = rto(
+        ["prefer", *lora, "--dataset_name", pairs, "--output_dir", dpo],
+        ["reward", *lora, "--dataset_name", pairs, "--output_dir", reward, *TRL],
+        [
+            *("train", *lora, "--dataset_name", prompts, "--output_dir", out, *small),
+            *("--dpo_model", dpo, "--reward_funcs", reward),
+        ],
+        ["export", "--model_name_or_path", out, "--output_dir", merged],
+        ["export", "--model_name_or_path", out, "--output_dir", merged],
+        ["train", *lora, "--dataset_name", prompts, "--output_dir", out, "--model_name_or_path", dpo],
+        ["sft", *COMMON, "--model_name_or_path", dpo, "--dataset_name", pairs, "--output_dir", out, "--load_in_4bit"],
+    )
+    assert codes == [0, 0, 0, 0, 2, 2, 2], errors[-3000:]
+    for folder, kind in (
+        (dpo, "CAUSAL_LM"),
+        (reward, "SEQ_CLS"),
+        (out, "CAUSAL_LM"),
+        (f"{out}/value_model", "SEQ_CLS"),
+    ):
+        assert json.loads((Path(folder) / "adapter_config.json").read_text())["task_type"] == kind
+    AutoModelForCausalLM.from_pretrained(merged)
+    *_, again, _, four_bits, _ = errors.split("--- end of")
+    assert "merged exists already" in again
+    assert "add --use_peft" in four_bits
+
+
 def test_bad_input_ends_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("dpo_cof: 0.1\n")
@@ -126,3 +159,42 @@ def test_every_learner_by_its_recipe(tiny_folder: Path, tmp_path: Path) -> None:
     assert out.count("'eval_accuracy'") == len(recipes)
     for path in recipes:
         AutoModelForCausalLM.from_pretrained(tmp_path / path.stem)
+
+
+FAULTS = """
+import resource, sys, torch
+from rto.cli import _keep_freed_memory
+if sys.argv[1] == "keep":
+    _keep_freed_memory()
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+paid = []
+for _ in range(20):
+    before = pages()
+    torch.empty(2**24).fill_(1.0)
+    paid.append(pages() - before > 1000)
+print(sum(paid))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """Twenty tensors of 64 MiB, made and freed in turn: the command's process does not pay for new pages each time."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    settings = [("leave", {}), ("keep", {}), ("keep", {"MALLOC_MMAP_THRESHOLD_": "131072"})]
+    rounds = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how],
+                env=environment | own,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for how, own in settings
+    ]
+    usual, kept, asked = rounds
+    assert usual == 20
+    assert kept < 10  # the heap grows for a few rounds, then serves them all
+    assert asked == 20  # the user's own setting stays

@@ -84,6 +84,25 @@ def test_same_recipe_same_results(finished: Path, tmp_path: Path) -> None:
     assert numbers[0] == numbers[1]
 
 
+def test_adapters_on_one_base(tmp_path: Path) -> None:
+    """With ``peft``, SFT leaves a whole model and every later stage an adapter on it that PEFT reads."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+    run(load_recipe(None, SMALL | {"peft.r": 4, "peft.target_modules": "all-linear"}), tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    assert not (tmp_path / "sft" / "adapter_config.json").exists()
+    for stage in ("dpo", "ppo", "rto"):
+        model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / stage)
+        assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "sft")
+        assert not list((tmp_path / stage).glob("model*.safetensors"))
+    for folder in (tmp_path / "reward", tmp_path / "rto" / "value_model"):
+        scorer = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        assert scorer.base_model.model.score.modules_to_save["default"].weight.any()
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["methods"]
+    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert all(abs(results[name]["kl"]) > 1e-4 for name in ("DPO", "PPO", "RTO"))
+
+
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
     monkeypatch.setenv("RTO_DATA", str(data_dir))

@@ -93,9 +93,8 @@ def test_one_base_does_what_separate_models_do(folders, alone, tmp_path):
         value_model=AutoPeftModelForSequenceClassification.from_pretrained(reward, num_labels=1, is_trainable=True),
         ref_model=AutoModelForCausalLM.from_pretrained(base),
     )
-    assert not any(
-        isinstance(m, Role) for m in (apart.reference, apart.token_reward.dpo_model, apart.model.value_model)
-    )
+    models = apart.reference, apart.token_reward.dpo_model, apart.score_sources[0].model, apart.model.value_model
+    assert not any(isinstance(model, Role) for model in models)
     weights, rows = train(apart)
     expected, log = alone
     assert expected.keys() == weights.keys()
@@ -202,7 +201,7 @@ def test_checkpointing_changes_no_gradient_on_one_base(folders, tmp_path):
 
 def test_an_adapter_goes_on_being_trained(folders, tmp_path):
     """π_ref is the adapter as it was; the critic a new one on the same base."""
-    base, dpo, _ = folders
+    _, dpo, _ = folders
     run = share(dpo, dpo, count, str(tmp_path), peft_config=None)
     assert isinstance(run.model.policy, PeftModel)
     assert run.reference.base is run.model.value_model.base

@@ -4,11 +4,13 @@ The label shift of the whole project is here, in `predicting`, and nowhere else.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
@@ -47,10 +49,34 @@ def token_logprobs(
     """
 
     def logp(h: Tensor, y: Tensor) -> Tensor:
-        logits = _logits(h, head, temperature)
-        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return _LogProb.apply(_logits(h, head, temperature), y)
 
     return _by_rows(logp, (hidden, tokens), max(1, max_logits // vocab_size))
+
+
+class _LogProb(torch.autograd.Function):
+    """log softmax(z)[y] with its gradient, g · (1[v = y] − softmax(z)[v]), made in the forward pass's own buffer.
+
+    Autograd's own derivative of gather − logsumexp holds three tensors of the size of the logits instead of one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """The log-probability of each row's token."""
+        top = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, tokens[:, None]) - top
+        weights = (logits - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.save_for_backward(weights, total, tokens)
+        return (chosen - total.log()).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, " N"]) -> tuple[Float[Tensor, "N V"], None]:
+        """Overwrites what the forward pass saved: good for one backward pass, as all of ours are."""
+        weights, total, tokens = ctx.saved_tensors
+        weights.mul_(-grad[:, None] / total)
+        return weights.scatter_add_(-1, tokens[:, None], grad[:, None]), None
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from rto.batches import Samples, collate
 from rto.models.loading import unwrap_peft
@@ -114,6 +116,37 @@ class TransformersSampler:
         return [row[:n] for row, n in zip(out.tolist(), lengths.tolist())]
 
 
+class _Filled(StaticLayer):
+    """A static cache layer of which attention reads the filled part only.
+
+    Under autocast keys and values are kept in the lower precision, which attention would cast them to at every step.
+    """
+
+    keys: Tensor
+    values: Tensor
+    filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers in the precision that attention works in."""
+        device = key_states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else key_states.dtype
+        super().lazy_initialization(key_states.to(dtype), value_states.to(dtype))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new columns, return all that are written."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.filled = self.filled, self.filled + key_states.shape[-2]
+        self.keys[:, :, start : self.filled] = key_states
+        self.values[:, :, start : self.filled] = value_states
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        """Columns written."""
+        return self.filled
+
+
 class _Decoder:
     """A model with its cache: tokens in, next-token logits out."""
 
@@ -126,9 +159,12 @@ class _Decoder:
         self.visible[:, :width] = prompt_mask
         self.filled = 0
         self.positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-        # Full attention takes our mask as it is, which spares building one a step; other kinds build their own.
+        # Full attention takes our mask as it is, which spares building one a step, and needs no more of the cache than
+        # is filled; other kinds build their own masks, for all of it.
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         self.full = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
+        if self.full:
+            self.cache.layers = [_Filled(max_cache_len=length) for _ in self.cache.layers]
 
     def step(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B V"]:
         """Feed S tokens a row, return the logits that follow the last one."""
@@ -136,30 +172,37 @@ class _Decoder:
         if start:
             self.visible[:, start:stop] = True
             self.positions = self.positions[:, -1:] + 1
-        outputs = self.model(
-            input_ids=tokens,
-            attention_mask=self._mask(start, stop),
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        device = tokens.device.type
+        # The library's cache layers take keys and values of one precision, which autocast does not give.
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and self.full):
+            outputs = self.model(
+                input_ids=tokens,
+                attention_mask=self._mask(start, stop),
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.filled = stop
         return outputs.logits[:, -1].float()
 
     def _mask(self, start: int, stop: int) -> Tensor:
         if not self.full:
             return self.visible[:, :stop].long()
-        causal = torch.ones(stop - start, self.visible.shape[1], dtype=torch.bool, device=self.visible.device)
-        allowed = self.visible[:, None, :] & causal.tril(start)
-        # A padding position sees itself: attention over nothing is NaN, and NaN times zero is NaN.
-        itself = torch.zeros_like(causal)
-        itself.diagonal(start).fill_(True)
-        keep = (allowed | itself)[:, None]
+        # A single new token sees itself and whatever was visible before it.
+        keep = self.visible[:, None, None, :stop] if stop - start == 1 else self._causal(start, stop)
         if unwrap_peft(self.model).config._attn_implementation == "sdpa":
             return keep
         dtype = next(self.model.parameters()).dtype
         return torch.zeros_like(keep, dtype=dtype).masked_fill_(~keep, torch.finfo(dtype).min)
+
+    def _causal(self, start: int, stop: int) -> Bool[Tensor, "B 1 S K"]:
+        causal = torch.ones(stop - start, stop, dtype=torch.bool, device=self.visible.device)
+        allowed = self.visible[:, None, :stop] & causal.tril(start)
+        # A padding position sees itself: attention over nothing is NaN, and NaN times zero is NaN.
+        itself = torch.zeros_like(causal)
+        itself.diagonal(start).fill_(True)
+        return (allowed | itself)[:, None]
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Forget all other rows."""
@@ -174,7 +217,8 @@ def draw(logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.
     """One token a row from softmax(logits / τ), within top-k and top-p."""
     if config.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / config.temperature
+    if config.temperature != 1:
+        logits = logits / config.temperature
     if config.top_k:
         smallest = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -183,8 +227,33 @@ def draw(logits: Float[Tensor, "B V"], config: SamplingConfig, generator: torch.
         ranked, index = probs.sort(descending=True)
         before = ranked.cumsum(-1) - ranked
         probs = probs.masked_fill((before >= config.top_p).gather(-1, index.argsort(-1)), 0.0)
-    # By inversion: one random number a row, where torch.multinomial draws one for every entry of the vocabulary.
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    return invert(probs, torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator))
+
+
+BLOCK = 256
+
+
+def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[Tensor, " B"]:
+    """The first token whose cumulative weight exceeds ``uniform`` · total: sampling by inversion, sums in float64.
+
+    It takes one random number a row, where `torch.multinomial` draws one for every entry. Sums go by blocks of the
+    vocabulary, then within one block, so no B × V tensor of float64 is made. A weight of 0 is never drawn.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    point = uniform * sums.sum(-1, keepdim=True)
+    block, rest = _first_above(sums, point)
+    row = torch.arange(len(weights), device=weights.device)
+    token, _ = _first_above(blocks[row, block].double(), rest)
+    return block * BLOCK + token
+
+
+def _first_above(
+    weights: Float[Tensor, "B K"], point: Float[Tensor, "B 1"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B 1"]]:
+    """Index of the first cumulative weight above ``point``, and what ``point`` exceeds the one before by."""
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    point = total * torch.rand(len(probs), 1, dtype=total.dtype, device=total.device, generator=generator)
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not pass the end
+    index = torch.searchsorted(cumulative, point, right=True)
+    return index.squeeze(-1), point - (cumulative - weights).gather(-1, index)
