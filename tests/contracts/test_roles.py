@@ -22,6 +22,7 @@ from rto.functional import logprobs
 from rto.models.actor import Actor, output_layer, policy_logprobs, response_states, token_values
 from rto.models.loading import freeze, load_policy, load_scalar, scalar_head
 from rto.models.roles import SharedBase, adapt, export, own_parameters, place, trainable
+from rto.trainers.examples import reference_key
 
 KINDS = {
     "lora": {"r": 4, "target_modules": "all-linear"},
@@ -275,6 +276,18 @@ def test_a_new_critic_is_zero_and_learns(base, batch):
     assert (values == 0).all()
     (values - 1).square().sum().backward()
     assert scalar_head(value).weight.grad.abs().sum() > 0
+
+
+def test_numbers_of_a_reference_are_kept_for_its_base(tiny_model):
+    """π_ref's file of numbers is found again under another policy adapter, and never for another base."""
+
+    def key(seed: int, adapter: int) -> str:
+        model = adapt(tiny_model(seed=seed), lora())
+        disturb(model, adapter)
+        return reference_key(SharedBase(model).without_adapter(), [], "no")
+
+    assert key(0, adapter=1) == key(0, adapter=2)
+    assert key(0, adapter=1) != key(1, adapter=1)
 
 
 # --- what is refused

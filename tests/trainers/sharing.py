@@ -33,6 +33,7 @@ def share(base: str, dpo: str, reward: str, output: str, *, batch: int = 8, **kw
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "ddp_find_unused_parameters": False,  # else DDP itself makes up for a backward pass that reaches only one role
     }
     trainer = RTOTrainer(
         base,
