@@ -147,6 +147,8 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(tree).__name__}")
     for key, value in (overrides or {}).items():
         _set(tree, key.split("."), value)
+    if not isinstance(tree.get("peft"), dict | None):
+        raise RecipeError(f"{path}: peft must be a mapping of LoraConfig's arguments, not {tree['peft']!r}")
     recipe = _build(Recipe, tree, str(path), "")
     check_recipe(recipe, str(path))
     return recipe
@@ -214,8 +216,6 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 def _check_peft(recipe: Recipe, where: str) -> None:
     if recipe.peft is None:
         return
-    if not isinstance(recipe.peft, dict):
-        raise RecipeError(f"{where}: peft must be a mapping of LoraConfig's arguments, not {recipe.peft!r}")
     try:
         from peft import LoraConfig
     except ImportError as error:
