@@ -25,6 +25,7 @@ import re
 import sys
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def features(texts: Sequence[str]) -> sparse.csr_matrix:
     starts = [0]
     for text in texts:
         words = re.findall(r"[a-z']+|[!?]", text.lower())
-        grams = {*words, *map(" ".join, zip(words, words[1:]))}
+        grams = {*words, *map(" ".join, pairwise(words))}
         indices += sorted({zlib.crc32(gram.encode()) % FEATURES for gram in grams})
         starts.append(len(indices))
     return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, starts), shape=(len(texts), FEATURES))

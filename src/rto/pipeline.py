@@ -219,7 +219,7 @@ class Pipeline:
             rewards += [(resolve(f), 0.0) for f in recipe.logged]
             if len(rewards) > 1:
                 args.reward_weights = [weight for _, weight in rewards]
-            learners = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
+            learners: list[Any] = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
             trainer = RTOTrainer(
                 str(self.folder / "sft"),
                 args,

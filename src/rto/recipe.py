@@ -315,7 +315,9 @@ def _check_names(recipe: Recipe, where: str) -> None:
     if not all(0 < fraction < 1 for fraction in study.fractions):
         raise RecipeError(f"{where}: study.fractions are shares of the prompts between 0 and 1")
     if study.tune is not None and recipe.data.validation_prompts is None:
-        raise RecipeError(f"{where}: study.tune chooses on data.validation_prompts: give them, or set study.tune to null")
+        raise RecipeError(
+            f"{where}: study.tune chooses on data.validation_prompts: give them, or set study.tune to null"
+        )
 
 
 def folder_of(name: str) -> str:

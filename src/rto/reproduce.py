@@ -118,11 +118,14 @@ def reproduce(
     policies = _chosen(recipe, methods)
     count = recipe.study.seeds if seeds is None else seeds
     if recipe.study.tune is not None and recipe.seed <= recipe.study.tune.seed < recipe.seed + count:
-        raise RecipeError(f"study.tune.seed is {recipe.study.tune.seed}, which is one of the final seeds: take another")
+        raise RecipeError(
+            f"study.tune.seed is {recipe.study.tune.seed}, which is one of the final seeds: take another"
+        )
     with _locked(folder):
         study = replace(recipe.study, comparisons={}, fractions=[], scaled=[], seeds=0)  # may change in a begun folder
         Pipeline(replace(recipe, study=study), folder, console).claim()
-        tuned, trials = recipe, {}
+        tuned = recipe
+        trials: dict[str, list[Trial]] = {}
         if recipe.study.tune is not None:
             tuned, trials = tune(recipe, recipe.study.tune, folder / "tune", policies, jobs, console)
         final = with_fractions(tuned, policies)
@@ -304,7 +307,7 @@ def tune(
 
     trials = tried("learners", searched, start)
     factors = {name: best(found, tuning.max_kl).factor for name, found in trials.items()}
-    factors |= {name: factors[first] for name in members}
+    factors |= dict.fromkeys(members, factors[first])
     named = {name: trial_name(name, factor) for name, factor in factors.items()}
     learners = {trial: _at(recipe, "learners", name, factors[name]) for name, trial in named.items()}
     methods = {name: own | _renamed(recipe, name, named) for name, own in recipe.methods.items() if name in policies}
@@ -344,8 +347,9 @@ def _learning_rate(recipe: Recipe, key: str, own: dict[str, Any]) -> float:
     from rto.trainers.preference import PreferenceConfig
     from rto.trainers.rto import RTOConfig
 
-    shared, config = {"learners": (recipe.prefer, PreferenceConfig), "methods": (recipe.train, RTOConfig)}[key]
-    return float({**shared, **own}.get("learning_rate", config.learning_rate))
+    if key == "learners":
+        return float({"learning_rate": PreferenceConfig.learning_rate, **recipe.prefer, **own}["learning_rate"])
+    return float({"learning_rate": RTOConfig.learning_rate, **recipe.train, **own}["learning_rate"])
 
 
 def _trial(folder: Path, search: Recipe, key: str, name: str, factor: float) -> Trial:
@@ -361,7 +365,7 @@ def _trial(folder: Path, search: Recipe, key: str, name: str, factor: float) -> 
 def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Everything the report is made from: a row a policy and seed, with its training curve."""
     gold = "reward model" if recipe.gold is None else resolve(recipe.gold).__name__
-    kind = {name: "learner" for name in recipe.learners} | {name: "method" for name in recipe.methods}
+    kind = dict.fromkeys(recipe.learners, "learner") | dict.fromkeys(recipe.methods, "method")
     runs = {
         name: {
             "kind": kind.get(name, "start"),
@@ -409,7 +413,9 @@ def _curve(log: Path, gold: str) -> dict[str, list[float]]:
     rows = [row for row in rows if "episodes" in row]
     keys = {**CURVE, "gold": f"score/{gold}"}
     return {
-        name: [round(row[key], 4) for row in rows] for name, key in keys.items() if rows and all(key in r for r in rows)
+        name: [round(row[key], 4) for row in rows]
+        for name, key in keys.items()
+        if rows and all(key in r for r in rows)
     }
 
 

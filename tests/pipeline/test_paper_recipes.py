@@ -106,7 +106,9 @@ def test_paper_recipe_takes_two_steps(
         trained = AutoModelForCausalLM.from_pretrained(tmp_path / folder_of(name)).state_dict()
         assert any(not torch.equal(trained[key], started[key]) for key in trained), name
     for name in recipe.methods:
-        (row,) = [json.loads(x) for x in (tmp_path / folder_of(name) / "log.jsonl").read_text().split("\n") if "kl" in x]
+        (row,) = [
+            json.loads(x) for x in (tmp_path / folder_of(name) / "log.jsonl").read_text().split("\n") if "kl" in x
+        ]
         own = {**recipe.train, **recipe.methods[name]}
         assert row["episodes"] == 8
         assert (row["share/token"] != 0) == (own["dpo_coef"] != 0)

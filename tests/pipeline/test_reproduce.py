@@ -67,7 +67,9 @@ def test_what_methods_share_is_planned_once() -> None:
 
 
 def test_a_method_needs_its_own_learners_and_no_other() -> None:
-    jobs = {j.path.name: j for j in plan(study(), Path("s"), ["PPO", "RTO (KTO)", "RTO (pessimistic)"], "test_prompts")}
+    jobs = {
+        j.path.name: j for j in plan(study(), Path("s"), ["PPO", "RTO (KTO)", "RTO (pessimistic)"], "test_prompts")
+    }
     assert set(jobs) == {
         *("sft", "pairs", "reward", "kto", "dpo-bootstrap-1", "dpo-bootstrap-2", "dpo-bootstrap-3"),
         *("ppo", "rto--kto-", "rto--pessimistic-"),
@@ -137,10 +139,14 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_with_two_jobs(tmp_path: Path) -> None:
-    flags = [x for key, value in SMALL.items() for x in (f"--{key}", yaml.safe_dump(value).replace("\n...", "").strip())]
+    flags = [
+        x for key, value in SMALL.items() for x in (f"--{key}", yaml.safe_dump(value).replace("\n...", "").strip())
+    ]
     command = [sys.executable, "-m", "rto", "reproduce", "embedded", "--methods", "PPO", "RTO", "--seeds", "2"]
     command += ["--jobs", "2", "--output_dir", str(tmp_path / "out"), *flags]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     reward = tmp_path / "out" / "seed-0" / "reward" / "done.json"
     deadline = time.time() + 200
     while not reward.is_file():
@@ -181,7 +187,9 @@ def test_a_failed_job_is_named_and_what_is_done_stays(tmp_path: Path) -> None:
 
 
 def test_tuning_takes_the_highest_gold_within_the_kl() -> None:
-    trials = [Trial(learning_rate=f, factor=f, gold=g, kl=k) for f, g, k in ((0.5, 1.0, 2.0), (1, 3.0, 9.0), (2, 2.0, 5.0))]
+    trials = [
+        Trial(learning_rate=f, factor=f, gold=g, kl=k) for f, g, k in ((0.5, 1.0, 2.0), (1, 3.0, 9.0), (2, 2.0, 5.0))
+    ]
     assert best(trials, None).factor == 1
     assert best(trials, 6.0).factor == 2
     assert best(trials, 1.0).factor == 0.5  # none is: the nearest
@@ -254,7 +262,9 @@ def test_collect_needs_every_run(finished: Path) -> None:
 # --- names
 
 
-def test_names_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RecipeError, match="no method 'RTOO'; known: SFT, DPO"):
         reproduce(study(), tmp_path, methods=["RTOO"], console=Console(quiet=True))
     with pytest.raises(RecipeError, match=r"study\.comparisons: no method 'RTOO'; did you mean RTO"):
@@ -265,7 +275,7 @@ def test_names_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         study(**{"methods": {"RTO!": {}, "RTO?": {}}, "study.scaled": [], "study.comparisons": {}})
     with pytest.raises(RecipeError, match="between 0 and 1"):
         study(**{"study.fractions": [1.0]})
-    with pytest.raises(RecipeError, match="give them, or set study.tune to null"):
+    with pytest.raises(RecipeError, match=r"give them, or set study\.tune to null"):
         study(**{"study.tune": {}, "data.validation_prompts": None})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"no task 'mars'.*from its root"):

@@ -41,7 +41,9 @@ def interval(x: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Paired:
-    """d_i = ours_i − theirs_i,  t = d̄ √n / s_d,  p = 2 P(T_{n−1} > |t|): seed i gave both the same SFT, pairs and prompts.
+    """d_i = ours_i − theirs_i,  t = d̄ √n / s_d,  p = 2 P(T_{n−1} > |t|).
+
+    Seed i gave both the same start, pairs and prompts.
 
     Raises:
         ValueError: the two are not numbers of the same seeds.
@@ -64,7 +66,7 @@ def smooth(y: Sequence[float] | np.ndarray, width: int = 3) -> Float[np.ndarray,
 
 
 def at_level(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float) -> float:
-    """y where x first reaches a level, by a straight line from the point before; NaN where it never does."""
+    """Y where x first reaches a level, by a straight line from the point before; NaN where it never does."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if not (x >= level).any():
         return float("nan")
@@ -84,7 +86,7 @@ class OverOptimisation:
 
 
 def over_optimisation(learned: Sequence[float] | np.ndarray, gold: Sequence[float] | np.ndarray) -> OverOptimisation:
-    """fall = max_t gold_t − gold_T,  rise = learned_T − learned_{argmax gold}; both positive: over-optimised."""
+    """Fall = max_t gold_t − gold_T,  rise = learned_T − learned_{argmax gold}; both positive: over-optimised."""
     learned, gold = np.asarray(learned, dtype=float), np.asarray(gold, dtype=float)
     peak = int(np.argmax(gold))
     return OverOptimisation(fall=float(gold[peak] - gold[-1]), rise=float(learned[-1] - learned[peak]))

@@ -73,7 +73,8 @@ def markdown(study: Study, figures: Sequence[str] = ()) -> str:
     results = study.results
     seeds, machine = results["seeds"], results["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
-    head = f"{len(seeds)} seeds ({seeds[0]}–{seeds[-1]}); means ± 95 % intervals over seeds (Student's t); {machine}; {versions}."
+    head = f"{len(seeds)} seeds ({seeds[0]}–{seeds[-1]}), means ± 95 % intervals over seeds (Student's t). "
+    head += f"Bold: the interval excludes zero. {machine}; {versions}."
     parts = [head, _section("Held-out prompts", main_table(study))]
     parts += [_section(title, table(study)) for title, table in TABLES.items()]
     parts += [f"![{name}]({name}.svg)" for name in figures]
@@ -154,7 +155,9 @@ def win_rate_table(study: Study) -> list[list[str]]:
     for name in study.scaled:
         if name != study.baseline:
             top = min(kl.max() for n in (name, study.baseline) for kl, _ in paths[n])
-            found = [[[at_level(kl, won, s * top) for kl, won in paths[n]] for n in (name, study.baseline)] for s in LEVELS]
+            found = [
+                [[at_level(kl, won, s * top) for kl, won in paths[n]] for n in (name, study.baseline)] for s in LEVELS
+            ]
             rows.append([name, *(marked(paired(*both).difference) for both in found), _number(float(top))])
     return rows
 
@@ -258,8 +261,8 @@ def frontier(study: Study) -> Figure | None:
     for name, colour in palette(list(study.policies)).items():
         if name in study.policies:
             kl, gold = (interval(study.values(name, key)) for key in ("kl", "gold"))
-            errors = [[0.0 if math.isnan(x.half) else x.half] for x in (gold, kl)]
-            ax.errorbar(kl.mean, gold.mean, *errors, fmt="o", ms=3.5, color=colour, lw=0.8, label=name)
+            up, across = ([0.0 if math.isnan(x.half) else x.half] for x in (gold, kl))
+            ax.errorbar(kl.mean, gold.mean, up, across, fmt="o", ms=3.5, color=colour, lw=0.8, label=name)
     return _legend(figure, ax)
 
 
