@@ -22,7 +22,7 @@ from fractions import Fraction
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -230,7 +230,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
     console.print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done")
     if workers == 1:
         for job in left:
-            job.run(console)
+            with _alone(job):
+                job.run(console)
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
@@ -256,10 +257,18 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
 def _work(job: Job, threads: int) -> float:
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with _log(job).open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with _alone(job) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         job.run(Console(file=log))
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[TextIO]:
+    """A job's log, held: the worker of a killed command may still write the stage; wait for it, and find it done."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _log(job).open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        yield log
 
 
 def _log(job: Job) -> Path:

@@ -1,16 +1,19 @@
 """Studies: what is shared runs once, a killed command goes on, tuning sees validation prompts only."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -18,7 +21,7 @@ from rto import reproduce as module
 from rto.cli import main
 from rto.recipe import Recipe, RecipeError, load_recipe
 from rto.report.study import Study, markdown, write_study
-from rto.reproduce import Job, Trial, best, collect, plan, reproduce, run_jobs, task_recipe, with_fractions
+from rto.reproduce import Job, Trial, _work, best, collect, plan, reproduce, run_jobs, task_recipe, with_fractions
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -161,6 +164,21 @@ def test_a_killed_command_goes_on_with_two_jobs(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert reward.stat().st_mtime_ns == stamp
     assert "### Held-out prompts" in again.stdout
+
+
+def test_a_job_waits_for_the_worker_of_a_killed_command(tmp_path: Path) -> None:
+    """Killing the command alone leaves its workers, who go on with what they have begun."""
+    job = Stage(recipe=load_recipe(None), folder=tmp_path / "seed-0", stage="sft")
+    job.folder.mkdir()
+    with (job.folder / "sft.log").open("a") as log, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        late = pool.submit(_work, job, torch.get_num_threads())
+        with pytest.raises(TimeoutError):
+            late.result(timeout=0.5)
+        assert not job.path.exists()
+        fcntl.flock(log, fcntl.LOCK_UN)
+        late.result(timeout=10)
+    assert job.done
 
 
 class Stage(Job):
