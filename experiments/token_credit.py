@@ -74,7 +74,7 @@ class Task:
 TASKS = {
     "embedded": Task(None, {}, 1500, 250, "rto.data.embedded:gold_credit", (3e-5, 1e-4, 3e-4), 48, 32),
     "stories": Task(
-        ROOT / "recipes" / "stories.yaml",
+        ROOT / "recipes" / "stories" / "run.yaml",
         {},
         2000,
         500,

@@ -1,4 +1,4 @@
-"""`rto run | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
+"""`rto run | reproduce | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
 
 import argparse
 import ctypes
@@ -19,6 +19,7 @@ the whole method:
                       sft → dpo → reward → PPO, RTO → evaluate → report; the embedded recipe when none is named.
                       A key of the recipe is overridden by its dotted name: --train.total_episodes 512.
                       On a folder that was begun, it continues where it stopped.
+  reproduce TASK      every method of a study over seeds, upstream stages shared, with intervals and paired tests
 
 one stage (flags as in TRL; --config FILE.yaml holds the same keys):
   sft                 fine-tune on demonstrations
@@ -135,6 +136,44 @@ def run(args: list[str]) -> int:
     from rto.recipe import load_recipe
 
     run_recipe(load_recipe(path, overrides), Path(folder))
+    return 0
+
+
+def reproduce(args: list[str]) -> int:
+    """`rto reproduce`."""
+    parser = argparse.ArgumentParser(
+        prog="rto reproduce",
+        description="Run the methods of a study over seeds; the same command continues after a kill. Keys of the "
+        "recipe are overridden by their dotted names, as in rto run.",
+    )
+    parser.add_argument("task", help="embedded, imdb, stories (recipes/TASK/study.yaml), or the path of a recipe")
+    parser.add_argument("--methods", nargs="+", help="names of the recipe's learners and methods; all of them")
+    parser.add_argument("--seeds", type=int, help="how many; study.seeds of the recipe")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each has its share of the cores")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/TASK-study")
+    parser.add_argument("--report", action="store_true", help="only write report.md and the figures again")
+    flags, rest = parser.parse_known_args(args)
+    for name in ("seeds", "jobs"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    from transformers.utils import logging as hf_logging
+
+    from rto.report.study import write_study
+    from rto.reproduce import reproduce as run_study
+    from rto.reproduce import task_recipe
+
+    hf_logging.disable_progress_bar()
+    folder = flags.output_dir or Path("runs") / f"{Path(flags.task).stem}-study"
+    if flags.report:
+        results = folder / "results.json"
+        if not results.is_file():
+            raise ValueError(f"{results} is not there: run rto reproduce without --report first")
+    else:
+        recipe = task_recipe(flags.task, _overrides(rest))
+        results = run_study(recipe, folder, methods=flags.methods, seeds=flags.seeds, jobs=flags.jobs)
+    page = write_study(results)
+    print(page.read_text(encoding="utf-8"))
+    print(f"results: {results}\nreport: {page}")
     return 0
 
 
@@ -299,6 +338,7 @@ def theory(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "reproduce": reproduce,
     "sft": sft,
     "reward": reward,
     "prefer": prefer,

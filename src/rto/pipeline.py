@@ -28,7 +28,7 @@ from rto.data.formats import completion_texts, load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
-from rto.recipe import Recipe, RecipeError, is_function, resolve
+from rto.recipe import METHOD_KEYS, Recipe, RecipeError, folder_of, is_function, resolve
 from rto.report.page import write_report
 from rto.report.table import results_table
 from rto.rollout.rewards import Completed, RewardModel
@@ -66,7 +66,8 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
     pipeline.claim()
     pipeline.sft()
     pipeline.pairs()
-    pipeline.prefer()
+    for name in recipe.learners:
+        pipeline.prefer(name)
     pipeline.reward()
     for name in recipe.methods:
         pipeline.train(name)
@@ -156,17 +157,23 @@ class Pipeline:
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             write_atomically(folder / "pairs.jsonl", "".join(lines))
 
-    def prefer(self) -> None:
-        """π_dpo, from the starting policy."""
-        with self._stage("dpo", "DPO: the policy that carries the token reward") as folder:
+    def prefer(self, name: str) -> None:
+        """A direct preference learner, from the starting policy; with DPO it is π_dpo."""
+        own = dict(self.recipe.learners[name])
+        bootstrap = own.pop("bootstrap", None)
+        with self._stage(folder_of(name), f"{name}: the policy that carries the token reward") as folder:
             if folder is None:
                 return
+            pairs = self._pairs()
+            if bootstrap is not None:
+                draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + bootstrap)
+                pairs = pairs.select(torch.randint(len(pairs), (len(pairs),), generator=draw).tolist())
             trainer = PreferenceTrainer(
                 str(self.folder / "sft"),
                 PreferenceConfig(
-                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.prefer}
+                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.prefer, **own}
                 ),
-                train_dataset=self._pairs(),
+                train_dataset=pairs,
                 eval_dataset=self._eval_pairs(),
                 peft_config=self.recipe.lora(),
             )
@@ -200,8 +207,9 @@ class Pipeline:
     def train(self, name: str) -> None:
         """One on-line method, from the starting policy, on the same prompts as every other."""
         recipe = self.recipe
-        kwargs = {**TRAINING_DEFAULTS, "logging_steps": 0, **recipe.train, **recipe.methods[name]}
-        with self._stage(_folder_of(name), f"{name}: on-line, from the starting policy") as folder:
+        own = {key: value for key, value in recipe.methods[name].items() if key not in METHOD_KEYS}
+        kwargs = {**TRAINING_DEFAULTS, "logging_steps": 0, **recipe.train, **own}
+        with self._stage(folder_of(name), f"{name}: on-line, from the starting policy") as folder:
             if folder is None:
                 return
             args = RTOConfig(
@@ -210,15 +218,21 @@ class Pipeline:
                 max_completion_length=recipe.completion_length,
                 **kwargs,
             )
-            rewards: list[Any] = [str(self.folder / "reward")] if recipe.reward is not None else []
-            if recipe.gold is not None:  # logged beside the score, with no weight in it
-                args.reward_weights = [1.0] * len(rewards) + [0.0]
-                rewards.append(resolve(recipe.gold))
+            paid_by = recipe.methods[name].get("paid_by", "reward")
+            rewards: list[tuple[Any, float]] = []  # with a weight of 0 they are logged beside the score
+            if recipe.reward is not None:
+                rewards.append((str(self.folder / "reward"), float(paid_by == "reward")))
+            if recipe.gold is not None:
+                rewards.append((resolve(recipe.gold), float(paid_by == "gold") / recipe.label_temperature))
+            rewards += [(resolve(f), 0.0) for f in recipe.logged]
+            if len(rewards) > 1:
+                args.reward_weights = [weight for _, weight in rewards]
+            learners: list[Any] = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
             trainer = RTOTrainer(
                 str(self.folder / "sft"),
                 args,
-                dpo_model=str(self.folder / "dpo") if args.dpo_coef != 0 else None,
-                reward_funcs=rewards,
+                dpo_model=learners or None,
+                reward_funcs=[function for function, _ in rewards],
                 train_dataset=recipe.data.prompts.load(recipe.seed),
                 peft_config=recipe.lora(),
             )
@@ -238,38 +252,31 @@ class Pipeline:
             self.console.print(f"report: {report}")
         return report
 
+    def measure(self, name: str, prompts: str) -> None:
+        """What one policy wrote for ``test_prompts`` or ``validation_prompts``: a number a prompt, in its folder."""
+        folder = self.folder / self.recipe.policies[name]
+        path = folder / f"{prompts}.json"
+        if path.is_file() or not PartialState().is_main_process:
+            return
+        examiner = self._examiner(prompts)
+        found = examiner.answer(str(folder))
+        said = list(map(_said, examiner.raw, found.completions))
+        logged = {f: list(resolve(f)(prompts=examiner.raw, completions=said)) for f in self.recipe.logged}
+        shown = [{"prompt": spoken(x), "completion": y} for x, y in zip(examiner.raw[:SHOWN], found.completions)]
+        row = {"gold": found.gold, "kl": found.kl, "length": found.lengths, "ended": found.ended}
+        write_atomically(path, json.dumps({**row, "logged": logged, "shown": shown}))
+
     def _evaluate(self, folder: Path) -> None:
         recipe = self.recipe
-        start = self.folder / "sft"
-        tokenizer, reference = load_tokenizer(start), load_policy(start)
-        reference.eval().to(self._device)
-        rows = recipe.data.test_prompts.load(recipe.seed)
-        prompts, _ = read_prompts(
-            rows, tokenizer, max_length=_room(reference, recipe.completion_length), what="data.test_prompts"
-        )
-        raw = [p.raw for p in prompts]
-        judge, judged_by = self._judge(raw)
-        sampling = SamplingConfig(
-            max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
-        )
-        policies = {"SFT": "sft", "DPO": "dpo", **{name: _folder_of(name) for name in recipe.methods}}
+        examiner = self._examiner("test_prompts")
+        raw = examiner.raw
         answers: dict[str, Answers] = {}
         methods: dict[str, Any] = {}
-        for name, where in track(policies.items(), "sampling and judging", console=self.console):
-            policy = load_policy(str(self.folder / where)).eval().to(self._device)
-            answers[name] = answer(
-                policy,
-                reference,
-                tokenizer,
-                [p.ids for p in prompts],
-                judge,
-                sampling,
-                seed=recipe.seed + 1_000_003,
-                max_tokens=MAX_TOKENS,
-            )
+        for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
+            answers[name] = examiner.answer(str(self.folder / where))
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
             methods[name] = summary(answers[name], None if name == "SFT" else answers["SFT"], seconds, where)
-        self._write_token_rewards(folder, raw, answers, tokenizer)
+        self._write_token_rewards(folder, raw, answers, examiner.tokenizer)
         lines = [
             {
                 "prompt": spoken(prompt),
@@ -279,8 +286,32 @@ class Pipeline:
             for i, prompt in enumerate(raw)
         ]
         _write_lines(folder / "completions.jsonl", lines)
-        results = {"gold": judged_by, "baseline": "SFT", "prompts": len(raw), "methods": methods}
+        results = {"gold": examiner.judged_by, "baseline": "SFT", "prompts": len(raw), "methods": methods}
         write_atomically(folder / "results.json", json.dumps(results, indent=1))
+
+    def _examiner(self, prompts: str) -> "Examiner":
+        """What every policy is asked, and how it is judged."""
+        recipe, start = self.recipe, self.folder / "sft"
+        tokenizer, reference = load_tokenizer(start), load_policy(str(start)).eval().to(self._device)
+        asked, _ = read_prompts(
+            getattr(recipe.data, prompts).load(recipe.seed),
+            tokenizer,
+            max_length=_room(reference, recipe.completion_length),
+            what=f"data.{prompts}",
+        )
+        raw = [p.raw for p in asked]
+        judge, judged_by = self._judge(raw)
+        sampling = SamplingConfig(
+            max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
+        )
+        ids = [p.ids for p in asked]
+
+        def ask(folder: str) -> Answers:
+            policy = load_policy(folder).eval().to(self._device)
+            seed = recipe.seed + 1_000_003
+            return answer(policy, reference, tokenizer, ids, judge, sampling, seed=seed, max_tokens=MAX_TOKENS)
+
+        return Examiner(answer=ask, raw=raw, tokenizer=tokenizer, judged_by=judged_by)
 
     def _write_token_rewards(
         self, folder: Path, raw: list[Any], answers: dict[str, Answers], tokenizer: PreTrainedTokenizerBase
@@ -288,7 +319,8 @@ class Pipeline:
         """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
         name = list(answers)[-1]
         rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
-        source = TokenReward(str(self.folder / "dpo"), str(self.folder / "sft")).to(self._device)
+        learner = next(iter(self.recipe.learners))
+        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft")).to(self._device)
         ratios = source(rows)
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
@@ -385,13 +417,20 @@ class Pipeline:
         return PartialState().device
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """Held-out prompts and their judge, the same for every policy."""
+
+    answer: Callable[[str], Answers]
+    """Of the policy in a folder."""
+    raw: list[Any]
+    tokenizer: PreTrainedTokenizerBase
+    judged_by: str
+
+
 def _said(prompt: Any, text: str) -> Any:
     """A completion in the format of its prompt: text, or a message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def _folder_of(method: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in method.lower())
 
 
 def _room(policy: Any, completion_length: int) -> int:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from rto.pipeline import Pipeline, run
 from rto.recipe import load_recipe
 
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if p.parent.name != "prefer")
 SMALL = {
     "data.demonstrations.rows": 64,
     "data.pair_prompts.rows": 48,
@@ -103,7 +105,7 @@ def test_adapters_on_one_base(tmp_path: Path) -> None:
     assert all(abs(results[name]["kl"]) > 1e-4 for name in ("DPO", "PPO", "RTO"))
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
     monkeypatch.setenv("RTO_DATA", str(data_dir))
     monkeypatch.chdir(Path(__file__).parents[2])

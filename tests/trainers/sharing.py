@@ -15,11 +15,13 @@ from peft import LoraConfig
 from rto import RTOConfig, RTOTrainer
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
+OWN = ("peft_config", "value_model", "ref_model", "eval_dataset")
+
 
 def share(base: str, dpo: str, reward: str, output: str, *, batch: int = 8, **kwargs: Any) -> RTOTrainer:
     """What is sampled does not depend on how prompts are spread over processes, and steps are gradients (SGD)."""
     own = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
-    own |= {name: kwargs.pop(name) for name in ("peft_config", "value_model", "ref_model") if name in kwargs}
+    own |= {name: kwargs.pop(name) for name in OWN if name in kwargs}
     settings = {
         "output_dir": output,
         "per_device_train_batch_size": batch,

@@ -251,3 +251,69 @@ def test_preference_adapter_has_its_start_as_reference(folders, pairs, tmp_path,
     assert losses[-1] < losses[0] - 1e-3
     if not precompute:
         assert run.reference.base.model is run.model.policy
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_adapters_that_trl_trained_share_the_base(folders, pairs, tokenizer, tmp_path):
+    """A DPO and a reward adapter as TRL's trainers save them."""
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    base, common = folders[0], {"learning_rate": 1e-2, "max_steps": 2, "report_to": "none", "use_cpu": True}
+    common |= {"bf16": False, "activation_checkpointing": False, "disable_tqdm": True, "save_strategy": "no"}
+    lora = {"r": 2, "target_modules": "all-linear"}
+    scorer = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    theirs = [
+        DPOTrainer(
+            model=base,
+            args=DPOConfig(output_dir=str(tmp_path / "dpo"), **common),
+            train_dataset=pairs,
+            peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, **lora),
+        ),
+        RewardTrainer(
+            model=scorer,
+            args=RewardConfig(output_dir=str(tmp_path / "reward"), **common),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type=TaskType.SEQ_CLS, **lora),
+        ),
+    ]
+    for trainer in theirs:
+        trainer.train()
+        trainer.save_model()
+    run = share(base, str(tmp_path / "dpo"), str(tmp_path / "reward"), str(tmp_path / "run"), max_steps=1)
+    assert isinstance(run.token_reward.dpo_model, Role)
+    assert isinstance(run.score_sources[0].model, Role)
+    dpo = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dpo").eval()
+    reward = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
+    run.model.eval()
+    with torch.no_grad():
+        for ours, alone, number in (
+            (run.token_reward.dpo_model, dpo, policy_logprobs),
+            (run.score_sources[0].model, reward, token_values),
+            (run.model.value_model, reward, token_values),
+        ):
+            assert number(alone, BATCH).abs().sum() > 0.01
+            torch.testing.assert_close(number(ours, BATCH), number(alone, BATCH), rtol=1e-5, atol=1e-5)
+    run.train()
+
+
+def test_the_best_policy_and_critic_come_back(folders, prompts, tmp_path):
+    """`load_best_model_at_end` puts adapter and head of the best checkpoint in place."""
+    run = share(
+        *folders,
+        str(tmp_path),
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_strategy="steps",
+        eval_dataset=prompts,
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    run.save_model()
+    expected, found = saved(best), saved(tmp_path)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    other = next(p for p in tmp_path.glob("checkpoint-*") if p != best)
+    assert any(not torch.equal(found[name], x) for name, x in saved(other).items())

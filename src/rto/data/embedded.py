@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-Split = Literal["sft", "pairs", "rl", "test"]
+Split = Literal["sft", "pairs", "rl", "test", "validation"]
 
 # --- The grammar ------------------------------------------------------------------------------------------
 
@@ -160,8 +160,10 @@ MIN_SENTENCES = 4
 MAX_POSITIONS = 160  # tokens of a prompt and its completion
 RIGHT = 0.7  # how often the careless agent gets a fact of the prompt right
 
-# Prompts fall into splits by a stable hash: split → the residues modulo ten that belong to it.
+# Prompts fall into splits by a stable hash: split → the residues modulo ten that belong to it. Validation prompts are
+# those of the same seed's RL stream past its first MOST_RL, which is as many as RL may ask for.
 BUCKETS: dict[Split, range] = {"sft": range(4), "pairs": range(4, 6), "rl": range(6, 9), "test": range(9, 10)}
+MOST_RL = 20_000
 
 _CHOICE, _WORD, _SPAN = re.compile(r"\[([^]]*)\]"), re.compile(r"\{(\w+)\}"), re.compile(r"<(\w+):([^>]*)>")
 
@@ -203,11 +205,20 @@ def prompts(n: int, seed: int, split: Split = "sft") -> list[str]:
     Args:
         n: How many.
         seed: The same seed gives the same prompts, on every machine.
-        split: Prompts of different splits are disjoint, whatever the seeds.
+        split: Prompts of different splits are disjoint, whatever the seeds; only validation meets the rl
+            prompts of other seeds than its own.
 
     Raises:
         ValueError: If ``n`` is more than half of the split; its tail is too slow to find by drawing.
     """
+    if split == "validation":
+        return _draw(MOST_RL + n, seed, "rl")[MOST_RL:]
+    if split == "rl" and n > MOST_RL:
+        raise ValueError(f"at most {MOST_RL} prompts in split 'rl', the rest is for validation; {n} asked for")
+    return _draw(n, seed, split)
+
+
+def _draw(n: int, seed: int, split: Split) -> list[str]:
     space = math.prod(len(WORDS[name]) for name in _WORD.findall(PROMPT))
     if n > (limit := space * len(BUCKETS[split]) // 20):
         raise ValueError(f"at most {limit} distinct prompts in split {split!r}, {n} asked for")

@@ -1,0 +1,346 @@
+"""The tables and figures of a study, made from its ``results.json`` alone: no number is typed by hand."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rto.evaluation.estimates import holm
+from rto.evaluation.replicates import Interval, at_level, interval, over_optimisation, paired, smooth
+from rto.files import write_atomically
+from rto.report.plots import METADATA, STYLE, palette
+from rto.report.table import duration
+from rto.reproduce import fraction_name
+
+LEVELS = (0.25, 0.5, 1.0)
+"""Shares of the KL that both of two methods reach on every seed."""
+FIGURES = ("frontier", "prompts", "scaling", "over-optimisation", "length")
+
+
+class Study:
+    """Results, by policy and key, in the order of the seeds."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results, self.recipe = results, results["recipe"]
+        self.study = self.recipe["study"]
+        self.policies: dict[str, Any] = {n: p for n, p in results["policies"].items() if p["of"] == n}
+        self.baseline = self.study["baseline"] if self.study["baseline"] in self.policies else None
+        self.on_line = [name for name in self.policies if self.curves(name)]
+
+    def values(self, policy: str, key: str) -> np.ndarray:
+        """One number a seed."""
+        return np.array([run[key] for run in self.results["policies"][policy]["runs"]])
+
+    def curves(self, policy: str) -> list[dict[str, list[float]]]:
+        """One training curve a seed; empty for a policy without."""
+        found = [run["curve"] for run in self.results["policies"][policy]["runs"]]
+        return found if all("gold" in curve and "kl" in curve for curve in found) else []
+
+    def points(self, method: str) -> list[tuple[float, str]]:
+        """(share of the prompts, policy) of a scaled method, the whole last."""
+        named = [(f, fraction_name(method, f)) for f in sorted(self.study["fractions"])]
+        return [(f, name) for f, name in named if name in self.results["policies"]] + [(1.0, method)]
+
+    @property
+    def scaled(self) -> list[str]:
+        """Methods that were trained on shares of the prompts, too."""
+        return [name for name in self.study["scaled"] if name in self.policies and len(self.points(name)) > 1]
+
+
+def write_study(results: Path) -> Path:
+    """Write ``report.md`` and its figures beside ``results.json``; returns the path of the former."""
+    study = Study(json.loads(results.read_text(encoding="utf-8")))
+    folder = results.parent
+    drawn = {name: figure for name in FIGURES if (figure := DRAWN[name](study)) is not None}
+    for name, figure in drawn.items():
+        with matplotlib.rc_context({"svg.hashsalt": name}):  # the same results give the same bytes
+            figure.savefig(folder / f"{name}.svg", metadata=dict.fromkeys(METADATA))
+    write_atomically(folder / "report.md", markdown(study, list(drawn)))
+    return folder / "report.md"
+
+
+# --- tables
+
+
+def markdown(study: Study, figures: Sequence[str] = ()) -> str:
+    """The tables as Markdown."""
+    results = study.results
+    seeds, machine = results["seeds"], results["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
+    head = f"{len(seeds)} seeds ({seeds[0]}–{seeds[-1]}), means ± 95 % intervals over seeds (Student's t). "
+    head += f"Bold: the interval excludes zero. {machine}; {versions}."
+    parts = [head, _section("Held-out prompts", main_table(study))]
+    parts += [_section(title, table(study)) for title, table in TABLES.items()]
+    parts += [f"![{name}]({name}.svg)" for name in figures]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main_table(study: Study) -> list[list[str]]:
+    """The paper's table: a row a policy, and its difference from the baseline paired by seed."""
+    others = [name for name in study.policies if name not in (study.baseline, "SFT")]
+    tests = {}
+    if study.baseline is not None:
+        tests = {n: paired(study.values(n, "gold"), study.values(study.baseline, "gold")) for n in others}
+    adjusted = dict(zip(tests, holm([t.p for t in tests.values()]) if tests else [], strict=True))
+    logged = list(next(iter(study.policies.values()))["runs"][0]["logged"])
+    names = ["gold", *(f"{f.partition(':')[2]} (only logged)" for f in logged), "win rate vs SFT (%)", "KL", "length"]
+    rows = [["method", *names, f"gold − {study.baseline}", "p (Holm)", "time a seed"]]
+    for name in study.policies:
+        runs = study.policies[name]["runs"]
+        cells = [said(interval(study.values(name, "gold")))]
+        cells += [said(interval([run["logged"][f] for run in runs])) for f in logged]
+        cells += [said(interval(100 * study.values(name, "win_rate")))]
+        cells += [said(interval(study.values(name, key))) for key in ("kl", "length")]
+        test = tests.get(name)
+        cells += ["", ""] if test is None else [marked(test.difference), _number(float(adjusted[name]))]
+        rows.append([name, *cells, duration(float(study.values(name, "seconds").mean()))])
+    return rows
+
+
+def comparison_table(study: Study) -> list[list[str]]:
+    """The questions of the recipe, each a difference paired by seed; p is Holm's over them."""
+    asked = {q: pair for q, pair in study.study["comparisons"].items() if all(n in study.policies for n in pair)}
+    tests = {q: paired(study.values(a, "gold"), study.values(b, "gold")) for q, (a, b) in asked.items()}
+    if not tests:
+        return []
+    adjusted = holm([test.p for test in tests.values()])
+    rows = [["question", "difference in gold", "", "p (Holm)"]]
+    for (question, test), p in zip(tests.items(), adjusted, strict=True):
+        rows.append([question, " − ".join(asked[question]), marked(test.difference), _number(float(p))])
+    return rows
+
+
+def scaling_table(study: Study) -> list[list[str]]:
+    """Gold by the share of prompts, and its difference from the whole-data baseline."""
+    if study.baseline is None or not study.scaled:
+        return []
+    whole = study.values(study.baseline, "gold")
+    rows = [["share of the prompts", *(x for n in study.scaled for x in (n, f"{n} − whole-data {study.baseline}"))]]
+    for i, (share, _) in enumerate(study.points(study.scaled[0])):
+        row = [_share(share)]
+        for name in study.scaled:
+            gold = study.values(study.points(name)[i][1], "gold")
+            same = name == study.baseline and share == 1
+            row += [said(interval(gold)), "" if same else marked(paired(gold, whole).difference)]
+        rows.append(row)
+    return rows
+
+
+def matched_kl_table(study: Study) -> list[list[str]]:
+    """Gold of training rollouts where each method first reaches a KL, less the baseline's there, by seed."""
+    if study.baseline is None or not study.curves(study.baseline):
+        return []
+    rows = [["method", *(f"at {share:g} of the common KL" for share in LEVELS), "common KL (nats)"]]
+    for name in study.on_line:
+        if name != study.baseline:
+            top = common_kl(study, name, study.baseline)
+            ours, theirs = (gold_at_kl(study, n, top) for n in (name, study.baseline))
+            cells = [marked(paired(a, b).difference) for a, b in zip(ours, theirs)]
+            rows.append([name, *cells, _number(top)])
+    return rows if len(rows) > 1 else []
+
+
+def win_rate_table(study: Study) -> list[list[str]]:
+    """Held-out win rate against SFT at equal held-out KL, between the policies of each share of the prompts."""
+    if len(study.scaled) < 2 or study.baseline not in study.scaled:
+        return []
+    paths = {name: _win_rate_paths(study, name) for name in study.scaled}
+    rows = [["method", *(f"at {share:g} of the common KL" for share in LEVELS), "common KL (nats)"]]
+    for name in study.scaled:
+        if name != study.baseline:
+            top = min(kl.max() for n in (name, study.baseline) for kl, _ in paths[n])
+            found = [
+                [[at_level(kl, won, s * top) for kl, won in paths[n]] for n in (name, study.baseline)] for s in LEVELS
+            ]
+            rows.append([name, *(marked(paired(*both).difference) for both in found), _number(float(top))])
+    return rows
+
+
+def over_optimisation_table(study: Study) -> list[list[str]]:
+    """After the peak of the gold: how far it fell and how far the learned score rose."""
+    rows = [["method", "gold fell by", "learned score rose by", "seeds with both"]]
+    for name in study.on_line:
+        curves = study.curves(name)
+        if all("learned" in curve for curve in curves):
+            found = [over_optimisation(smooth(c["learned"]), smooth(c["gold"])) for c in curves]
+            both = sum(x.fall > 0 and x.rise > 0 for x in found)
+            falls, rises = [x.fall for x in found], [x.rise for x in found]
+            rows.append([name, said(interval(falls)), said(interval(rises)), f"{both} of {len(found)}"])
+    return rows if len(rows) > 1 else []
+
+
+def tuning_table(study: Study) -> list[list[str]]:
+    """Every trial: gold on validation prompts at KL; the chosen one in bold."""
+    trials = study.results["tuning"]
+    if not trials:
+        return []
+    from rto.reproduce import Trial, best
+
+    rows = [["", *(f"× {trial['factor']:g}" for trial in next(iter(trials.values())))]]
+    for name, found in trials.items():
+        chosen = best([Trial(**trial) for trial in found], study.study["tune"]["max_kl"]).factor
+        cells = [f"{_number(t['gold'])} at KL {_number(t['kl'])} (lr {t['learning_rate']:.1e})" for t in found]
+        rows.append([name, *(f"**{c}**" if t["factor"] == chosen else c for c, t in zip(cells, found))])
+    return rows
+
+
+TABLES = {
+    "Questions": comparison_table,
+    "Share of the prompts": scaling_table,
+    "Gold at equal KL, less the baseline's": matched_kl_table,
+    "Win rate at equal KL, less the baseline's": win_rate_table,
+    "Over-optimisation": over_optimisation_table,
+    "Tuning": tuning_table,
+}
+
+
+def common_kl(study: Study, *names: str) -> float:
+    """The KL that every one of these reaches on every seed."""
+    return float(min(smooth(curve["kl"]).max() for name in names for curve in study.curves(name)))
+
+
+def gold_at_kl(study: Study, name: str, top: float) -> list[list[float]]:
+    """For each of `LEVELS`, a number a seed; curves are means over three iterations."""
+    smoothed = [(smooth(curve["kl"]), smooth(curve["gold"])) for curve in study.curves(name)]
+    return [[at_level(kl, gold, share * top) for kl, gold in smoothed] for share in LEVELS]
+
+
+def _win_rate_paths(study: Study, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(KL, win rate) of a seed's policies by the share of prompts, from SFT (0, ½) on."""
+    policies = [policy for _, policy in study.points(name)]
+    kl, won = (np.stack([study.values(p, key) for p in policies], 1) for key in ("kl", "win_rate"))
+    return [(np.r_[0.0, a], np.r_[0.5, b]) for a, b in zip(kl, won)]
+
+
+def said(x: Interval) -> str:
+    """``2.41 ± 0.44``; digits as the half-width allows."""
+    if not math.isfinite(x.half):
+        return _number(x.mean)
+    digits = min(max(1 - math.floor(math.log10(x.half)), 0), 3) if x.half > 0 else 3
+    return f"{x.mean:.{digits}f} ± {x.half:.{digits}f}".replace("-", "−")
+
+
+def marked(x: Interval) -> str:
+    """In bold where the interval excludes zero."""
+    return f"**{said(x)}**" if x.excludes_zero else said(x)
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}".replace("-", "−") if math.isfinite(x) else "–"
+
+
+def _share(share: float) -> str:
+    return fraction_name("", share).strip()
+
+
+def _section(title: str, rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    head, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
+    return f"### {title}\n\n" + "\n".join(lines)
+
+
+# --- figures
+
+
+def frontier(study: Study) -> Figure | None:
+    """Gold against KL: training rollouts, and held-out points of every policy."""
+    if not study.on_line:
+        return None
+    figure, ax = _figure(study, "KL from the reference (nats a completion)", "gold")
+    for name, colour in _coloured(study).items():
+        for curve in study.curves(name):
+            ax.plot(smooth(curve["kl"]), smooth(curve["gold"]), color=colour, alpha=0.25, lw=0.8)
+    for name, colour in palette(list(study.policies)).items():
+        if name in study.policies:
+            kl, gold = (interval(study.values(name, key)) for key in ("kl", "gold"))
+            up, across = ([0.0 if math.isnan(x.half) else x.half] for x in (gold, kl))
+            ax.errorbar(kl.mean, gold.mean, up, across, fmt="o", ms=3.5, color=colour, lw=0.8, label=name)
+    return _legend(figure, ax)
+
+
+def prompts(study: Study) -> Figure | None:
+    """Gold against prompts used."""
+    return _over_prompts(study, "gold", "gold")
+
+
+def length(study: Study) -> Figure | None:
+    """Completion length against prompts used."""
+    return _over_prompts(study, "length", "tokens a completion")
+
+
+def scaling(study: Study) -> Figure | None:
+    """Held-out gold by the share of the prompts; dotted: the whole-data baseline."""
+    if not study.scaled:
+        return None
+    figure, ax = _figure(study, "share of the prompts", "gold on held-out prompts")
+    colours = palette(list(study.policies))
+    for name in study.scaled:
+        shares, policies = zip(*study.points(name))
+        found = [interval(study.values(policy, "gold")) for policy in policies]
+        halves = [0.0 if math.isnan(x.half) else x.half for x in found]
+        ax.errorbar(shares, [x.mean for x in found], halves, color=colours[name], marker="o", ms=3.5, label=name)
+        if name == study.baseline:
+            ax.axhline(found[-1].mean, color=colours[name], lw=0.8, ls=":")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(shares, [_share(share) for share in shares])
+    return _legend(figure, ax)
+
+
+def over_optimised(study: Study) -> Figure | None:
+    """Gold against the learned score along training: a path that turns down is over-optimised."""
+    figure, ax = _figure(study, "learned score", "gold")
+    for name, colour in _coloured(study).items():
+        for i, curve in enumerate(study.curves(name)):
+            if "learned" in curve:
+                label = name if i == 0 else None
+                ax.plot(smooth(curve["learned"]), smooth(curve["gold"]), color=colour, alpha=0.7, lw=0.9, label=label)
+    return _legend(figure, ax) if ax.lines else None
+
+
+DRAWN = {
+    "frontier": frontier,
+    "prompts": prompts,
+    "scaling": scaling,
+    "over-optimisation": over_optimised,
+    "length": length,
+}
+
+
+def _over_prompts(study: Study, key: str, label: str) -> Figure | None:
+    if not study.on_line:
+        return None
+    figure, ax = _figure(study, "prompts used", label)
+    for name, colour in _coloured(study).items():
+        curves = study.curves(name)
+        if all(key in curve for curve in curves):
+            y = np.stack([smooth(curve[key]) for curve in curves])
+            ax.plot(curves[0]["episodes"], y.mean(0), color=colour, label=name)
+            ax.fill_between(curves[0]["episodes"], y.min(0), y.max(0), color=colour, alpha=0.1, lw=0)
+    return _legend(figure, ax)
+
+
+def _coloured(study: Study) -> dict[str, str]:
+    colours = palette(list(study.policies))
+    return {name: colours[name] for name in study.on_line}
+
+
+def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+        ax = figure.subplots()
+        ax.set(xlabel=x, ylabel=y)
+        return figure, ax
+
+
+def _legend(figure: Figure, ax: Axes) -> Figure:
+    """Names beside the axes, a column a dozen."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=6.5)
+    return figure

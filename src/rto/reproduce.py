@@ -1,0 +1,440 @@
+"""`rto reproduce`: the methods of a recipe over seeds, each upstream stage run once a seed, and one file of results.
+
+    OUT/tune/…                 trials on validation prompts, one seed beside the final ones
+    OUT/seed-0/sft, pairs, dpo, reward, ppo, rto, …     run folders as of `rto run`
+    OUT/results.json           everything the tables and figures are made from
+    OUT/report.md, *.svg       made from it
+
+A job is one stage of one seed. Jobs run in processes, no two of them on the same folder, and a job that is done is
+passed over, so that the same command continues after a kill.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+
+from rto.files import write_atomically
+from rto.pipeline import Pipeline
+from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
+
+VERSIONS = ("torch", "transformers", "trl", "numpy")
+CURVE = {"episodes": "episodes", "kl": "kl", "learned": "score/reward", "length": "completions/mean_length"}
+"""What is kept of a training log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage of one seed.
+
+    Attributes:
+        recipe: with the seed.
+        folder: of the seed.
+        stage: sft, pairs, reward, learner or method.
+        policy: which one a learner or a method trains; SFT for sft.
+        prompts: where the policy is measured, test_prompts or validation_prompts; None measures nothing.
+        needs: folders that must be done before.
+    """
+
+    recipe: Recipe
+    folder: Path
+    stage: str
+    policy: str | None = None
+    prompts: str | None = None
+    needs: frozenset[Path] = frozenset()
+
+    @property
+    def path(self) -> Path:
+        """The folder that this job, and no other, writes."""
+        named = self.stage in ("learner", "method")
+        return self.folder / (folder_of(str(self.policy)) if named else self.stage)
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        measured = self.prompts is None or (self.path / f"{self.prompts}.json").is_file()
+        return measured and (self.path / "done.json").is_file()
+
+    def run(self, console: Console) -> None:
+        """Do the stage, and measure its policy."""
+        pipeline = Pipeline(self.recipe, self.folder, console)
+        match self.stage:
+            case "learner":
+                pipeline.prefer(str(self.policy))
+            case "method":
+                pipeline.train(str(self.policy))
+            case stage:
+                getattr(pipeline, stage)()
+        if self.prompts is not None:
+            pipeline.measure(str(self.policy), self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A learning rate and how the policy did with it on the validation prompts."""
+
+    learning_rate: float
+    factor: float
+    gold: float
+    kl: float
+
+
+def reproduce(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int | None = None,
+    jobs: int = 1,
+    console: Console | None = None,
+) -> Path:
+    """Tune, run, and write ``results.json``; returns its path.
+
+    Args:
+        recipe: with its `Study`.
+        output_dir: begun or not; a begun one is continued, more methods or seeds are added to it.
+        methods: names among the learners and methods; None runs all of them.
+        seeds: how many; None takes the study's.
+        jobs: processes; each has its share of the cores.
+        console: where progress is told.
+
+    Raises:
+        RecipeError: a name is not known, or the folder holds another recipe's runs or is in use.
+    """
+    folder, console = Path(output_dir), console or Console()
+    policies = _chosen(recipe, methods)
+    count = recipe.study.seeds if seeds is None else seeds
+    if recipe.study.tune is not None and recipe.seed <= recipe.study.tune.seed < recipe.seed + count:
+        raise RecipeError(
+            f"study.tune.seed is {recipe.study.tune.seed}, which is one of the final seeds: take another"
+        )
+    with _locked(folder):
+        study = replace(recipe.study, comparisons={}, fractions=[], scaled=[], seeds=0)  # may change in a begun folder
+        Pipeline(replace(recipe, study=study), folder, console).claim()
+        tuned = recipe
+        trials: dict[str, list[Trial]] = {}
+        if recipe.study.tune is not None:
+            tuned, trials = tune(recipe, recipe.study.tune, folder / "tune", policies, jobs, console)
+        final = with_fractions(tuned, policies)
+        names = [name for name in final.policies if _base(name, final) in policies]
+        run_jobs(
+            [
+                job
+                for seed in range(recipe.seed, recipe.seed + count)
+                for job in plan(replace(final, seed=seed), folder / f"seed-{seed}", names, "test_prompts")
+            ],
+            jobs,
+            console,
+        )
+        path = folder / "results.json"
+        rows = collect(final, folder, names, range(recipe.seed, recipe.seed + count))
+        write_atomically(path, json.dumps({**rows, "tuning": _as_json(trials)}, ensure_ascii=False) + "\n")
+    return path
+
+
+def task_recipe(task: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The study of a named task, ``recipes/TASK/study.yaml`` in the present folder, or of a recipe's path.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(task) if task.endswith((".yaml", ".yml")) else Path("recipes") / task / "study.yaml"
+    if not path.is_file() and path.parts[0] == "recipes":
+        known = sorted(p.parent.name for p in Path("recipes").glob("*/study.yaml"))
+        raise RecipeError(
+            f"no task {task!r}: there is no {path}. Known here: {', '.join(known) or 'none'}. Tasks are found in a "
+            "checkout of the project, from its root; elsewhere give the path of a recipe"
+        )
+    return load_recipe(path, overrides)
+
+
+# --- plan
+
+
+def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) -> list[Job]:
+    """The jobs of one seed in an order that they can be run in: what several policies need stands there once."""
+
+    def job(stage: str, *needs: str, policy: str | None = None) -> Job:
+        measured = prompts if policy in policies or policy == "SFT" else None
+        after = frozenset(folder / name for name in needs)
+        return Job(recipe=recipe, folder=folder, stage=stage, policy=policy, prompts=measured, needs=after)
+
+    methods = [name for name in policies if name in recipe.methods]
+    rewarding = {learner for name in methods for learner in recipe.token_rewards(name)}
+    learners = [name for name in recipe.learners if name in policies or name in rewarding]
+    found = [job("sft", policy="SFT")]
+    labelled = "sft"
+    if recipe.data.pairs is None:
+        found.append(job("pairs", "sft"))
+        labelled = "pairs"
+    if recipe.reward is not None and methods:
+        found.append(job("reward", labelled))
+    found += [job("learner", labelled, policy=name) for name in learners]
+    scored = ["reward"] if recipe.reward is not None else [labelled]
+    for name in methods:
+        found.append(job("method", *scored, *map(folder_of, recipe.token_rewards(name)), policy=name))
+    return found
+
+
+def with_fractions(recipe: Recipe, policies: Sequence[str]) -> Recipe:
+    """The recipe with a method more for each fraction of the prompts of each scaled method."""
+    methods = dict(recipe.methods)
+    for name in recipe.study.scaled:
+        for fraction in recipe.study.fractions if name in policies else []:
+            assert recipe.data.prompts.rows is not None
+            episodes = max(1, round(fraction * recipe.data.prompts.rows))
+            methods[fraction_name(name, fraction)] = {**recipe.methods[name], "total_episodes": episodes}
+    return replace(recipe, methods=methods)
+
+
+def fraction_name(method: str, fraction: float) -> str:
+    """``RTO 1/4``."""
+    return f"{method} {Fraction(fraction).limit_denominator(1024)}"
+
+
+def _base(name: str, recipe: Recipe) -> str:
+    named = {fraction_name(m, f): m for m in recipe.study.scaled for f in recipe.study.fractions}
+    return named.get(name, name)
+
+
+def _chosen(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
+    for name in methods or ():
+        if name not in recipe.policies:
+            raise RecipeError(f"no method {name!r}; known: {', '.join(recipe.policies)}")
+    return [name for name in recipe.policies if methods is None or name in methods or name == "SFT"]
+
+
+# --- run
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
+    """Run what is not done, each job when all it needs is.
+
+    Raises:
+        RuntimeError: a job failed; the message names its log. What is done stays done.
+    """
+    left = [job for job in jobs if not job.done]
+    console.print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done")
+    if workers == 1:
+        for job in left:
+            with _alone(job):
+                job.run(console)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
+    pending = {job.path for job in left}
+    running: dict[Future[float], Job] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        while left or running:
+            ready = [job for job in left if not job.needs & pending]
+            for job in ready[: workers - len(running)]:
+                left.remove(job)
+                running[pool.submit(_work, job, threads)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    seconds = future.result()
+                except Exception as error:
+                    pool.shutdown(cancel_futures=True)
+                    raise RuntimeError(f"{job.path} failed ({error}); its log is {_log(job)}") from error
+                pending.discard(job.path)
+                console.print(f"{job.path}: {seconds:.0f} s, {len(pending)} jobs left")
+
+
+def _work(job: Job, threads: int) -> float:
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    with _alone(job) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        job.run(Console(file=log))
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[TextIO]:
+    """A job's log, held: the worker of a killed command may still write the stage; wait for it, and find it done."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with _log(job).open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        yield log
+
+
+def _log(job: Job) -> Path:
+    return job.folder / f"{job.path.name}.log"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One command at a time on a folder: two would write the same stages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"{folder} is in use by another rto reproduce: wait for it, or stop it") from error
+        yield
+
+
+# --- tune
+
+
+def tune(
+    recipe: Recipe, tuning: Tuning, folder: Path, policies: Sequence[str], jobs: int, console: Console
+) -> tuple[Recipe, dict[str, list[Trial]]]:
+    """The same search for every learner, then for every method with the learners so chosen.
+
+    Bootstrapped learners take the factor of the first learner: they are members of its ensemble, not methods.
+
+    Returns:
+        The recipe with the chosen learning rates, and all trials.
+    """
+    start = replace(recipe, seed=tuning.seed)
+    rewarding = {learner for name in policies if name in recipe.methods for learner in recipe.token_rewards(name)}
+    first = next(iter(recipe.learners))
+    members = {name for name in rewarding if "bootstrap" in recipe.learners[name]}
+    searched = [n for n in recipe.learners if n not in members and (n in policies or n in rewarding)]
+    searched += [first] if members and first not in searched else []
+
+    def tried(key: str, names: Sequence[str], base: Recipe) -> dict[str, list[Trial]]:
+        own = {trial_name(n, f): _at(base, key, n, f) for n in names for f in tuning.factors}
+        known = {**base.learners, **own} if key == "learners" else base.learners
+        search = replace(base, learners=known, methods=own if key == "methods" else {})
+        run_jobs(plan(search, folder, list(own), "validation_prompts"), jobs, console)
+        return {n: [_trial(folder, search, key, n, f) for f in tuning.factors] for n in names}
+
+    trials = tried("learners", searched, start)
+    factors = {name: best(found, tuning.max_kl).factor for name, found in trials.items()}
+    factors |= dict.fromkeys(members, factors[first])
+    named = {name: trial_name(name, factor) for name, factor in factors.items()}
+    learners = {trial: _at(recipe, "learners", name, factors[name]) for name, trial in named.items()}
+    methods = {name: own | _renamed(recipe, name, named) for name, own in recipe.methods.items() if name in policies}
+    on_line = replace(start, learners=learners or recipe.learners, methods=methods)
+    found = tried("methods", list(methods), on_line)
+    factors |= {name: best(trial, tuning.max_kl).factor for name, trial in found.items()}
+    kept = {
+        key: {n: _at(recipe, key, n, factors.get(n, 1.0)) for n in getattr(recipe, key)}
+        for key in ("learners", "methods")
+    }
+    return replace(recipe, learners=kept["learners"], methods=kept["methods"]), {**trials, **found}
+
+
+def best(trials: Sequence[Trial], max_kl: float | None) -> Trial:
+    """The highest gold on validation prompts among those within ``max_kl``; if none is, the least KL."""
+    near = [trial for trial in trials if max_kl is None or trial.kl <= max_kl]
+    return max(near, key=lambda t: (t.gold, -t.factor)) if near else min(trials, key=lambda t: t.kl)
+
+
+def trial_name(name: str, factor: float) -> str:
+    """``RTO × 0.5``."""
+    return f"{name} × {factor:g}"
+
+
+def _renamed(recipe: Recipe, method: str, named: dict[str, str]) -> dict[str, Any]:
+    learners = [named[name] for name in recipe.token_rewards(method)]
+    return {"dpo_model": learners} if learners else {}
+
+
+def _at(recipe: Recipe, key: str, name: str, factor: float) -> dict[str, Any]:
+    """Own arguments of a learner or a method at a multiple of its learning rate."""
+    own = getattr(recipe, key)[name]
+    return {**own, "learning_rate": factor * _learning_rate(recipe, key, own)}
+
+
+def _learning_rate(recipe: Recipe, key: str, own: dict[str, Any]) -> float:
+    from rto.trainers.preference import PreferenceConfig
+    from rto.trainers.rto import RTOConfig
+
+    if key == "learners":
+        return float({"learning_rate": PreferenceConfig.learning_rate, **recipe.prefer, **own}["learning_rate"])
+    return float({"learning_rate": RTOConfig.learning_rate, **recipe.train, **own}["learning_rate"])
+
+
+def _trial(folder: Path, search: Recipe, key: str, name: str, factor: float) -> Trial:
+    trial = trial_name(name, factor)
+    found = _read(folder / folder_of(trial) / "validation_prompts.json")
+    rate = _learning_rate(search, key, getattr(search, key)[trial])
+    return Trial(learning_rate=rate, factor=factor, gold=_mean(found["gold"]), kl=_mean(found["kl"]))
+
+
+# --- collect
+
+
+def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Everything the report is made from: a row a policy and seed, with its training curve."""
+    gold = "reward model" if recipe.gold is None else resolve(recipe.gold).__name__
+    kind = dict.fromkeys(recipe.learners, "learner") | dict.fromkeys(recipe.methods, "method")
+    runs = {
+        name: {
+            "kind": kind.get(name, "start"),
+            "of": _base(name, recipe),
+            "runs": [_run(folder / f"seed-{seed}", recipe.policies[name], gold, seed) for seed in seeds],
+        }
+        for name in policies
+    }
+    shared = {
+        stage: [_read(folder / f"seed-{seed}" / stage / "done.json")["seconds"] for seed in seeds]
+        for stage in ("pairs", "reward")
+        if all((folder / f"seed-{seed}" / stage / "done.json").is_file() for seed in seeds)
+    }
+    return {
+        "recipe": asdict(recipe),
+        "gold": gold,
+        "seeds": list(seeds),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in VERSIONS},
+        "shared_seconds": shared,
+        "policies": runs,
+    }
+
+
+def _run(folder: Path, policy: str, gold: str, seed: int) -> dict[str, Any]:
+    found, start = _read(folder / policy / "test_prompts.json"), _read(folder / "sft" / "test_prompts.json")
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(found["gold"], start["gold"], strict=True)]
+    return {
+        "seed": seed,
+        "gold": _mean(found["gold"]),
+        "kl": _mean(found["kl"]),
+        "win_rate": _mean(wins),
+        "length": _mean(found["length"]),
+        "ended": _mean(found["ended"]),
+        "logged": {name: _mean(values) for name, values in found["logged"].items()},
+        "seconds": _read(folder / policy / "done.json")["seconds"],
+        "shown": found["shown"][:2],
+        "curve": _curve(folder / policy / "log.jsonl", gold),
+    }
+
+
+def _curve(log: Path, gold: str) -> dict[str, list[float]]:
+    """The training rollouts, one number an iteration; empty for a policy that was not trained on its own."""
+    rows = [json.loads(line) for line in log.read_text().split("\n") if line] if log.is_file() else []
+    rows = [row for row in rows if "episodes" in row]
+    keys = {**CURVE, "gold": f"score/{gold}"}
+    return {
+        name: [round(row[key], 4) for row in rows]
+        for name, key in keys.items()
+        if rows and all(key in r for r in rows)
+    }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _mean(x: Sequence[float]) -> float:
+    return sum(x) / len(x)
+
+
+def _as_json(trials: dict[str, list[Trial]]) -> dict[str, list[dict[str, float]]]:
+    return {name: [asdict(trial) for trial in found] for name, found in trials.items()}
