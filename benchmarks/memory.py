@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_iteration import REPOSITORY, machine, revision, versions
+from ppo_iteration import KEEP_MEMORY, REPOSITORY, machine, revision, versions
 
 SIDES = {
     "sft": "supervised LoRA, plain loop",
@@ -49,7 +49,7 @@ GOALS = (
     ("peak of a step, one base / five full models", "shared", "separate", 0.35),
 )
 PARAMETER_GOAL = 1.1
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 MIB = 2**20
 
 
@@ -138,6 +138,7 @@ class Work:
     rows: int
     checkpointing: bool
     threads: int
+    keep_memory: bool
     iterations: int = 1
     """Of RTO; each has two updates of two micro-batches. Supervised: two updates of one micro-batch for each."""
     seed: int = 0
@@ -146,6 +147,11 @@ class Work:
     def size(self) -> Shape:
         """The shape by its name."""
         return SHAPES[self.shape]
+
+    @property
+    def allocator(self) -> dict[str, str]:
+        """How glibc treats what is freed."""
+        return KEEP_MEMORY if self.keep_memory else GIVE_BACK
 
     @property
     def rollouts(self) -> int:
@@ -463,7 +469,7 @@ def spawn(side: str, folder: Path, work: Work) -> str:
     Raises:
         RuntimeError: it failed; its last words are in the message.
     """
-    environment = dict(os.environ) | ALLOCATOR | {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"}
+    environment = dict(os.environ) | work.allocator | {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", side, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -557,7 +563,7 @@ def compare(work: Work, sides: list[str], rounds: int, target: Path, scratch: Pa
         "machine": {**machine(), "device": runs[sides[0]][0]["device"]},
         "revision": revision(),
         "work": asdict(work) | {"rollouts": work.rollouts, **asdict(work.size)},
-        "settings": {"rounds": rounds, "allocator": ALLOCATOR},
+        "settings": {"rounds": rounds, "allocator": work.allocator},
         "versions": runs[sides[0]][0]["versions"],
         "base_mib": base_mib,
         "goals": found,
@@ -577,6 +583,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; 4 on the CPU, 1 on CUDA when not given")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on every side")
+    parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory, as `rto` tells it to")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which sides")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
@@ -596,6 +603,7 @@ def main() -> None:
         rows=options.rows or (4 if options.device == "cpu" else 1),
         checkpointing=options.checkpointing,
         threads=options.threads,
+        keep_memory=options.keep_memory,
     )
     name = f"memory_{options.shape}{'_checkpointing' if options.checkpointing else ''}.json"
     target = options.output or REPOSITORY / "benchmarks" / "results" / name
