@@ -84,6 +84,7 @@ class Work:
     prompt_tokens: int
     new_tokens: int
     mini_batches: int = 4
+    micro_batch_tokens: int = 16384
     learning_rate: float = 1e-6
     warmup: int = 2
     iterations: int = 8
@@ -332,6 +333,7 @@ def run_rto(work: Work, folder: Path, *, dpo_coef: float, bf16: bool = False) ->
         **work.arguments(folder / "rto", bf16=bf16),
         value_learning_rate=work.learning_rate,
         max_completion_length=work.new_tokens,
+        max_tokens_per_micro_batch=work.micro_batch_tokens,
         dpo_coef=dpo_coef,
     )
     lengths: list[int] = []
@@ -554,6 +556,9 @@ def main() -> None:
     parser.add_argument(
         "--keep-memory", action="store_true", help="all sides keep freed memory, as `rto` does (glibc)"
     )
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=Work.micro_batch_tokens, help="max_tokens_per_micro_batch of ours"
+    )
     parser.add_argument("--output", type=Path, help="the report; benchmarks/results/ppo_iteration_SIZE.json")
     parser.add_argument("--worker", choices=("prepare", *RUN), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -574,6 +579,7 @@ def main() -> None:
         iterations=options.iterations,
         warmup=options.warmup,
         threads=options.threads,
+        micro_batch_tokens=options.micro_batch_tokens,
         **SIZES[options.size],
     )
     output = options.output or REPOSITORY / "benchmarks" / "results" / f"ppo_iteration_{options.size}.json"
