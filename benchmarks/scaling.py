@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from ppo_iteration import REPOSITORY, Work, machine, prepare, revision, versions
 
 PHASES = ("sample", "score", "credit", "update")
+PARTS = ("length", "batch", "leak", "ragged")
 
 
 @contextmanager
@@ -199,6 +200,7 @@ def main() -> None:
     results = REPOSITORY / "benchmarks" / "results"
     parser.add_argument("--iterations", type=int, default=5, help="timed iterations of a setting")
     parser.add_argument("--leak", type=int, default=200, help="iterations of the long run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="others are kept as they are")
     parser.add_argument("--output", type=Path, default=results / "scaling.json")
     parser.add_argument("--figure", type=Path, default=REPOSITORY / "docs" / "figures" / "scaling.svg")
     options = parser.parse_args()
@@ -210,16 +212,17 @@ def main() -> None:
             (Path(name) / folder).mkdir()
             prepare(Work(size=size, prompts=128, prompt_tokens=32, new_tokens=64, iterations=0), Path(name) / folder)
         small, large = (Path(name) / folder for folder in sizes)
-        found = {
-            "machine": machine(),
-            "revision": revision(),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "length": growth(small, [(32, n) for n in (32, 64, 128, 256)], options.iterations),
-            "batch": growth(small, [(n, 64) for n in (16, 32, 64, 128)], options.iterations),
-            "leak": leak(small, options.leak),
-            "ragged": ragged(large, max(1, options.iterations // 2)),
+        measurements: dict[str, Callable[[], Any]] = {
+            "length": lambda: growth(small, [(32, n) for n in (32, 64, 128, 256)], options.iterations),
+            "batch": lambda: growth(small, [(n, 64) for n in (16, 32, 64, 128)], options.iterations),
+            "leak": lambda: leak(small, options.leak),
+            "ragged": lambda: ragged(large, max(1, options.iterations // 2)),
         }
+        found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+        found |= {"machine": machine(), "revision": revision(), "versions": versions()}
+        for part in options.parts:
+            found[part] = measurements[part]()
+            found.setdefault("threads", {})[part] = torch.get_num_threads()
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     plot(found, options.figure)
     print(f"written to {options.output} and {options.figure}")

@@ -38,13 +38,12 @@ SMALL: dict[str, Any] = {
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Conversational pairs and prompts, as the data sets of the recipes have them."""
     folder = tmp_path_factory.mktemp("rows")
-    asked = [{"role": "user", "content": "Say ab."}]
-    pair = {
-        "prompt": asked,
+    asked = [[{"role": "user", "content": f"Say {word}."}] for word in ("ab", "cab")]  # KTO needs another prompt
+    answers = {
         "chosen": [{"role": "assistant", "content": "ab ab"}],
         "rejected": [{"role": "assistant", "content": "no"}],
     }
-    files = {"pairs": [pair] * 12, "prompts": [{"prompt": asked}] * 12}
+    files = {"pairs": [{"prompt": x, **answers} for x in asked] * 6, "prompts": [{"prompt": x} for x in asked] * 6}
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return {name: folder / f"{name}.jsonl" for name in files}
