@@ -152,19 +152,27 @@ def collate(
     return Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask).to(device)
 
 
+MOST_PADDING = 0.1
+WORTH_A_PASS = 512
+"""Tokens: below it a forward pass of its own costs more than padding."""
+
+
 def micro_batches(lengths: Int[Tensor, " B"], max_tokens: int, at_least: int = 1) -> list[Int[Tensor, " b"]]:
     """Cut rows into micro-batches of at most ``max_tokens`` padded tokens, longest rows first.
 
-    Rows of like length go together, so little of a micro-batch is padding. ``at_least`` asks for more cuts
-    than the budget needs, so that all processes make the same number (a sharded model's forward passes are
-    collective); it must not exceed the number of rows.
+    Rows of like length go together, and a cut of some size ends before a tenth of it is padding, so that cost follows
+    the tokens that exist. ``at_least`` asks for more cuts than that, so that all processes make the same number (a
+    sharded model's forward passes are collective); it must not exceed the number of rows.
     """
     order = lengths.argsort(descending=True, stable=True)
     cuts: list[Tensor] = []
     start = 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        size = max(1, max_tokens // longest)
+        rows = lengths[order[start : start + max(1, max_tokens // longest)]]
+        padded = longest * torch.arange(1, len(rows) + 1, device=lengths.device)
+        wasteful = (padded > WORTH_A_PASS) & (padded - rows.cumsum(0) > MOST_PADDING * padded)
+        size = max(1, int((~wasteful).long().cumprod(0).sum()))
         cuts.append(order[start : start + size])
         start += size
     while len(cuts) < at_least:

@@ -89,6 +89,17 @@ def test_micro_batches_keep_the_budget_and_every_row(max_tokens, seed):
     assert (in_order[:-1] >= in_order[1:]).all()
 
 
+def test_long_and_short_rows_do_not_share_a_micro_batch():
+    """Little of a cut is padding once it is worth a pass of its own; what is shorter stays together."""
+    lengths = torch.randint(30, 160, (64,), generator=torch.Generator().manual_seed(0))
+    cuts = micro_batches(lengths, 16384)
+    padded = torch.tensor([len(rows) * int(lengths[rows].max()) for rows in cuts])
+    exist = torch.tensor([int(lengths[rows].sum()) for rows in cuts])
+    assert ((exist >= 0.9 * padded) | (padded <= 512)).all()
+    assert len(cuts) < 16
+    assert [len(rows) for rows in micro_batches(torch.arange(1, 31), 16384)] == [30]
+
+
 def test_micro_batches_are_few():
     """Rows of 10 tokens under a budget of 40: four in each."""
     assert [len(rows) for rows in micro_batches(torch.full((10,), 10), 40)] == [4, 4, 2]
