@@ -1,5 +1,6 @@
 """From prompts to completions. One interface; the sampler on transformers is here."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -172,9 +173,8 @@ class _Decoder:
         if start:
             self.visible[:, start:stop] = True
             self.positions = self.positions[:, -1:] + 1
-        device = tokens.device.type
         # The library's cache layers take keys and values of one precision, which autocast does not give.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and self.full):
+        with nullcontext() if self.full else torch.autocast(tokens.device.type, enabled=False):
             outputs = self.model(
                 input_ids=tokens,
                 attention_mask=self._mask(start, stop),
