@@ -217,7 +217,9 @@ def token_blocks(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     return np.array(rows, dtype=np.int32)
 
 
-def train_lm(hidden_size: int, layers: int, vocabulary: int, minutes: float, learning_rate: float, batch: int) -> None:
+def train_lm(
+    hidden_size: int, layers: int, vocabulary: int, minutes: float, learning_rate: float, batch: int, bf16: bool
+) -> None:
     """Train for so many minutes, cosine to a tenth, and write the model to `LM`; prints the loss on unread rows."""
     import math
     import time
@@ -240,7 +242,8 @@ def train_lm(hidden_size: int, layers: int, vocabulary: int, minutes: float, lea
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(device)
-        return model(input_ids=rows, labels=rows.masked_fill(rows == pad, -100)).loss
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            return model(input_ids=rows, labels=rows.masked_fill(rows == pad, -100)).loss
 
     while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
         warm = min(1.0, (step + 1) / 100)
@@ -299,11 +302,12 @@ if __name__ == "__main__":
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bf16", action="store_true", help="autocast: twice as fast where the processor has it")
     flags = parser.parse_args()
     if flags.what == "gold":
         print(json.dumps(fit_gold(), indent=1))
     elif flags.what == "lm":
         sizes = (flags.hidden_size, flags.layers, flags.vocabulary)
-        train_lm(*sizes, flags.minutes, flags.learning_rate, flags.batch)
+        train_lm(*sizes, flags.minutes, flags.learning_rate, flags.batch, flags.bf16)
     else:
         show()

@@ -52,7 +52,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
-TRL_DEFAULTS: dict[str, Any] = {"bf16": False, "gradient_checkpointing": None, **TRAINING_DEFAULTS}
+TRL_DEFAULTS: dict[str, Any] = {
+    "bf16": False,
+    "gradient_checkpointing": None,
+    "use_cpu": not torch.accelerator.is_available(),
+    **TRAINING_DEFAULTS,
+}
 
 
 def run(recipe: Recipe, output_dir: str | Path) -> Path:

@@ -91,11 +91,14 @@ class Tuning:
         factors: of the learning rate; the same number of trials for each.
         seed: one seed beside those of the final runs.
         max_kl: a trial that ends further from the reference, nats a completion, is not taken; None takes any.
+        like: methods that take the factor of another instead of a search of their own: the points of a sweep differ
+            from what they are compared with in one thing.
     """
 
     factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     seed: int = 1000
     max_kl: float | None = None
+    like: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +346,13 @@ def _check_names(recipe: Recipe, where: str) -> None:
         for name in names:
             if name not in recipe.policies:
                 raise RecipeError(f"{where}: study.{key}: no method {name!r}{_nearest(name, recipe.policies)}")
+    like = {} if study.tune is None else study.tune.like
+    for name, other in like.items():
+        for named in (name, other):
+            if named not in recipe.methods:
+                raise RecipeError(f"{where}: study.tune.like: no method {named!r}{_nearest(named, recipe.methods)}")
+        if other in like:
+            raise RecipeError(f"{where}: study.tune.like: {name} is like {other}, which is not searched itself")
     for question, pair in study.comparisons.items():
         if len(pair) != 2:
             raise RecipeError(f"{where}: study.comparisons: {question}: give two methods, not {len(pair)}")

@@ -295,13 +295,15 @@ def tune(
 ) -> tuple[Recipe, dict[str, list[Trial]]]:
     """The same search for every learner, then for every method with the learners so chosen.
 
-    Bootstrapped learners take the factor of the first learner: they are members of its ensemble, not methods.
+    Bootstrapped learners take the factor of the first learner: they are members of its ensemble, not methods. Methods
+    that are ``like`` another take that one's.
 
     Returns:
         The recipe with the chosen learning rates, and all trials.
     """
     start = replace(recipe, seed=tuning.seed)
     rewarding = {learner for name in policies if name in recipe.methods for learner in recipe.token_rewards(name)}
+    policies = [name for name in recipe.policies if name in {tuning.like.get(name, name) for name in policies}]
     first = next(iter(recipe.learners))
     members = {name for name in rewarding if "bootstrap" in recipe.learners[name]}
     searched = [n for n in recipe.learners if n not in members and (n in policies or n in rewarding)]
@@ -323,6 +325,7 @@ def tune(
     on_line = replace(start, learners=learners or recipe.learners, methods=methods)
     found = tried("methods", list(methods), on_line)
     factors |= {name: best(trial, tuning.max_kl).factor for name, trial in found.items()}
+    factors |= {name: factors[other] for name, other in tuning.like.items() if other in factors}
     kept = {
         key: {n: _at(recipe, key, n, factors.get(n, 1.0)) for n in getattr(recipe, key)}
         for key in ("learners", "methods")

@@ -69,6 +69,8 @@ class TokenTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or else bf16 is refused, which processors have, too
         super().__post_init__()
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
