@@ -227,7 +227,13 @@ def test_tuning_reads_validation_prompts_only(tmp_path: Path, monkeypatch: pytes
             (job.path / f"{job.prompts}.json").write_text(json.dumps({**found, "logged": {}, "shown": []}))
 
     monkeypatch.setattr(Job, "run", run)
-    recipe = study(**{"study.tune": {"factors": [0.5, 1.0], "seed": 1000}})
+    tune = {"factors": [0.5, 1.0], "seed": 1000, "like": {"RTO β₁ 0.1": "RTO"}}
+    recipe = study(**{"study.tune": tune})
+    path = reproduce(recipe, tmp_path, methods=["PPO", "RTO β₁ 0.1"], seeds=1, console=Console(quiet=True))
+    (like,) = [job for job in ran if job.policy == "RTO β₁ 0.1"]  # its only run: RTO was searched for it
+    assert like.recipe.methods["RTO β₁ 0.1"]["learning_rate"] == pytest.approx(1e-4)
+    assert like.recipe.learners["DPO"]["learning_rate"] == pytest.approx(1.5e-4)
+    assert not any(job.policy == "RTO" for job in ran)
     path = reproduce(recipe, tmp_path, methods=["PPO", "RTO"], seeds=1, console=Console(quiet=True))
     tuning = [job for job in ran if job.folder == tmp_path / "tune"]
     assert {job.prompts for job in tuning} == {None, "validation_prompts"}
@@ -291,6 +297,10 @@ def test_names_are_checked(
         study(**{"methods.RTO.dpo_model": "DPPO"})
     with pytest.raises(RecipeError, match=r"RTO\? and RTO! would share the folder rto-"):
         study(**{"methods": {"RTO!": {}, "RTO?": {}}, "study.scaled": [], "study.comparisons": {}})
+    with pytest.raises(RecipeError, match=r"tune\.like: RTO β₁ 0\.1 is like RTO β₁ 0\.2, which is not searched"):
+        study(**{"study.tune": {"like": {"RTO β₁ 0.1": "RTO β₁ 0.2", "RTO β₁ 0.2": "RTO"}}})
+    with pytest.raises(RecipeError, match="tune.like: no method 'RTOO'"):
+        study(**{"study.tune": {"like": {"RTOO": "RTO"}}})
     with pytest.raises(RecipeError, match="between 0 and 1"):
         study(**{"study.fractions": [1.0]})
     with pytest.raises(RecipeError, match=r"give them, or set study\.tune to null"):
