@@ -219,10 +219,10 @@ def main() -> None:
             "ragged": lambda: ragged(large, max(1, options.iterations // 2)),
         }
         found = json.loads(options.output.read_text()) if options.output.is_file() else {}
-        found |= {"machine": machine(), "revision": revision(), "versions": versions()}
         for part in options.parts:
             found[part] = measurements[part]()
-            found.setdefault("threads", {})[part] = torch.get_num_threads()
+            here = {"machine": machine(), "revision": revision(), "versions": versions()}
+            found.setdefault("measured", {})[part] = {**here, "threads": torch.get_num_threads()}
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     plot(found, options.figure)
     print(f"written to {options.output} and {options.figure}")

@@ -299,7 +299,7 @@ def test_names_are_checked(
         study(**{"methods": {"RTO!": {}, "RTO?": {}}, "study.scaled": [], "study.comparisons": {}})
     with pytest.raises(RecipeError, match=r"tune\.like: RTO β₁ 0\.1 is like RTO β₁ 0\.2, which is not searched"):
         study(**{"study.tune": {"like": {"RTO β₁ 0.1": "RTO β₁ 0.2", "RTO β₁ 0.2": "RTO"}}})
-    with pytest.raises(RecipeError, match="tune.like: no method 'RTOO'"):
+    with pytest.raises(RecipeError, match=r"tune\.like: no method 'RTOO'"):
         study(**{"study.tune": {"like": {"RTOO": "RTO"}}})
     with pytest.raises(RecipeError, match="between 0 and 1"):
         study(**{"study.fractions": [1.0]})
