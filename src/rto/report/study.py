@@ -20,6 +20,8 @@ from rto.reproduce import fraction_name
 
 LEVELS = (0.25, 0.5, 1.0)
 """Shares of the KL that both of two methods reach on every seed."""
+MARKERS, LINES = "os^D", ("-", "--", ":", "-.")
+"""What tells methods of one colour apart."""
 FIGURES = ("frontier", "prompts", "scaling", "over-optimisation", "length")
 
 
@@ -255,14 +257,19 @@ def frontier(study: Study) -> Figure | None:
     if not study.on_line:
         return None
     figure, ax = _figure(study, "KL from the reference (nats a completion)", "gold")
-    for name, colour in _coloured(study).items():
+    means = []
+    for name, (colour, turn) in _looks(study).items():
         for curve in study.curves(name):
             ax.plot(smooth(curve["kl"]), smooth(curve["gold"]), color=colour, alpha=0.25, lw=0.8)
-    for name, colour in palette(list(study.policies)).items():
-        if name in study.policies:
-            kl, gold = (interval(study.values(name, key)) for key in ("kl", "gold"))
-            up, across = ([0.0 if math.isnan(x.half) else x.half] for x in (gold, kl))
-            ax.errorbar(kl.mean, gold.mean, up, across, fmt="o", ms=3.5, color=colour, lw=0.8, label=name)
+        kl, gold = (interval(study.values(name, key)) for key in ("kl", "gold"))
+        up, across = ([0.0 if math.isnan(x.half) else x.half] for x in (gold, kl))
+        ax.errorbar(
+            kl.mean, gold.mean, up, across, fmt=MARKERS[turn % len(MARKERS)], ms=3.5, color=colour, lw=0.6, label=name
+        )
+        means.append((kl.mean, gold.mean))
+    low, high = np.min(means, axis=0), np.max(means, axis=0)  # one run that went astray must not set the scale
+    margin = 0.12 * (high - low) + 1e-6
+    ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
     return _legend(figure, ax)
 
 
@@ -297,11 +304,12 @@ def scaling(study: Study) -> Figure | None:
 def over_optimised(study: Study) -> Figure | None:
     """Gold against the learned score along training: a path that turns down is over-optimised."""
     figure, ax = _figure(study, "learned score", "gold")
-    for name, colour in _coloured(study).items():
+    for name, (colour, turn) in _looks(study).items():
+        look: dict[str, Any] = {"color": colour, "ls": LINES[turn % len(LINES)], "alpha": 0.7, "lw": 0.9}
         for i, curve in enumerate(study.curves(name)):
             if "learned" in curve:
                 label = name if i == 0 else None
-                ax.plot(smooth(curve["learned"]), smooth(curve["gold"]), color=colour, alpha=0.7, lw=0.9, label=label)
+                ax.plot(smooth(curve["learned"]), smooth(curve["gold"]), label=label, **look)
     return _legend(figure, ax) if ax.lines else None
 
 
@@ -318,29 +326,32 @@ def _over_prompts(study: Study, key: str, label: str) -> Figure | None:
     if not study.on_line:
         return None
     figure, ax = _figure(study, "prompts used", label)
-    for name, colour in _coloured(study).items():
+    for name, (colour, turn) in _looks(study).items():
         curves = study.curves(name)
-        if all(key in curve for curve in curves):
+        if curves and all(key in curve for curve in curves):
             y = np.stack([smooth(curve[key]) for curve in curves])
-            ax.plot(curves[0]["episodes"], y.mean(0), color=colour, label=name)
+            ax.plot(curves[0]["episodes"], y.mean(0), color=colour, ls=LINES[turn % len(LINES)], label=name)
             ax.fill_between(curves[0]["episodes"], y.min(0), y.max(0), color=colour, alpha=0.1, lw=0)
     return _legend(figure, ax)
 
 
-def _coloured(study: Study) -> dict[str, str]:
+def _looks(study: Study) -> dict[str, tuple[str, int]]:
+    """Each policy's colour, and how many before it have the same one."""
     colours = palette(list(study.policies))
-    return {name: colours[name] for name in study.on_line}
+    names = [name for name in colours if name in study.policies]
+    return {n: (colours[n], [colours[m] for m in names[:i]].count(colours[n])) for i, n in enumerate(names)}
 
 
 def _figure(study: Study, x: str, y: str) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         ax = figure.subplots()
         ax.set(xlabel=x, ylabel=y)
         return figure, ax
 
 
 def _legend(figure: Figure, ax: Axes) -> Figure:
-    """Names beside the axes, a column a dozen."""
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=6.5)
+    """Names beside the axes."""
+    columns = math.ceil(len(ax.get_legend_handles_labels()[0]) / 18)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=6.5, ncols=columns)
     return figure
