@@ -32,7 +32,7 @@ def test_learns_a_reward_it_can_see(trainer: Callable[..., RTOTrainer]) -> None:
     def low(completion_ids: list[list[int]]) -> list[float]:
         return [sum(i < 130 for i in ids) / len(ids) for ids in completion_ids]
 
-    run = trainer(dpo_coef=0.0, kl_coef=0.0, reward_funcs=low, num_ppo_epochs=2, num_train_epochs=15)
+    run = trainer(dpo_coef=0.0, kl_coef=0.0, reward_funcs=low, num_ppo_epochs=2, num_train_epochs=40)
     before = run.evaluate(run.train_dataset)["eval_score"]
     run.train()
     after = run.evaluate(run.train_dataset)["eval_score"]
