@@ -114,6 +114,26 @@ def test_micro_batches_do_not_change_the_gradient(trainer: Callable[..., RTOTrai
     assert grads[0].abs().max() > 1e-3
 
 
+def test_bf16_rounds_and_does_no_more(trainer: Callable[..., RTOTrainer], tmp_path: Path) -> None:
+    """Autocast, with or without an accelerator: log-probabilities are those of fp32 up to rounding."""
+    fp32 = trainer(output_dir=str(tmp_path / "a"))
+    bf16 = trainer(
+        output_dir=str(tmp_path / "b"),
+        bf16=True,
+        use_cpu=torch.accelerator.is_available(),
+        learning_rate=0.0,
+        value_learning_rate=0.0,
+    )
+    bf16.train()  # wraps the model, and moves no weight
+    assert torch.equal(weights(bf16.model), weights(fp32.model))
+    rollout = rollout_of(fp32)
+    samples = Samples(**{name: getattr(rollout, name) for name in Samples.__dataclass_fields__})
+    rounded = bf16.score(bf16.model, samples, list(bf16.train_dataset[:8]))
+    for name in ("policy_logp", "ref_logp"):
+        gap = (getattr(rounded, name) - getattr(rollout, name))[rollout.mask].abs()
+        assert 1e-5 < float(gap.mean()) < 0.1, name
+
+
 def test_policy_and_critic_have_their_own_rates_and_clips(trainer: Callable[..., RTOTrainer]) -> None:
     run = trainer(learning_rate=1e-3, value_learning_rate=5e-3, max_grad_norm=1e-3, num_mini_batches=1)
     optimizer = run.create_optimizer()
