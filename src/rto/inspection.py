@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_extract_prompt
 
 from rto.batches import collate
-from rto.data.formats import DataError, Pair, completion_ids, load_rows, prompt_ids, read_pairs
+from rto.data.chat import completion_ids, prompt_ids
+from rto.data.formats import DataError, Pair, load_rows, read_pairs
 from rto.evaluation.inspection import (
     CreditReport,
     PairReport,

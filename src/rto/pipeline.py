@@ -24,7 +24,8 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, SFTConfig
 
-from rto.data.formats import completion_texts, load_rows, read_prompts
+from rto.data.chat import completion_texts
+from rto.data.formats import load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions

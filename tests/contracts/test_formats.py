@@ -8,15 +8,8 @@ import lzma
 import pytest
 from datasets import Dataset
 
-from rto.data.formats import (
-    DataError,
-    completion_ids,
-    completion_texts,
-    load_rows,
-    prompt_ids,
-    read_pairs,
-    read_prompts,
-)
+from rto.data.chat import completion_ids, completion_texts, prompt_ids
+from rto.data.formats import DataError, load_rows, read_pairs, read_prompts
 
 
 def user(text):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Samples
-from rto.data.formats import completion_texts
+from rto.data.chat import completion_texts
 from rto.evaluation.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.formats import DataError, Skipped, prompt_ids
+from rto.data.chat import prompt_ids
+from rto.data.formats import DataError, Skipped
 from rto.evaluation.files import Answer, Benchmark, Question
 from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout.sampling import Sampler

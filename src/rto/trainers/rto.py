@@ -25,7 +25,8 @@ from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
-from rto.data.formats import Prompt, completion_texts, read_prompts
+from rto.data.chat import completion_texts
+from rto.data.formats import Prompt, read_prompts
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
