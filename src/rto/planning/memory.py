@@ -1,0 +1,240 @@
+"""What each role holds on a device, and what each phase adds to it at its worst moment."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from rto.planning.activations import (
+    FP32,
+    Forward,
+    Pass,
+    Trained,
+    head_bytes,
+    layer_backward,
+    layer_forward,
+    layer_kept,
+    layers_kept,
+)
+from rto.planning.arithmetic import cache_per_token
+from rto.planning.shapes import PRODUCT, Lora, Shape
+
+MOMENTS = 2 * FP32
+"""Adam's, a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device, by what they are."""
+
+    weights: float = 0
+    """Trained ones in fp32, frozen ones in the precision of the computation, or their shards."""
+    gradients: float = 0
+    """In fp32, or their shards."""
+    moments: float = 0
+    """Of the optimizer."""
+    buckets: float = 0
+    """Of DDP: it copies gradients to exchange them."""
+    copies: float = 0
+    """Low-precision copies that autocast makes of fp32 weights, or weights that are gathered from their shards."""
+    activations: float = 0
+    """Between forward and backward pass."""
+    cache: float = 0
+    """Keys and values of the decoder."""
+    transient: float = 0
+    """Logits, gradients of activations and whatever else lives for a moment."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One model of a run.
+
+    Attributes:
+        name: policy, reference, dpo, reward or critic.
+        shape: its sizes.
+        trained: it learns.
+        speaks: it has an output layer over the vocabulary; a scalar head otherwise.
+        on_base: it is an adapter (none for the reference) on the policy's base, which counts with the policy.
+    """
+
+    name: str
+    shape: Shape
+    trained: bool
+    speaks: bool = True
+    on_base: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Of the model as it stands by itself."""
+        return self.shape.language_model if self.speaks else self.shape.scalar_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the numbers of a run lie.
+
+    Attributes:
+        devices: processes, one a device.
+        sharded: FSDP2, frozen models too; otherwise every process has all of every model (DDP where there are more).
+        offload: frozen models are in host memory except while they score.
+        lora: adapters of the roles on one base; None trains whole models.
+        compute: bytes of a number in a matrix product.
+        moments: bytes of the optimizer's state, a trained weight.
+    """
+
+    devices: int = 1
+    sharded: bool = False
+    offload: bool = False
+    lora: Lora | None = None
+    compute: int = FP32
+    moments: int = MOMENTS
+
+    @property
+    def shards(self) -> int:
+        """Parts that weights are cut into."""
+        return self.devices if self.sharded else 1
+
+    def forward(self, role: Role, *, checkpointing: bool = False, training: bool = False) -> Forward:
+        """How a role's model is run."""
+        whole = role.trained and self.lora_of(role) is None
+        trained = Trained.NOTHING if not training else Trained.ALL if whole else Trained.ADAPTER
+        return Forward(
+            shape=role.shape,
+            weights=FP32 if whole and not self.sharded else self.compute,
+            compute=self.compute,
+            trained=trained,
+            lora=None if role.name == "reference" else self.lora_of(role),
+            speaks=role.speaks,
+            checkpointing=checkpointing and training,
+        )
+
+    def lora_of(self, role: Role) -> Lora | None:
+        """The adapter that a role is, or that is trained on it; None where its model stands by itself."""
+        return self.lora if role.on_base else None
+
+    def learns(self, role: Role) -> int:
+        """Weights of a role that have gradients."""
+        if not role.trained:
+            return 0
+        lora = self.lora_of(role)
+        if lora is None:
+            return role.parameters
+        return lora.parameters(role.shape) + (0 if role.speaks else role.shape.hidden)
+
+    def resting(self, roles: Sequence[Role]) -> Memory:
+        """What lies on a device all the time, without gradients: weights, moments, DDP's buckets."""
+        return sum((self._of(role) for role in roles), Memory())
+
+    def _of(self, role: Role) -> Memory:
+        learns, lora = self.learns(role), self.lora_of(role)
+        if lora is None:
+            weights = FP32 * learns if role.trained else 0 if self.offload else self.compute * role.parameters
+        else:
+            base = self.compute * role.shape.language_model if role.name == "policy" else 0
+            adapter = 0 if role.name == "reference" else lora.parameters(role.shape)
+            weights = base + FP32 * (adapter + (0 if role.speaks else role.shape.hidden))
+        exchanged = self.devices > 1 and not self.sharded
+        return Memory(
+            weights=weights / self.shards,
+            moments=self.moments * learns / self.shards,
+            buckets=FP32 * learns if exchanged else 0,
+        )
+
+    # --- phases
+
+    def forward_only(self, roles: Sequence[Role], at: Pass, *, entropy: bool = False) -> Memory:
+        """The worst moment of a pass without gradients over some roles in one forward pass, one after the other."""
+        runs = [self.forward(role) for role in roles]
+        copies = sum(map(self._copies, runs))
+        if self.sharded:
+            copies = max(self._root(runs) + self._units(f) for f in runs)
+        moments = []
+        for f in runs:
+            read = at.responses * f.shape.hidden * f.weights  # states that the head reads
+            moments += [layer_forward(f, at), read + head_bytes(f, at, entropy=entropy).forward]
+        brought = 0.0
+        if self.offload:  # one at a time
+            brought = max((self.compute * r.parameters / self.shards for r in roles if not self._stays(r)), default=0)
+        return Memory(weights=brought, copies=copies, transient=max(moments))
+
+    def _stays(self, role: Role) -> bool:
+        return role.trained or role.on_base or not self.offload
+
+    def sample(self, policy: Role, at: Pass) -> Memory:
+        """The worst moment of decoding: the prompts' pass, or the last step, when the cache is full."""
+        f = self.forward(policy)
+        s = f.shape
+        copies = f.compute * s.language_model if self.sharded else self._copies(f)  # gathered once for the whole decode
+        prompts = replace(at, response=0, masked=True)
+        mask = 3 * at.rows * at.prompt**2
+        repeated = 2 * f.compute * (s.queries - s.keys) * at.tokens  # attention with a mask, a layer at a time
+        drawn = 4 * FP32 * at.rows * s.vocab
+        transient = max(layer_forward(f, prompts) + mask, repeated + drawn)
+        return Memory(copies=copies, cache=at.tokens * cache_per_token(f), transient=transient)
+
+    def train(self, role: Role, at: Pass, passes: int, *, checkpointing: bool, before: float = 0) -> Memory:
+        """The worst moment of an update of one model, its optimizer step included.
+
+        Args:
+            role: whose.
+            at: the largest of its passes.
+            passes: how many; from the second on all gradients exist during a pass.
+            checkpointing: layers are computed again in the backward pass.
+            before: bytes of gradients that others have left until the optimizer's step.
+        """
+        f = self.forward(role, checkpointing=checkpointing, training=True)
+        worst = max(self._moments(f, at, self.learns(role), passes), key=lambda m: m.total)
+        return replace(worst, gradients=worst.gradients + before)
+
+    def _moments(self, f: Forward, at: Pass, learns: int, passes: int) -> list[Memory]:
+        s, head = f.shape, head_bytes(f, at)
+        every = FP32 * learns / self.shards
+        there = every if passes > 1 else 0.0
+        kept, copies = layers_kept(f, at), self._copies(f)
+        recomputed = at.tokens * layer_kept(f, masked=at.masked) if f.checkpointing else 0
+        one = f.compute * s.layer if f.casts else 0  # copies of one layer's weights
+        unit = self._units(f) + self._root([f]) if self.sharded else 0
+        scattered = (f.compute + FP32) * s.layer if self.sharded and f.trained is Trained.ALL else 0
+        top = FP32 * (s.table + max(x.size for x in s.reading(PRODUCT))) if f.trained is Trained.ALL and f.speaks else 0
+        first = max(there, min(every, top / self.shards))
+        down = layer_backward(f, at)
+        return [
+            Memory(gradients=there, copies=unit or copies, activations=kept + head.kept, transient=head.forward),
+            Memory(
+                gradients=first,
+                copies=unit or (0 if f.checkpointing else copies),
+                activations=kept + head.kept,
+                transient=head.backward,
+            ),
+            Memory(
+                gradients=first,
+                copies=unit or (one if f.checkpointing else copies),
+                activations=kept + recomputed,
+                transient=down + scattered,
+            ),
+            Memory(
+                gradients=every,
+                copies=unit or one,
+                activations=at.tokens * (layer_kept(f, masked=at.masked) + f.weights * s.hidden),
+                transient=down + scattered,
+            ),
+            Memory(gradients=every),
+        ]
+
+    def _copies(self, f: Forward) -> float:
+        """Copies that autocast makes of the layers' weights; those of the head count with the head."""
+        return f.compute * f.shape.layers * f.shape.layer if f.casts else 0
+
+    def _units(self, f: Forward) -> float:
+        """Two layers gathered from their shards: the one that runs and the next."""
+        return 2 * f.compute * f.shape.layer
+
+    def _root(self, runs: Sequence[Forward]) -> float:
+        """What belongs to no layer is gathered for the whole pass: embedding and output layer."""
+        return sum(f.compute * (f.shape.language_model - f.shape.layers * f.shape.layer) for f in runs)
