@@ -131,7 +131,8 @@ class TransformersSampler:
         try:
             way = self._way(model, max(lengths) + limit)
             budget = self.max_cache_tokens or CACHE_BYTES // cache_bytes(model)
-            cuts = side_by_side(lengths, room=limit, padded=way.padded, max_tokens=budget, max_rows=self.max_rows)
+            most = min((n for n in (self.max_rows, way.max_rows) if n), default=None)
+            cuts = side_by_side(lengths, room=limit, padded=way.padded, max_tokens=budget, max_rows=most)
             for rows in cuts:
                 batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=self.pad_id, device=device)
                 for i, response in zip(rows, way.complete(model, batch, choose, settings)):
@@ -196,7 +197,7 @@ def cache_bytes(model: nn.Module) -> int:
     config = unwrap_peft(model).config.get_text_config()
 
     def known(*names: str) -> int | None:
-        return next((x for x in (getattr(config, name, None) for name in names) if isinstance(x, int) and x), None)
+        return next((x for x in (_setting(config, name) for name in names) if isinstance(x, int) and x), None)
 
     dtype, hidden = next(model.parameters()).dtype, known("hidden_size", "d_model") or 1
     heads, all_heads = known("num_key_value_heads", "num_attention_heads"), known("num_attention_heads")
@@ -204,6 +205,14 @@ def cache_bytes(model: nn.Module) -> int:
     size = latent or known("head_dim") or (hidden // all_heads if all_heads else 0)
     width = heads * size if heads and size else hidden
     return 2 * (known("num_hidden_layers") or 1) * width * (dtype.itemsize if dtype.is_floating_point else 2)
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A setting of a configuration; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # the library's answer for a setting that differs by layer
+        return None
 
 
 # --- ways to decode
@@ -233,12 +242,14 @@ class Way:
         complete: the batch's completions, each up to its first EOS.
         serves: whether it is meant for a model and sequences of so many tokens.
         padded: whether prompts of several lengths may share a batch.
+        max_rows: prompts that may share one; None means any number.
     """
 
     name: str
     complete: Callable[[nn.Module, Sequences, Choose, Settings], list[list[int]]]
     serves: Callable[[nn.Module, int], bool]
     padded: bool = True
+    max_rows: int | None = None
 
 
 def is_plain(model: nn.Module, length: int) -> bool:
@@ -338,11 +349,22 @@ def _up_to_eos(tokens: list[int], eos: tuple[int, ...]) -> list[int]:
     return tokens[: end + 1]
 
 
+def _generates(model: nn.Module, length: int) -> bool:
+    return hasattr(unwrap_peft(model), "generate")
+
+
+def _is_told_of_padding(model: nn.Module, length: int) -> bool:
+    """Whether a model takes positions or masks its state; else only a check in full precision can say."""
+    inner = unwrap_peft(model)
+    told = "position_ids" in inspect.signature(inner.forward).parameters or getattr(inner, "_is_stateful", False)
+    return _generates(model, length) and (told or _is_exact(model))
+
+
 WAYS = (
     Way("own cache", _on_own_cache, is_plain),
-    Way("generate", _by_generate, lambda model, length: hasattr(unwrap_peft(model), "generate")),
-    # Padding reaches some models: recurrent states, positions that are counted from the left edge.
-    Way("generate, equal lengths", _by_generate, lambda model, length: hasattr(unwrap_peft(model), "generate"), False),
+    Way("generate", _by_generate, _is_told_of_padding),
+    Way("generate, equal lengths", _by_generate, _generates, padded=False),
+    Way("generate, row by row", _by_generate, _generates, padded=False, max_rows=1),
 )
 """In the order in which they are tried."""
 
@@ -386,7 +408,7 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
     steps = completions.shape[1]
     settings, device = Settings(limit=steps, eos_ids=(), pad_id=pad_id), completions.device
     gaps = []
-    for rows in side_by_side(list(map(len, prompts)), room=steps, padded=way.padded):
+    for rows in side_by_side(list(map(len, prompts)), room=steps, padded=way.padded, max_rows=way.max_rows):
         given = _Given(completions[rows])
         batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=pad_id, device=device)
         way.complete(model, batch, given, settings)
@@ -402,7 +424,7 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
 def _check_rows(model: nn.Module, pad_id: int) -> tuple[list[list[int]], Int[Tensor, "B T"]]:
     """Prompts of one token, of some, and twice of as many as there is room for, with their completions."""
     config = unwrap_peft(model).config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [_setting(config, name) for name in ("sliding_window", "attention_chunk_size")]
     past = [2 + CHECK_STEPS + w for w in windows if isinstance(w, int) and w <= CHEAP_WINDOW]
     room = min(max([CHECK_LENGTH, *past]), max_positions(model) or LONG)
     steps = min(CHECK_STEPS, room // 2)
@@ -428,10 +450,14 @@ class _Given:
         return self.tokens[:, min(len(self.seen), self.tokens.shape[1]) - 1]
 
 
+def _is_exact(model: nn.Module) -> bool:
+    dtype = next(model.parameters()).dtype
+    return dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"
+
+
 def _tolerance(model: nn.Module) -> float:
     """What rounding explains, also where it sends a token to another expert; a wrong mask is off by about 1."""
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    return 0.01 if exact and torch.get_float32_matmul_precision() == "highest" else 0.25
+    return 0.01 if _is_exact(model) else 0.25
 
 
 # --- the cache
