@@ -175,16 +175,16 @@ def cuts(shape: Shape, at: Pass) -> int:
 
 
 def head_bytes(f: Forward, at: Pass, *, entropy: bool = False) -> Head:
-    """The output layer with the log-probabilities made of it, in fp32; entropy needs their logarithm and products."""
+    """The output layer with the log-probabilities made of it, all in fp32; entropy needs logarithm and products, too."""
     if not f.speaks:
         return Head(kept=0, forward=0, backward=0)
     rows = min(at.responses, max(1, MAX_LOGITS // f.shape.vocab))
     logits = FP32 * rows * f.shape.vocab
-    copy = f.compute * f.shape.table if f.casts else 0
+    copy = FP32 * f.shape.table if f.weights < FP32 else 0  # of weights in low precision
     if f.trained is Trained.NOTHING:
-        return Head(kept=0, forward=copy + (3 if entropy else 2) * logits, backward=0)
-    low = 0 if f.compute == FP32 else f.compute * rows * f.shape.vocab
-    gradient = (FP32 + (f.compute if f.casts else 0)) * f.shape.table if f.trained is Trained.ALL else 0
+        return Head(kept=0, forward=max(copy + logits, (3 if entropy else 2) * logits), backward=0)
+    gradient = (FP32 + (f.weights if copy else 0)) * f.shape.table if f.trained is Trained.ALL else 0
     if cuts(f.shape, at) == 1:
-        return Head(kept=logits + copy, forward=logits, backward=low + max(0, gradient - logits))
-    return Head(kept=0, forward=copy + 2 * logits, backward=copy + max(2 * logits, logits + gradient))
+        return Head(kept=logits + copy, forward=logits, backward=max(0, gradient - logits))
+    again = copy + max(2 * logits, logits + gradient)
+    return Head(kept=0, forward=max(copy + logits, 2 * logits), backward=again)

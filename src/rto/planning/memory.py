@@ -134,7 +134,7 @@ class Placement:
     def _of(self, role: Role) -> Memory:
         learns, lora = self.learns(role), self.lora_of(role)
         if lora is None:
-            weights = FP32 * learns if role.trained else 0 if self.offload else self.compute * role.parameters
+            weights = FP32 * learns if role.trained else 0 if self.leaves(role) else self.compute * role.parameters
         else:
             base = self.compute * role.shape.language_model if role.name == "policy" else 0
             adapter = 0 if role.name == "reference" else lora.parameters(role.shape)
@@ -148,37 +148,35 @@ class Placement:
 
     # --- phases
 
-    def forward_only(self, roles: Sequence[Role], at: Pass, *, entropy: bool = False) -> Memory:
-        """The worst moment of a pass without gradients over some roles in one forward pass, one after the other."""
+    def read(self, roles: Sequence[Role], at: Pass, *, entropy: bool = False) -> Memory:
+        """The worst moment of one forward pass without gradients over some roles, one after the other."""
         runs = [self.forward(role) for role in roles]
-        copies = sum(map(self._copies, runs))
-        if self.sharded:
-            copies = max(self._root(runs) + self._units(f) for f in runs)
-        moments = []
+        copies = self._root(runs) + max(map(self._units, runs)) if self.sharded else sum(map(self._copies, runs))
+        moments: list[float] = []
         for f in runs:
-            read = at.responses * f.shape.hidden * f.weights  # states that the head reads
-            moments += [layer_forward(f, at), read + head_bytes(f, at, entropy=entropy).forward]
-        brought = 0.0
-        if self.offload:  # one at a time
-            brought = max((self.compute * r.parameters / self.shards for r in roles if not self._stays(r)), default=0)
+            states = at.responses * f.shape.hidden * f.weights
+            moments += [layer_forward(f, at), states + head_bytes(f, at, entropy=entropy).forward]
+        brought = sum(self.compute * role.parameters / self.shards for role in roles if self.leaves(role))
         return Memory(weights=brought, copies=copies, transient=max(moments))
 
-    def _stays(self, role: Role) -> bool:
-        return role.trained or role.on_base or not self.offload
+    def leaves(self, role: Role) -> bool:
+        """It is in host memory except while it scores."""
+        return self.offload and not role.trained and self.lora_of(role) is None
 
     def sample(self, policy: Role, at: Pass) -> Memory:
         """The worst moment of decoding: the prompts' pass, or the last step, when the cache is full."""
         f = self.forward(policy)
         s = f.shape
-        copies = f.compute * s.language_model if self.sharded else self._copies(f)  # gathered once for the whole decode
-        prompts = replace(at, response=0, masked=True)
+        head = f.compute * s.table if f.casts else 0
+        copies = f.compute * s.language_model if self.sharded else self._copies(f) + head  # gathered once for all steps
+        prompts = replace(at, response=0)
         mask = 3 * at.rows * at.prompt**2
-        repeated = 2 * f.compute * (s.queries - s.keys) * at.tokens  # attention with a mask, a layer at a time
+        repeated = 2 * f.compute * (s.queries - s.keys)  # bytes a token: attention with a mask repeats keys, values
         drawn = 4 * FP32 * at.rows * s.vocab
-        transient = max(layer_forward(f, prompts) + mask, repeated + drawn)
+        transient = max(layer_forward(f, replace(prompts, masked=True)) + mask, repeated * at.tokens + drawn)
         return Memory(copies=copies, cache=at.tokens * cache_per_token(f), transient=transient)
 
-    def train(self, role: Role, at: Pass, passes: int, *, checkpointing: bool, before: float = 0) -> Memory:
+    def train(self, role: Role, at: Pass, passes: int, *, checkpointing: bool) -> Memory:
         """The worst moment of an update of one model, its optimizer step included.
 
         Args:
@@ -186,55 +184,78 @@ class Placement:
             at: the largest of its passes.
             passes: how many; from the second on all gradients exist during a pass.
             checkpointing: layers are computed again in the backward pass.
-            before: bytes of gradients that others have left until the optimizer's step.
         """
         f = self.forward(role, checkpointing=checkpointing, training=True)
-        worst = max(self._moments(f, at, self.learns(role), passes), key=lambda m: m.total)
-        return replace(worst, gradients=worst.gradients + before)
+        return max(self._moments(f, at, self.learns(role), passes), key=lambda m: m.total)
+
+    def gradients(self, role: Role) -> float:
+        """Bytes of all gradients of a role."""
+        return FP32 * self.learns(role) / self.shards
+
+    def train_together(self, roles: Sequence[Role], at: Pass, passes: int, *, checkpointing: bool) -> Memory:
+        """The same of several models in one forward and backward pass, as sharded models are run."""
+        runs = [self.forward(role, checkpointing=checkpointing, training=True) for role in roles]
+        worst = Memory()
+        for role, f in zip(roles, runs):
+            others = [x for x in runs if x is not f]
+            waiting = Memory(
+                gradients=sum(self.gradients(x) for x in roles if x is not role),
+                copies=self._root(others) if self.sharded else sum(map(self._copies, others)),
+                activations=sum(layers_kept(x, at) + head_bytes(x, at).kept for x in others),
+            )
+            worst = max(worst, self.train(role, at, passes, checkpointing=checkpointing) + waiting, key=lambda m: m.total)
+        return worst
 
     def _moments(self, f: Forward, at: Pass, learns: int, passes: int) -> list[Memory]:
+        """End of the forward pass; the head, the last layer and the first one in the backward pass; the update."""
         s, head = f.shape, head_bytes(f, at)
+        whole = f.trained is Trained.ALL
         every = FP32 * learns / self.shards
         there = every if passes > 1 else 0.0
-        kept, copies = layers_kept(f, at), self._copies(f)
-        recomputed = at.tokens * layer_kept(f, masked=at.masked) if f.checkpointing else 0
-        one = f.compute * s.layer if f.casts else 0  # copies of one layer's weights
-        unit = self._units(f) + self._root([f]) if self.sharded else 0
-        scattered = (f.compute + FP32) * s.layer if self.sharded and f.trained is Trained.ALL else 0
-        top = FP32 * (s.table + max(x.size for x in s.reading(PRODUCT))) if f.trained is Trained.ALL and f.speaks else 0
-        first = max(there, min(every, top / self.shards))
-        down = layer_backward(f, at)
+        kept, copies, one = layers_kept(f, at), self._copies(f), f.compute * s.layer if f.casts else 0.0
+        if self.sharded:
+            copies = one = self._units(f) + self._root([f])
+        again = at.tokens * layer_kept(f, masked=at.masked)
+        table = FP32 * s.table if f.speaks or not whole else 0
+        top = (table + FP32 * max(x.size for x in s.reading(PRODUCT))) / self.shards if whole else 0.0
+        late = FP32 * (s.layer + s.table) / self.shards if whole else 0.0
+        down = layer_backward(f, at) + ((f.compute + FP32) * s.layer if self.sharded and whole else 0)
+        first = max(there, min(every, top))
+        mine = one if f.checkpointing else copies
         return [
-            Memory(gradients=there, copies=unit or copies, activations=kept + head.kept, transient=head.forward),
+            Memory(gradients=there, copies=copies, activations=kept + head.kept, transient=head.forward),
             Memory(
                 gradients=first,
-                copies=unit or (0 if f.checkpointing else copies),
+                copies=0 if f.checkpointing and not self.sharded else copies,
                 activations=kept + head.kept,
                 transient=head.backward,
             ),
             Memory(
                 gradients=first,
-                copies=unit or (one if f.checkpointing else copies),
-                activations=kept + recomputed,
-                transient=down + scattered,
+                copies=mine,
+                activations=kept + (again if f.checkpointing else 0),
+                transient=down,
             ),
             Memory(
-                gradients=every,
-                copies=unit or one,
-                activations=at.tokens * (layer_kept(f, masked=at.masked) + f.weights * s.hidden),
-                transient=down + scattered,
+                gradients=max(there, every - late),
+                copies=one,
+                activations=again + at.tokens * f.weights * s.hidden,
+                transient=down,
             ),
             Memory(gradients=every),
         ]
 
     def _copies(self, f: Forward) -> float:
-        """Copies that autocast makes of the layers' weights; those of the head count with the head."""
-        return f.compute * f.shape.layers * f.shape.layer if f.casts else 0
+        """Copies that autocast makes of the layers' weights; the head reads its weights as they are."""
+        return f.compute * f.shape.layers * f.shape.layer if f.casts else 0.0
 
     def _units(self, f: Forward) -> float:
         """Two layers gathered from their shards: the one that runs and the next."""
-        return 2 * f.compute * f.shape.layer
+        return 2.0 * f.compute * f.shape.layer
 
     def _root(self, runs: Sequence[Forward]) -> float:
-        """What belongs to no layer is gathered for the whole pass: embedding and output layer."""
-        return sum(f.compute * (f.shape.language_model - f.shape.layers * f.shape.layer) for f in runs)
+        """What belongs to no layer is gathered for the whole pass: embedding, output layer, last norm."""
+        outside = (
+            f.shape.vectors + f.shape.table * (2 if f.speaks and not f.shape.tied else 1) + f.shape.hidden for f in runs
+        )
+        return float(self.compute * sum(outside))
