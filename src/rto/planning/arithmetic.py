@@ -96,7 +96,7 @@ def cache_per_token(f: Forward) -> int:
     return 2 * f.shape.keys * f.shape.layers * f.compute
 
 
-def optimizer(trained: int) -> Work:
+def optimizer(trained: float) -> Work:
     """An update of so many weights."""
     return Work(bytes=ADAM_BYTES * trained)
 

@@ -127,6 +127,10 @@ class Placement:
             return role.parameters
         return lora.parameters(role.shape) + (0 if role.speaks else role.shape.hidden)
 
+    def base_parameters(self, role: Role) -> int:
+        """Weights that a forward pass of a role reads, adapters aside."""
+        return role.shape.language_model if self.lora_of(role) is not None else role.parameters
+
     def resting(self, roles: Sequence[Role]) -> Memory:
         """What lies on a device all the time, without gradients: weights, moments, DDP's buckets."""
         return sum((self._of(role) for role in roles), Memory())
