@@ -30,7 +30,7 @@ from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, find_config, load_policy, load_scalar, load_tokenizer, max_positions
 from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, stage_config
 from rto.report.page import write_report
-from rto.report.table import results_table
+from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
@@ -286,7 +286,9 @@ class Pipeline:
         for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
             answers[name] = examiner.answer(str(self.folder / where))
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
-            methods[name] = summary(answers[name], None if name == "SFT" else answers["SFT"], seconds, where)
+            methods[name] = summary(
+                answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
+            )
         self._write_token_rewards(folder, raw, answers, examiner.tokenizer)
         lines = [
             {
@@ -297,7 +299,7 @@ class Pipeline:
             for i, prompt in enumerate(raw)
         ]
         _write_lines(folder / "completions.jsonl", lines)
-        results = {"gold": examiner.judged_by, "baseline": "SFT", "prompts": len(raw), "methods": methods}
+        results = {"gold": examiner.judged_by, "baseline": recipe.start, "prompts": len(raw), "methods": methods}
         write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
     def _examiner(self, prompts: str) -> "Examiner":
@@ -359,7 +361,7 @@ class Pipeline:
             said = list(map(_said, raw, texts))
             return model(Completed(prompts=raw, completions=said, completion_ids=[[]] * len(texts), ended=ended))
 
-        return learned, "reward model"
+        return learned, REWARD_MODEL
 
     # --- help
 
