@@ -18,6 +18,7 @@ from trl.data_utils import maybe_extract_prompt
 from rto.batches import collate
 from rto.data.chat import completion_ids, prompt_ids
 from rto.data.formats import DataError, Pair, load_rows, read_pairs
+from rto.errors import users_code
 from rto.evaluation.inspection import (
     CreditReport,
     PairReport,
@@ -39,9 +40,10 @@ from rto.models.loading import (
     load_tokenizer,
 )
 from rto.recipe import is_function, resolve
-from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
+from rto.values import check_choice
 
 ROWS = 256  # pairs scored at a time
 WINDOW = 6  # tokens before a token that its text may depend on
@@ -110,9 +112,7 @@ class InspectArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.show < 0 or (self.show == 0 and self.completions is not None):
             raise ValueError(f"show={self.show} leaves nothing to look at")
-        if self.token_reward not in TOKEN_REWARDS:
-            known = ", ".join(TOKEN_REWARDS)
-            raise ValueError(f"token_reward={self.token_reward!r} is not known; choose from {known}")
+        check_choice("token_reward", self.token_reward, TOKEN_REWARDS)
         looked_at = [name for name in ("dataset_name", "prompt", "completions") if getattr(self, name) is not None]
         if len(looked_at) != 1:
             raise ValueError(
@@ -176,11 +176,11 @@ def inspect(args: InspectArguments) -> Inspection:
     if not named:
         raise ValueError("a token reward function needs a tokenizer to cut text by: give --ref_model")
     limit = _check_models(args, models)
-    functions = {spec: _function("--dpo_model", spec) for spec in args.dpo_model if is_function(spec)}
-    credit = None if args.credit is None else _function("--credit", args.credit)
+    functions = {spec: resolve(spec, "--dpo_model") for spec in args.dpo_model if is_function(spec)}
+    credit = None if args.credit is None else resolve(args.credit, "--credit")
     score: str | Callable[..., Any] | None = args.reward_model
     if args.reward_model is not None and is_function(args.reward_model):
-        score = _function("--reward_model", args.reward_model)
+        score = resolve(args.reward_model, "--reward_model")
     tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
     source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
     if args.dataset_name is None:
@@ -312,7 +312,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 def credit_report(pairs: Sequence[RewardedPair], credit: Credit) -> CreditReport:
     """How well token rewards follow the truth, word by word, on both sides of the pairs."""
     sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    spans = credit(prompts=[prompt for prompt, _ in sides], completions=["".join(side.pieces) for _, side in sides])
+    with users_code(function_name(credit)):
+        spans = credit(prompts=[p for p, _ in sides], completions=["".join(side.pieces) for _, side in sides])
     if len(spans) != len(sides):
         raise ValueError(f"the credit has {len(spans)} lists of spans for {len(sides)} completions: one for each")
     groups = [words(side.pieces) for _, side in sides]
@@ -377,21 +378,6 @@ def _check_models(args: InspectArguments, models: list[str]) -> int:
             check_same_vocabulary(role, other, tokenizer, models[0], trust_remote_code=trust)
     contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
     return min([args.max_length, *(context for context in contexts if context is not None)])
-
-
-def _function(flag: str, spec: str) -> Callable[..., Any]:
-    """What ``module:function`` names.
-
-    Raises:
-        ValueError: it names nothing that can be called.
-    """
-    try:
-        function = resolve(spec)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{flag} {spec} cannot be imported as module:function: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{flag} {spec} is not a function")
-    return function
 
 
 def base_of_adapter(source: str) -> str | None:

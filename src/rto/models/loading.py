@@ -4,10 +4,13 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -50,9 +53,40 @@ def find_config(role: str, source: str | Path, *, trust_remote_code: bool = Fals
     """
     try:
         return _config_of(source, trust_remote_code)
-    except (OSError, ValueError) as error:
-        why = str(error).split("\n")[0]
-        raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
+    except ValueError as error:
+        raise ValueError(f"{role} {error}") from error
+
+
+@contextmanager
+def told_of(source: str | Path) -> Iterator[None]:
+    """What the libraries raise when they read a model's folder or hub id becomes one line that says what is wrong.
+
+    Raises:
+        ValueError: that line.
+    """
+    try:
+        yield
+    except (OSError, ImportError, SafetensorError, ValueError) as error:
+        if isinstance(error, LoadingError):
+            raise
+        folder, why = Path(source), str(error).strip().partition("\n")[0]
+        if folder.is_file():
+            what = "is a file, not a model's folder"
+        elif not folder.is_dir():
+            what = f"is neither a folder here nor on the hub ({why})"
+        elif not (folder / "config.json").is_file() and not is_adapter(folder):
+            what = "is no model's folder: it has no config.json"
+        elif isinstance(error, SafetensorError):
+            what = f"has damaged weights ({why}): copy or train them again"
+        elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
+            what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
+        else:
+            what = f"cannot be read: {why}"
+        raise LoadingError(f"{source} {what}") from error
+
+
+class LoadingError(OSError, ValueError):
+    """A model or tokenizer that cannot be read; the message says why in one line."""
 
 
 def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -109,7 +143,8 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
     from peft import load_peft_weights
 
     config = adapter_config(source)
-    _, head = split_head(load_peft_weights(str(source), device="cpu"))
+    with told_of(source):
+        _, head = split_head(load_peft_weights(str(source), device="cpu"))
     if head is None and not new_head:
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
@@ -136,7 +171,8 @@ def adapter_config(folder: str | Path) -> Any:
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{folder} is a PEFT adapter: pip install peft") from error
-    config = PeftConfig.from_pretrained(str(folder))
+    with told_of(folder):
+        config = PeftConfig.from_pretrained(str(folder))
     check_adapter(str(folder), config)
     return config
 
@@ -185,7 +221,8 @@ def _base_of(source: str | Path, config: Any) -> str:
 def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
+    with told_of(source):
+        return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
 
 
 def split_head(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
@@ -212,8 +249,12 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     """The tokenizer of a folder or hub id, with a padding token.
 
     pad = EOS is allowed: padding is told by position in this project, never by id.
+
+    Raises:
+        ValueError: there is none, or it has no EOS token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with told_of(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
@@ -243,7 +284,8 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-    return auto.from_pretrained(str(source), **kwargs)
+    with told_of(source):
+        return auto.from_pretrained(str(source), **kwargs)
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -340,4 +382,5 @@ def _config_of(source: str | Path, trust_remote_code: bool) -> Any:
     """The configuration of a folder or hub id; of the base model where it is an adapter."""
     if is_adapter(source):
         source = _base_of(source, adapter_config(source))
-    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with told_of(source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

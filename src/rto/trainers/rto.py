@@ -50,6 +50,7 @@ from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_sourc
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+from rto.values import check_choice
 
 ESTIMATORS = ("gae", "reinforce++")
 
@@ -142,8 +143,7 @@ class RTOConfig(TokenTrainingArguments):
             ("advantage_estimator", ESTIMATORS),
         )
         for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
