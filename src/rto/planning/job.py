@@ -74,11 +74,12 @@ class Stage:
     Attributes:
         name: SFT, DPO or reward.
         role: the model.
-        beside: frozen models that stay beside it.
         at: one pass.
         unit: rows that cannot be cut apart: the two sides of a pair.
         passes: of an update.
         checkpointing: layers are computed again in the backward pass.
+        reference: π_ref of a preference loss.
+        reads_first: it reads the data before training and is let go, which only whole models can.
     """
 
     name: str
@@ -87,20 +88,22 @@ class Stage:
     passes: int
     checkpointing: bool
     unit: int = 1
-    beside: tuple[Role, ...] = ()
+    reference: Role | None = None
+    reads_first: bool = True
 
     def phases(self, place: Placement) -> Iterator[Phase]:
         """The stage's one phase."""
-        roles = (self.role, *self.beside)
-        memory = place.resting(roles) + place.train(
-            self.role, self.at, self.passes, checkpointing=self.checkpointing
-        )
+        stays = self.reference is not None and (place.sharded or not self.reads_first)
+        beside = [self.reference] if stays and self.reference is not None else []
+        place = replace(place, offload=False)  # what stays is read at every update
+        memory = place.resting([self.role, *beside])
+        memory += place.train(self.role, self.at, self.passes, checkpointing=self.checkpointing)
         f = place.forward(self.role, checkpointing=self.checkpointing, training=True)
         learns = place.learns(self.role)
         work = arithmetic.train(f, self.at) * self.passes + arithmetic.optimizer(learns / place.shards)
-        for role in self.beside:
+        for role in beside:
             work += arithmetic.forward(place.forward(role), self.at) * self.passes
-        traffic = _exchanged(place, [self.role], self.passes) + _gathered(place, self.beside) * self.passes
+        traffic = _exchanged(place, [self.role], self.passes) + _gathered(place, beside) * self.passes
         yield Phase(name=self.name, per="update", memory=memory, work=work, traffic=traffic)
 
     def smaller(self, times: int) -> "Stage":

@@ -140,7 +140,8 @@ class Placement:
         if lora is None:
             weights = FP32 * learns if role.trained else 0 if self.leaves(role) else self.compute * role.parameters
         else:
-            base = self.compute * role.shape.language_model if role.name == "policy" else 0
+            size = role.shape.language_model if role.speaks else role.shape.backbone
+            base = self.compute * size if role.name == "policy" else 0
             adapter = 0 if role.name == "reference" else lora.parameters(role.shape)
             weights = base + FP32 * (adapter + (0 if role.speaks else role.shape.hidden))
         exchanged = self.devices > 1 and not self.sharded
