@@ -38,6 +38,7 @@ and:
   export              merge a policy adapter into its base and write the whole model
   inspect             what a token reward is worth: on held-out pairs (--dataset_name), a prompt (--prompt) or a file
                       (--completions), token by token
+  plan RECIPE.yaml    memory, arithmetic and time before anything runs, and whether it fits: --devices 8 --memory 80
   theory              the paper's statements, run
   report DIR          write report.html of a run again
 
@@ -335,6 +336,13 @@ def report(args: list[str]) -> int:
     return 0
 
 
+def plan(args: list[str]) -> int:
+    """`rto plan`."""
+    from rto.planning.command import main as run_plan
+
+    return run_plan(args)
+
+
 def theory(args: list[str]) -> int:
     """`rto theory`."""
     from rto.theory.__main__ import main as run_theory
@@ -353,6 +361,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
+    "plan": plan,
     "theory": theory,
 }
 

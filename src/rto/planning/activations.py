@@ -175,7 +175,7 @@ def cuts(shape: Shape, at: Pass) -> int:
 
 
 def head_bytes(f: Forward, at: Pass, *, entropy: bool = False) -> Head:
-    """The output layer with the log-probabilities made of it, all in fp32; entropy needs logarithm and products, too."""
+    """The output layer with the log-probabilities made of it, in fp32; entropy needs logarithm and products, too."""
     if not f.speaks:
         return Head(kept=0, forward=0, backward=0)
     rows = min(at.responses, max(1, MAX_LOGITS // f.shape.vocab))

@@ -159,6 +159,6 @@ def _linears(layer: nn.Module, name: str, config: Any) -> tuple[Linear, ...]:
 
 def _unknown(name: str, config: Any, why: str) -> ValueError:
     return ValueError(
-        f"{name}: a plan for model type {config.model_type} is not known ({why}): only dense decoders whose layers are "
-        "equal, such as Llama, Mistral, Qwen2, Phi-3 and GPT-NeoX; give the nearest of these with --config"
+        f"{name}: a plan for model type {config.model_type} is not known ({why}): only dense decoders with "
+        "equal layers, such as Llama, Mistral, Qwen2, Phi-3 and GPT-NeoX; give the nearest of these with --config"
     )

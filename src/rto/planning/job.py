@@ -1,4 +1,4 @@
-"""A run as work for devices: its stages and iterations under a placement, whether they fit, and what would make them."""
+"""A run as work for devices: stages and iterations under a placement, whether they fit, what would make them fit."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -188,9 +188,7 @@ class Iteration:
             for role in roles:
                 work += arithmetic.forward(place.forward(role), at) * passes
         traffic = _gathered(place, self.roles) * math.ceil(passes)
-        return Phase(
-            name="score", per="iteration", memory=resting + worst, work=work, traffic=traffic, loaded=loaded
-        )
+        return Phase(name="score", per="iteration", memory=resting + worst, work=work, traffic=traffic, loaded=loaded)
 
     def _update(self, place: Placement, resting: Memory) -> Iterator[Phase]:
         """One model after the other; sharded ones in one pass, which holds the activations of both."""
@@ -283,7 +281,7 @@ class Variant:
 
 
 def variants(job: Job, plain: Placement, lora: Lora, memory: float) -> list[Variant]:
-    """Full fine-tuning and LoRA on one base, each on whole and on sharded models, frozen ones at hand and off-loaded."""
+    """Full fine-tuning and LoRA on one base, whole and sharded models, frozen ones at hand and off-loaded."""
     found = []
     for training, adapters in (("full", None), ("LoRA on one base", lora)):
         for sharded in (False, True) if plain.devices > 1 else (False,):
@@ -302,7 +300,12 @@ def variant(job: Job, name: str, place: Placement, memory: float) -> Variant:
     return Variant(name=name, place=place, peak=peak, fits=peak.memory.total <= memory, fewer=fewer)
 
 
-LORA, SHARD, OFFLOAD, TOKENS = "LoRA on one base", "sharding (FSDP2)", "off-loading of frozen models", "fewer tokens a pass"
+LORA, SHARD, OFFLOAD, TOKENS = (
+    "LoRA on one base",
+    "sharding (FSDP2)",
+    "off-loading of frozen models",
+    "fewer tokens a pass",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

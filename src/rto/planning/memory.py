@@ -173,7 +173,9 @@ class Placement:
         f = self.forward(policy)
         s = f.shape
         head = f.compute * s.table if f.casts else 0
-        copies = f.compute * s.language_model if self.sharded else self._copies(f) + head  # gathered once for all steps
+        copies = (
+            f.compute * s.language_model if self.sharded else self._copies(f) + head
+        )  # gathered once for all steps
         prompts = replace(at, response=0)
         mask = 3 * at.rows * at.prompt**2
         repeated = 2 * f.compute * (s.queries - s.keys)  # bytes a token: attention with a mask repeats keys, values
@@ -208,7 +210,9 @@ class Placement:
                 copies=self._root(others) if self.sharded else sum(map(self._copies, others)),
                 activations=sum(layers_kept(x, at) + head_bytes(x, at).kept for x in others),
             )
-            worst = max(worst, self.train(role, at, passes, checkpointing=checkpointing) + waiting, key=lambda m: m.total)
+            worst = max(
+                worst, self.train(role, at, passes, checkpointing=checkpointing) + waiting, key=lambda m: m.total
+            )
         return worst
 
     def _moments(self, f: Forward, at: Pass, learns: int, passes: int) -> list[Memory]:
@@ -260,7 +264,5 @@ class Placement:
 
     def _root(self, runs: Sequence[Forward]) -> float:
         """What belongs to no layer is gathered for the whole pass: embedding, output layer, last norm."""
-        outside = (
-            f.shape.vectors + f.shape.table * (2 if f.speaks and not f.shape.tied else 1) + f.shape.hidden for f in runs
-        )
-        return float(self.compute * sum(outside))
+        shapes = [(f.shape, 2 if f.speaks and not f.shape.tied else 1) for f in runs]
+        return float(self.compute * sum(s.vectors + tables * s.table + s.hidden for s, tables in shapes))

@@ -53,7 +53,9 @@ def shapes_of(recipe: Recipe, given: Mapping[str, str]) -> dict[str, Shape]:
         if role not in ROLES:
             raise ValueError(f"--config {role}=…: no such role; a run has {', '.join(ROLES)}")
     if "policy" not in given and is_function(recipe.model):
-        raise ValueError(f"model: {recipe.model} is a function, which has no configuration: give --config policy=FILE_OR_SHAPE")
+        raise ValueError(
+            f"model: {recipe.model} is a function, which has no configuration: give --config policy=FILE_OR_SHAPE"
+        )
     named = {"policy": given.get("policy", recipe.model)}
     shapes = {"policy": find_shape("policy", named["policy"])}
     for role in ROLES[1:]:
@@ -127,8 +129,8 @@ def _roles(recipe: Recipe, method: str, shapes: Mapping[str, Shape]) -> list[Rol
     if settings.get("advantage_estimator", "gae") == "gae":
         found.append(Role(name="critic", shape=shapes["critic"], trained=True, speaks=False, on_base=True))
     found.append(Role(name="reference", shape=shapes["reference"], trained=False, on_base=True))
-    for _ in recipe.token_rewards(method):
-        found.append(Role(name="dpo", shape=shapes["dpo"], trained=False, on_base=True))
+    dpo = Role(name="dpo", shape=shapes["dpo"], trained=False, on_base=True)
+    found += [dpo] * len(recipe.token_rewards(method))
     if recipe.reward is not None and recipe.methods[method].get("paid_by", "reward") == "reward":
         own = recipe.reward_model is None
         found.append(Role(name="reward", shape=shapes["reward"], trained=False, speaks=False, on_base=own))
@@ -200,7 +202,9 @@ def _state(config: Any) -> int:
     name = name.replace("adamw_8bit", "adam8").replace("adamw_bnb_8bit", "adam8").replace("adamw_torch_8bit", "adam8")
     known = next((size for start, size in STATE.items() if name.startswith(start)), None)
     if known is None:
-        raise ValueError(f"optim: a plan does not know how much state {name} has; it knows AdamW, its 8-bit kind, SGD, Lion")
+        raise ValueError(
+            f"optim: a plan does not know how much state {name} has; it knows AdamW, its 8-bit kind, SGD, Lion"
+        )
     return known
 
 
