@@ -199,6 +199,7 @@ def as_json(found: Plan) -> dict[str, Any]:
                 "operations": x.work.operations,
                 "bytes": x.work.bytes,
                 "traffic": x.traffic,
+                "loaded": x.loaded,
                 "seconds": x.seconds(found.rates, found.devices),
             }
             for x in found.phases
@@ -247,24 +248,31 @@ def verdict(v: Variant) -> str:
     return "no" if v.fewer is None else f"with passes cut to 1/{v.fewer}"
 
 
-def phase_rows(found: Plan) -> list[dict[str, str]]:
-    """The shown variant's phases as a table."""
-    rows = []
-    for x in found.phases:
-        parts = {f.name: getattr(x.memory, f.name) for f in fields(Memory)}
-        rows.append(
-            {
-                "phase": x.name,
-                **{name: f"{part / GB:.1f}" for name, part in parts.items()},
-                "all, GB": f"{x.memory.total / GB:.1f}",
-                "10¹² operations": f"{x.work.operations / 1e12:,.0f}",
-                "TB moved": f"{x.work.bytes / 1e12:,.1f}",
-                "GB received": f"{x.traffic / GB:,.1f}",
-                "s": f"{x.seconds(found.rates, found.devices):.1f}",
-                "for an": x.per,
-            }
-        )
-    return rows
+def memory_rows(found: Plan) -> list[dict[str, str]]:
+    """Memory of the shown variant's phases as a table, GB."""
+    parts = [f.name for f in fields(Memory)]
+    return [
+        {"phase": x.name}
+        | {name: f"{getattr(x.memory, name) / GB:.1f}" for name in parts}
+        | {"all, GB": f"{x.memory.total / GB:.1f}"}
+        for x in found.phases
+    ]
+
+
+def work_rows(found: Plan) -> list[dict[str, str]]:
+    """Arithmetic, bytes and time of the shown variant's phases as a table."""
+    return [
+        {
+            "phase": x.name,
+            "for an": x.per,
+            "10¹² operations": f"{x.work.operations / 1e12:,.0f}",
+            "GB of memory moved": f"{x.work.bytes / GB:,.0f}",
+            "GB from other devices": f"{x.traffic / GB:,.0f}",
+            "GB from the host": f"{x.loaded / GB:,.0f}",
+            "seconds": f"{x.seconds(found.rates, found.devices):.1f}",
+        }
+        for x in found.phases
+    ]
 
 
 def role_rows(found: Plan) -> list[dict[str, str]]:
@@ -308,7 +316,8 @@ def show(found: Plan, console: Console) -> None:
     if found.changes:
         _print(console, "The recipe as it stands does not fit; what would change that", change_rows(found))
     _print(console, f"Roles at rest: {found.shown.name}", role_rows(found))
-    _print(console, f"Phases, of one device: {found.shown.name}", phase_rows(found))
+    _print(console, f"Memory of one device: {found.shown.name}", memory_rows(found))
+    _print(console, f"Work of one device: {found.shown.name}", work_rows(found))
     console.print(
         f"Assumed, not measured: {rates.operations / 1e12:g} · 10¹² operations a second, {rates.utilisation:.0%} of "
         f"them reached; memory {rates.bandwidth / GB:g} GB/s, {rates.reached:.0%} reached; links {rates.link / GB:g} "

@@ -118,8 +118,6 @@ def shape_of(config: Any, name: str) -> Shape:
     if len(set(per_layer)) != 1:
         raise _unknown(name, config, "its layers differ")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    total = sum(x.numel() for x in model.parameters())
-    table = config.vocab_size * config.hidden_size
     shape = Shape(
         name=name,
         vocab=config.vocab_size,
@@ -129,13 +127,14 @@ def shape_of(config: Any, name: str) -> Shape:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim,
         linears=per_layer[0],
-        vectors=total - table - len(per_layer) * sum(x.size for x in per_layer[0]),
+        vectors=sum(x.numel() for x in model.parameters() if x.dim() == 1),
         rms=any("RMSNorm" in type(x).__name__ for x in model.modules()),
         tied=bool(config.tie_word_embeddings),
         family=config.model_type,
     )
     made = sum(x.outputs for x in shape.reading(ATTENTION))
-    if made != shape.queries + 2 * shape.keys or not shape.reading(MIXED) or not 0 <= shape.vectors < 0.01 * total:
+    counted = shape.backbone == sum(x.numel() for x in model.parameters())
+    if made != shape.queries + 2 * shape.keys or not shape.reading(MIXED) or not counted:
         raise _unknown(name, config, "it has weights beside attention, MLP and norms")
     return shape
 

@@ -1,0 +1,181 @@
+"""`rto plan`: what fits, what would make it fit, what is refused, and the table in the docs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rto import cli
+from rto.planning.command import GB, Plan, plan, verdict
+from rto.planning.job import LORA, OFFLOAD, SHARD, TOKENS
+from rto.recipe import load_recipe
+from tables import check_table
+
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "recipes" / "paper"
+PAGE = ROOT / "docs" / "planning.md"
+
+
+def planned(
+    name: str = "llama3-8b", *, devices: int = 8, memory: float = 80, overrides: Any = None, **kwargs: Any
+) -> Plan:
+    recipe = load_recipe(PAPER / f"{name}.yaml", overrides)
+    return plan(recipe, name=name, devices=devices, memory=memory * GB, **kwargs)
+
+
+def test_the_papers_recipe_fits_sharded_on_eight_cards_and_as_adapters_on_one() -> None:
+    eight = {v.name: v for v in planned().variants}
+    assert eight["full, FSDP2"].fits
+    assert not eight["full, DDP"].fits
+    assert eight["full, DDP"].fewer is None
+    (full, _, lora) = planned(devices=1).variants
+    assert lora.fits
+    assert not full.fits
+
+
+def test_the_table_of_the_paper() -> None:
+    plans = {f"{hosts}{n} × 80 GB": planned(devices=d) for hosts, n, d in (("", 1, 1), ("", 8, 8), ("2 × ", 8, 16))}
+    names = [v.name.replace(", DDP", "") for v in planned().variants]
+    rows = []
+    for name in names:
+        row = {"variant": name.replace("full", "full fine-tuning")}
+        for where, found in plans.items():
+            v = next(
+                (v for v in found.variants if v.name.replace(", DDP", "").replace(", one device", "") == name), None
+            )
+            row[where] = "—" if v is None else f"{v.peak.memory.total / GB:.0f} GB in {v.peak.name}: {verdict(v)}"
+        rows.append(row)
+    check_table(PAGE, "the paper's recipe", rows)
+
+
+def test_the_table_of_measurements() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())
+    rows = []
+    for x in report["update"]:
+        kind = ("LoRA" if x["lora"] else "full") + (", bf16" if x["bf16"] else ", fp32")
+        kind += ", checkpointing" if x["checkpointing"] else ""
+        rows.append(_row(x, x["model"], kind, f"update of {x['passes']} pass" + ("es" if x["passes"] > 1 else "")))
+    for x in (*report["trainer"], *report.get("processes", [])):
+        kind = {"separate": "five full models", "shared": "five roles on one base"}[x["side"]] + ", fp32"
+        rows.append(_row(x, x["model"], kind + (", 2 processes" if x["processes"] > 1 else ""), x["phase"]))
+    check_table(PAGE, "measurements", rows)
+    for x in (*report["update"], *report["trainer"], *report.get("processes", [])):
+        assert x["predicted"] == pytest.approx(x["measured"], rel=0.15)
+        assert x["predicted_operations"] == pytest.approx(x["operations"], rel=0.05)
+
+
+def _row(x: dict[str, Any], model: str, kind: str, phase: str) -> dict[str, str]:
+    resident = x.get("resident")
+    return {
+        "model": model,
+        "what": kind,
+        "phase": phase,
+        "predicted, MB": f"{x['predicted'] / 1e6:.0f}",
+        "live tensors, MB": f"{x['measured'] / 1e6:.0f}",
+        "predicted / live": f"{x['predicted'] / x['measured']:.3f}",
+        "resident, MB": f"{resident / 1e6:.0f}" if resident else "—",
+        "operations, predicted / counted": f"{x['predicted_operations'] / x['operations']:.4f}",
+    }
+
+
+def test_changes_come_in_the_order_of_preference() -> None:
+    found = planned().changes
+    assert [x.names for x in found] == [(LORA,), (SHARD,), (OFFLOAD,), (TOKENS,)]
+    assert [x.fits for x in found] == [True, True, False, False]
+    assert not planned("llama3-8b", overrides={"peft": {"r": 8, "target_modules": "all-linear"}}).changes
+
+
+def test_two_changes_where_one_is_not_enough() -> None:
+    *single, both = planned(memory=34).changes
+    assert not any(x.fits for x in single)
+    assert both.fits
+    assert len(both.names) > 1
+    assert both.peak.memory.total <= 34 * GB
+
+
+def test_fewer_tokens_are_the_same_work_in_more_passes() -> None:
+    found = planned()
+    place = found.variants[2].place
+    whole, cut = found.workload.job.phases(place), found.workload.job.smaller(4).phases(place)
+    for x, y in zip(whole, cut, strict=True):
+        assert y.memory.total < x.memory.total
+        assert y.work.operations == pytest.approx(x.work.operations, rel=1e-6)
+        assert y.traffic >= x.traffic
+
+
+def test_ppo_has_no_dpo_model_and_reinforce_no_critic() -> None:
+    def roles(name: str, **kwargs: Any) -> list[str]:
+        return [role.name for role in planned(name, **kwargs).workload.job.parts[-1].roles]
+
+    assert roles("rto") == ["policy", "critic", "reference", "dpo", "reward"]
+    assert roles("llama3-8b", method="PPO") == ["policy", "critic", "reference", "reward"]
+    assert roles("rto-reinforce++") == ["policy", "reference", "dpo", "reward"]
+    assert roles("rto-pessimistic").count("dpo") == 3
+
+
+def test_configurations_by_role(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": 100,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+            }
+        )
+    )
+    found = planned(configs={"policy": str(file), "reward": "pythia-1b"}).shapes
+    assert (found["critic"].hidden, found["dpo"].layers) == (16, 2)
+    assert found["reward"].scalar_model == 908_759_040 + 2048
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--memory", "-80"], "memory above 0"),
+        (["--devices", "0"], "at least one device"),
+        (["--config", "judge=llama-3-8b"], "no such role; a run has policy"),
+        (["--config", "policy"], "expected ROLE=FILE_OR_SHAPE"),
+        (["--config", "policy=nowhere/nothing"], "--config policy=FILE_OR_SHAPE"),
+        (["--method", "GRPO"], "the recipe has PPO, RTO"),
+        (["--variant", "9"], "choose from 1 to"),
+        (["--utilisation", "0"], "--utilisation must be positive"),
+        (["--model", "rto.data.embedded:build"], "give --config policy="),
+        (["--train.optim", "galore_adamw"], "does not know how much state"),
+    ],
+)
+def test_bad_input_is_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(PAPER / "llama3-8b.yaml"), *args]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_models_that_a_plan_does_not_know_are_refused() -> None:
+    from transformers import AutoConfig
+
+    from rto.planning.configs import shape_of
+
+    for family in ("mixtral", "mamba", "gpt2"):
+        with pytest.raises(ValueError, match=f"a plan for model type {family} is not known"):
+            shape_of(AutoConfig.for_model(family, num_hidden_layers=2), family)
+
+
+def test_the_command_prints_tables_or_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    recipe = str(PAPER / "rto.yaml")
+    assert cli.main(["plan", recipe, "--devices", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "full, FSDP2" in out
+    assert "Assumed, not measured" in out
+    assert cli.main(["plan", recipe, "--devices", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {x["name"] for x in found["phases"]} >= {"DPO", "reward", "sample", "score"}
+    assert all(x["memory"]["total"] <= 80 * GB for x in found["phases"])

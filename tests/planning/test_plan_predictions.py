@@ -1,0 +1,171 @@
+"""Predicted parameters, memory and operations beside those of real models: their own counts, live tensors, the
+profiler's count of operations."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rto.functional.logprobs import token_logprobs
+from rto.models.roles import adapt
+from rto.planning import arithmetic
+from rto.planning.activations import FP32, Pass
+from rto.planning.configs import shape_of
+from rto.planning.memory import Memory, Placement, Role
+from rto.planning.shapes import Lora, Shape
+from rto.planning.tracker import LiveTensors, counter, measure_reading, measure_update
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
+
+SIZES: dict[str, Any] = {"vocab_size": 4000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
+SIZES |= {"intermediate_size": 688, "max_position_embeddings": 512, "pad_token_id": 0}
+AT = Pass(rows=4, prompt=32, response=32)
+MOST = 0.05
+"""Of memory; the goal is 0.15."""
+
+
+def config(family: str = "llama", **settings: Any) -> Any:
+    more = {"num_key_value_heads": 4} if family == "llama" else {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return AutoConfig.for_model(family, **SIZES | {"tie_word_embeddings": False} | more | settings)
+
+
+def built(
+    family: str = "llama", *, lora: int = 0, checkpointing: bool = False, bf16: bool = False
+) -> tuple[nn.Module, Role, Placement]:
+    """A model, the role that describes it, and where it lies."""
+    settings = config(family)
+    model: Any = AutoModelForCausalLM.from_config(settings)
+    shape = shape_of(settings, family)
+    adapters = None
+    if lora:
+        from peft import LoraConfig
+
+        model = adapt(model.bfloat16() if bf16 else model, LoraConfig(r=lora, target_modules="all-linear"))
+        adapters = Lora(rank=lora, targets=frozenset(x.name for x in shape.linears))
+    if checkpointing:
+        inner = model.get_base_model() if lora else model
+        inner.activation_checkpointing_enable({"use_reentrant": False}) if hasattr(
+            inner, "activation_checkpointing_enable"
+        ) else inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            model.enable_input_require_grads()
+    model.train()
+    role = Role(name="policy", shape=shape, trained=True, on_base=bool(lora))
+    return model, role, Placement(lora=adapters, compute=2 if bf16 else FP32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_parameters_are_the_models_own(family: str, tied: bool) -> None:
+    settings = config(family, tie_word_embeddings=tied)
+    shape = shape_of(settings, family)
+    with torch.device("meta"):
+        speaks = AutoModelForCausalLM.from_config(settings)
+    assert shape.language_model == sum(p.numel() for p in speaks.parameters())
+    with torch.device("meta"):
+        scores = AutoModelForSequenceClassification.from_config(config(family, num_labels=1))
+    assert shape.scalar_model == sum(p.numel() for p in scores.parameters())
+
+
+def test_adapters_have_as_many_weights_as_pefts() -> None:
+    model, role, place = built(lora=4)
+    assert place.learns(role) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["full", "full bf16", "LoRA", "LoRA bf16"])
+def test_an_update(kind: str, checkpointing: bool, passes: int) -> None:
+    bf16 = "bf16" in kind
+    model, role, place = built(lora=8 if "LoRA" in kind else 0, checkpointing=checkpointing, bf16=bf16)
+    measured = measure_update(model, AT, passes, bf16=bf16)
+    memory = place.resting([role]) + place.train(role, AT, passes, checkpointing=checkpointing)
+    assert memory.total == pytest.approx(measured.peak, rel=MOST)
+    f = place.forward(role, checkpointing=checkpointing, training=True)
+    assert arithmetic.train(f, AT).operations * passes == measured.operations
+
+
+@pytest.mark.parametrize("kind", ["full", "full bf16", "LoRA"])
+def test_a_pass_without_gradients(kind: str) -> None:
+    bf16 = "bf16" in kind
+    model, role, place = built(lora=8 if "LoRA" in kind else 0, bf16=bf16)
+    measured = measure_reading(model, AT, bf16=bf16)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights + place.read([role], AT).total == pytest.approx(measured.peak, rel=MOST)
+    assert arithmetic.forward(place.forward(role), AT).operations == measured.operations
+
+
+def test_logits_in_several_cuts_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = 48 * SIZES["vocab_size"]  # logits of 48 of the 128 response tokens
+    monkeypatch.setattr("rto.planning.activations.MAX_LOGITS", cut)
+    monkeypatch.setattr("rto.models.actor.token_logprobs", partial(token_logprobs, max_logits=cut))
+    model, role, place = built()
+    measured = measure_update(model, AT)
+    memory = place.resting([role]) + place.train(role, AT, 1, checkpointing=False)
+    assert memory.total == pytest.approx(measured.peak, rel=MOST)
+    f = place.forward(role, training=True)
+    assert arithmetic.train(f, AT).operations == measured.operations
+
+
+def test_gpt_neox() -> None:
+    model, role, place = built("gpt_neox")
+    measured = measure_update(model, AT)
+    memory = place.resting([role]) + place.train(role, AT, 1, checkpointing=False)
+    assert memory.total == pytest.approx(measured.peak, rel=MOST)
+    assert arithmetic.train(place.forward(role, training=True), AT).operations == measured.operations
+
+
+def test_decoding() -> None:
+    model, role, place = built()
+    at = Pass(rows=6, prompt=48, response=8)
+    sampler = TransformersSampler(config=SamplingConfig(max_completion_length=8), eos_ids=(), pad_id=0)
+    sampler.check(model)  # once a model
+    prompts = torch.randint(3, SIZES["vocab_size"], (at.rows, at.prompt)).tolist()
+    live = LiveTensors(model.parameters())
+    with live, counter() as count:
+        sampler(model, prompts, seed=0)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights + place.sample(role, at).total == pytest.approx(live.peak, rel=MOST)
+    assert arithmetic.decode(place.forward(role), at).operations == count.get_total_flops()
+
+
+def test_the_tracker_agrees_with_torchs_own() -> None:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.randn(512, 64)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    live, theirs = LiveTensors([*model.parameters(), x]), MemTracker()
+    with live:
+        step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    theirs.track_external(model, x)
+    with theirs:
+        step()
+    assert live.peak == pytest.approx(theirs.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], rel=1e-3)
+
+
+def llama_8b() -> Shape:
+    from rto.planning.configs import find_shape
+
+    return find_shape("policy", "llama-3-8b")
+
+
+def test_shards_and_buckets() -> None:
+    role = Role(name="policy", shape=llama_8b(), trained=True)
+    p = 8_030_261_248
+    whole = Placement(compute=2).resting([role])
+    assert whole == Memory(weights=4 * p, moments=8 * p)
+    assert Placement(compute=2, devices=8).resting([role]) == Memory(weights=4 * p, moments=8 * p, buckets=4 * p)
+    assert Placement(compute=2, devices=8, sharded=True).resting([role]) == Memory(weights=p / 2, moments=p)
+    frozen = Role(name="reference", shape=llama_8b(), trained=False)
+    assert Placement(compute=2, devices=8, sharded=True).resting([frozen]) == Memory(weights=p / 4)
+    assert Placement(compute=2, offload=True).resting([frozen]).total == 0
