@@ -353,7 +353,7 @@ def run_rto(work: Work, folder: Path, meter: Meter, **models: Any) -> dict[str, 
         num_mini_batches=2,
         max_tokens_per_micro_batch=work.rows * work.tokens,
         max_completion_length=work.size.new_tokens,
-        total_episodes=work.iterations * work.rollouts,
+        total_episodes=work.iterations * work.rollouts * int(os.environ.get("WORLD_SIZE", "1")),
     )
     prompts = json.loads((folder / "prompts.json").read_text())
     trainer = RTOTrainer(

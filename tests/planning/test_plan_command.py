@@ -1,6 +1,7 @@
 """`rto plan`: what fits, what would make it fit, what is refused, and the table in the docs."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,24 @@ def planned(
     return plan(recipe, name=name, devices=devices, memory=memory * GB, **kwargs)
 
 
+@cache
+def papers(devices: int) -> Plan:
+    return planned(devices=devices)
+
+
 def test_the_papers_recipe_fits_sharded_on_eight_cards_and_as_adapters_on_one() -> None:
-    eight = {v.name: v for v in planned().variants}
+    eight = {v.name: v for v in papers(8).variants}
     assert eight["full, FSDP2"].fits
     assert not eight["full, DDP"].fits
     assert eight["full, DDP"].fewer is None
-    (full, _, lora) = planned(devices=1).variants
+    (full, _, lora) = papers(1).variants
     assert lora.fits
     assert not full.fits
 
 
 def test_the_table_of_the_paper() -> None:
-    plans = {f"{hosts}{n} × 80 GB": planned(devices=d) for hosts, n, d in (("", 1, 1), ("", 8, 8), ("2 × ", 8, 16))}
-    names = [v.name.replace(", DDP", "") for v in planned().variants]
+    plans = {f"{hosts}{n} × 80 GB": papers(d) for hosts, n, d in (("", 1, 1), ("", 8, 8), ("2 × ", 8, 16))}
+    names = [v.name.replace(", DDP", "") for v in papers(8).variants]
     rows = []
     for name in names:
         row = {"variant": name.replace("full", "full fine-tuning")}
@@ -80,7 +86,7 @@ def _row(x: dict[str, Any], model: str, kind: str, phase: str) -> dict[str, str]
 
 
 def test_changes_come_in_the_order_of_preference() -> None:
-    found = planned().changes
+    found = papers(8).changes
     assert [x.names for x in found] == [(LORA,), (SHARD,), (OFFLOAD,), (TOKENS,)]
     assert [x.fits for x in found] == [True, True, False, False]
     assert not planned("llama3-8b", overrides={"peft": {"r": 8, "target_modules": "all-linear"}}).changes
@@ -95,7 +101,7 @@ def test_two_changes_where_one_is_not_enough() -> None:
 
 
 def test_fewer_tokens_are_the_same_work_in_more_passes() -> None:
-    found = planned()
+    found = papers(8)
     place = found.variants[2].place
     whole, cut = found.workload.job.phases(place), found.workload.job.smaller(4).phases(place)
     for x, y in zip(whole, cut, strict=True):

@@ -1,5 +1,6 @@
 """From model configurations to shapes: folders, hub ids whose configuration is in the cache, and a few by name."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,7 @@ def find_shape(role: str, source: str) -> Shape:
     """
     name = ALIASES.get(source.lower(), source)
     if name in NAMED and not Path(source).exists():
-        settings = dict(NAMED[name])
-        from transformers import AutoConfig
-
-        return shape_of(AutoConfig.for_model(settings.pop("model_type"), **settings), name)
+        return named_shape(name)
     try:
         config = find_config(role, source)
     except ValueError as error:
@@ -98,6 +96,15 @@ def find_shape(role: str, source: str) -> Shape:
         ) from error
     path = Path(source)
     return shape_of(config, path.parent.name if path.name == "config.json" else path.stem)
+
+
+@cache
+def named_shape(name: str) -> Shape:
+    """One of `NAMED`."""
+    from transformers import AutoConfig
+
+    settings = dict(NAMED[name])
+    return shape_of(AutoConfig.for_model(settings.pop("model_type"), **settings), name)
 
 
 def shape_of(config: Any, name: str) -> Shape:

@@ -256,15 +256,15 @@ class Job:
 
     def fewer_tokens(self, place: Placement, memory: float) -> int | None:
         """The first of 1, 2, 4, … by which tokens a pass are divided so that the run fits; None where none does."""
+        if self.smaller(MOST_CUTS).peak(place).memory.total > memory:
+            return None
         times = 1
         while self.smaller(times).peak(place).memory.total > memory:
-            if times > MOST_CUTS:
-                return None
             times *= 2
         return times
 
 
-MOST_CUTS = 2**16
+MOST_CUTS = 2**12
 """By then a pass is one row."""
 
 
