@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_extract_prompt
 
-from rto.data.chat import completion_ids, prompt_ids
+from rto.data.chat import completion_ids, prompt_ids, side_ids, template_options
 from rto.data.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def read_prompts(
         if not row["prompt"]:
             skipped.add("with an empty prompt", i)
             continue
-        ids = prompt_ids(row["prompt"], tokenizer)
+        ids = prompt_ids(row["prompt"], tokenizer, **template_options(row))
         if len(ids) > max_length:
             skipped.add(f"with a prompt over {max_length} tokens", i)
             continue
@@ -161,11 +161,13 @@ def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
     row = {**row, **maybe_extract_prompt(dict(row))}
     if not row["prompt"]:
         return "with an empty prompt"  # no token would predict the completion's first one
-    sides = []
-    for side in ("chosen", "rejected"):
-        ended = row.get(f"{side}_ended", True)
-        prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=ended)
-        sides.append(ids)
+    prompt, sides = side_ids(
+        row["prompt"],
+        [row["chosen"], row["rejected"]],
+        tokenizer,
+        ended=[row.get("chosen_ended", True), row.get("rejected_ended", True)],
+        **template_options(row),
+    )
     if len(prompt) + max(map(len, sides)) > max_length:
         return f"over {max_length} tokens"
     if sides[0] == sides[1]:
@@ -216,7 +218,7 @@ def _labelled(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_lengt
     if not row["prompt"]:
         return "with an empty prompt"
     ended = row.get("completion_ended", True)
-    prompt, ids = completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended)
+    prompt, ids = completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended, **template_options(row))
     if len(prompt) + len(ids) > max_length:
         return f"over {max_length} tokens"
     return Labelled(prompt, ids, bool(row["label"]))
