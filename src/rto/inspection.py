@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_extract_prompt
 
 from rto.batches import collate
-from rto.data.chat import completion_ids, prompt_ids
+from rto.data.chat import (
+    completion_ids,
+    completion_texts,
+    prompt_ids,
+    stop_ids,
+    template_options,
+    without_tail,
+)
 from rto.data.formats import DataError, Pair, load_rows, read_pairs
 from rto.evaluation.inspection import (
     CreditReport,
@@ -224,6 +231,7 @@ class Inspector:
         device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.tokenizer, self.score, self.device = source.to(device), tokenizer, score, device
+        self.ends = {tokenizer.eos_token_id, *stop_ids(tokenizer)}
         if isinstance(score, RewardModel):
             score.model.to(device)
 
@@ -234,7 +242,9 @@ class Inspector:
             part = pairs[start : start + ROWS]
             raw = [_with_prompt(rows[p.row]) for p in part]
             sides = [
-                self._reward([p.prompt for p in part], [getattr(p, side) for p in part], raw, side)
+                self._reward(
+                    [p.prompt for p in part], [without_tail(getattr(p, side), self.tokenizer) for p in part], raw, side
+                )
                 for side in ("chosen", "rejected")
             ]
             texts = [spoken(row["prompt"]) for row in raw]
@@ -278,6 +288,7 @@ class Inspector:
                 labels=tuple(self.tokenizer.convert_ids_to_tokens(ids)),
                 rewards=row[: len(ids)],
                 score=score,
+                ended=bool(ids) and ids[-1] in self.ends,
             )
             for ids, row, score in zip(completions, rewards, scores)
         ]
@@ -436,8 +447,9 @@ def _rows_to_show(
 
 def _ids_of(row: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Prompt and completion as tokens; a sampled completion as it was sampled, which its text need not give again."""
-    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=row.get(f"{side}_ended", True))
-    return prompt, row["sampled"].get(side, ids)
+    ended = row.get(f"{side}_ended", True)
+    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=ended, **template_options(row))
+    return prompt, row["sampled"].get(side) or without_tail(ids, tokenizer)
 
 
 def _over(args: InspectArguments, limit: int) -> str:
@@ -490,10 +502,5 @@ def _sample(
     )
     drawn = sampler(policy, [ids] * 2, args.seed)
     responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
-    before = str(
-        tokenizer.decode(ids, skip_special_tokens=True)
-    )  # some tokenizers drop a space that a text begins with
-    return [
-        (str(tokenizer.decode(ids + response, skip_special_tokens=True))[len(before) :], response, ended)
-        for response, ended in zip(responses, drawn.ended.tolist())
-    ]
+    texts = completion_texts(tokenizer, [ids] * 2, responses)
+    return list(zip(texts, responses, drawn.ended.tolist(), strict=True))

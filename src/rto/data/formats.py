@@ -7,7 +7,7 @@ tokenizer's chat template).
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair as token ids; completions end with EOS or the template's end of turn."""
+    """One preference pair as token ids; completions end with EOS, or as the chat template ends a conversation."""
 
     prompt: list[int]
+    """Empty where both sides were read whole, with the prompt."""
     chosen: list[int]
     rejected: list[int]
     row: int = 0
@@ -129,11 +130,13 @@ def read_pairs(
     *,
     max_length: int,
     what: str = "train_dataset",
+    encode: Callable[..., tuple[list[int], list[list[int]]]] = side_ids,
 ) -> tuple[list[Pair], Skipped]:
     """Tokenize preference pairs; what cannot be learned from or does not fit is left out with a count.
 
     Completions count as ended unless a column ``chosen_ended`` or ``rejected_ended`` says that one was cut off
-    at a length limit: such a one gets no EOS, since nobody wrote it.
+    at a length limit: such a one gets no EOS, since nobody wrote it. ``encode`` says how a prompt and its two
+    completions become token ids.
 
     Raises:
         DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
@@ -142,7 +145,7 @@ def read_pairs(
     skipped, kept = Skipped(), []
     for i, row in enumerate(dataset):
         skipped.total += 1
-        pair = _pair(row, tokenizer, max_length)
+        pair = _pair(row, tokenizer, max_length, encode)
         if isinstance(pair, str):
             skipped.add(pair, i)
         else:
@@ -152,7 +155,9 @@ def read_pairs(
     return kept, skipped
 
 
-def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pair | str:
+def _pair(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, encode: Callable[..., Any]
+) -> Pair | str:
     """A row as token ids, or why it is left out."""
     if not row["chosen"] or not row["rejected"] or _blank(row["chosen"]) or _blank(row["rejected"]):
         return "with an empty side"
@@ -161,7 +166,7 @@ def _pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: i
     row = {**row, **maybe_extract_prompt(dict(row))}
     if not row["prompt"]:
         return "with an empty prompt"  # no token would predict the completion's first one
-    prompt, sides = side_ids(
+    prompt, sides = encode(
         row["prompt"],
         [row["chosen"], row["rejected"]],
         tokenizer,

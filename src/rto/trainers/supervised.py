@@ -8,6 +8,7 @@ from trl import RewardConfig
 from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
 
+from rto.data.chat import whole_sides
 from rto.data.formats import Skipped, read_pairs
 from rto.trainers.base import SealedCheckpoints, tell_quietly
 
@@ -43,11 +44,9 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if dataset is not None:
                 pairs, self.skipped[name] = read_pairs(
-                    dataset, processing_class, max_length=length, what=f"{name}_dataset"
+                    dataset, processing_class, max_length=length, what=f"{name}_dataset", encode=whole_sides
                 )
-                data[name] = Dataset.from_list(
-                    [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
-                )
+                data[name] = Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
         super().__init__(
             model,
             args,
