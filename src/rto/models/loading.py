@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from rto.data.chat import stop_ids
+
 Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
 
@@ -283,11 +285,11 @@ def scalar_head(model: nn.Module) -> Any:
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's EOS and what the generation config adds to it."""
+    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn."""
     config = getattr(model, "generation_config", None)
     extra = getattr(config, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None}))
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
 
 
 def max_positions(model: nn.Module) -> int | None:
