@@ -13,11 +13,10 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_extract_prompt
 
 from rto.batches import collate
 from rto.data.chat import completion_ids, prompt_ids
-from rto.data.formats import DataError, Pair, load_rows, read_pairs
+from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
 from rto.evaluation.inspection import (
     CreditReport,
     PairReport,
@@ -188,7 +187,7 @@ def inspect(args: InspectArguments) -> Inspection:
         inspector = _inspector(args, models, functions, score, tokenizer)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
     rows = _head(_load(args, args.dataset_name), args.rows)
-    pairs, skipped = read_pairs(rows, tokenizer, max_length=limit, what=args.dataset_name)
+    pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=args.dataset_name)
     rewarded = _inspector(args, models, functions, score, tokenizer).pairs(pairs, rows)
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
     shown = [
@@ -232,7 +231,7 @@ class Inspector:
         found: list[RewardedPair] = []
         for start in range(0, len(pairs), ROWS):
             part = pairs[start : start + ROWS]
-            raw = [_with_prompt(rows[p.row]) for p in part]
+            raw = [normalized(rows[p.row], ("chosen", "rejected"), self.tokenizer) for p in part]
             sides = [
                 self._reward([p.prompt for p in part], [getattr(p, side) for p in part], raw, side)
                 for side in ("chosen", "rejected")
@@ -406,10 +405,6 @@ def _load(args: InspectArguments, path: str) -> Dataset:
 
 def _head(dataset: Dataset, rows: int | None) -> Dataset:
     return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
-
-
-def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **maybe_extract_prompt(dict(row))}
 
 
 def _what(args: InspectArguments) -> str:
