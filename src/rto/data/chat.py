@@ -3,10 +3,10 @@
 Every stage, and every model that is given text, reads through here. A conversation is what the tokenizer's chat
 template renders; nothing is known here of any template by name.
 
-A completion is read behind its prompt: the whole conversation is rendered, and cut where the prompt ends. That is where
-the prompt by itself, with its generation prompt, ends, because a policy writes its first token there; where the template
-renders the prompt otherwise when an answer follows (it opens ``<think>`` for an answer that does not think), it is where
-the two part.
+A completion is read behind its prompt: the whole conversation is rendered, and cut where the prompt ends. That is
+where the prompt by itself ends, generation prompt included, because a policy writes its first token there. Where the
+template renders the prompt otherwise when this answer follows (it opens ``<think>``, and the answer does not think),
+it is where the two part.
 """
 
 import json
@@ -14,11 +14,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length
 from trl.trainer.utils import remove_none_values
 
 from rto.data.errors import DataError
@@ -29,7 +29,7 @@ CONTEXT = 8
 """Tokens of a prompt that a completion's first text may depend on."""
 
 _MARK = "\ue0ff"
-"""A character of private use: no template writes, trims or changes it, so what it renders before or after it is known."""
+"""A character of private use, which no template writes, trims or changes: it shows where a text ends as rendered."""
 
 
 class TemplateError(DataError):
@@ -50,11 +50,11 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     tools, keywords = (_parsed(row, name) for name in ("tools", "chat_template_kwargs"))
     if not isinstance(tools, list | None):
         raise DataError(f"tools must be a list of JSON schemas, got {tools!r:.100}")
-    if not isinstance(keywords, Mapping | None):
+    if not isinstance(keywords, dict | None):
         raise DataError(f"chat_template_kwargs must be a mapping of keywords to values, got {keywords!r:.100}")
     if taken := sorted({"add_generation_prompt", "continue_final_message", "tokenize", "tools"} & set(keywords or ())):
         raise DataError(f"chat_template_kwargs may not set {', '.join(taken)}: a stage decides it")
-    found = {"tools": tools, "chat_template_kwargs": keywords}
+    found: dict[str, Any] = {"tools": tools, "chat_template_kwargs": keywords}
     return {name: remove_none_values(x) for name, x in found.items() if x}
 
 
@@ -109,8 +109,8 @@ def side_ids(
     """Token ids of a prompt and of completions that share it; text ends with EOS, a conversation as the template ends.
 
     Joined, they are what the tokenizer makes of the whole, with one exception: where it would merge across the end of
-    the prompt, the completion is tokenized by itself, since no policy could write such a token. Where a template renders
-    the prompt otherwise before one of the completions, all of them begin at the first token that differs.
+    the prompt, the completion is tokenized by itself, since no policy could write such a token. Where a template
+    renders the prompt otherwise before one of the completions, all of them begin at the first token that differs.
 
     Args:
         prompt: text or messages; text before messages is a user's turn.
@@ -141,19 +141,34 @@ def side_ids(
             ids[len(before) :] if ids[: len(before)] == before else _ids(whole[len(start) :], tokenizer)
             for whole, ids in zip(wholes, encoded)
         ]
-    shared = commonprefix([before, *encoded])
-    if not shared:
-        raise TemplateError("the chat template begins a prompt otherwise when an answer follows: it has no end")
-    return shared, [ids[len(shared) :] for ids in encoded]
+    size = min(common_prefix_length(before, ids) for ids in encoded)
+    if size == 0:
+        raise TemplateError("the chat template begins a prompt otherwise when an answer follows: it ends nowhere")
+    return before[:size], [ids[size:] for ids in encoded]
 
 
 def whole_ids(
     prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, *, ended: bool = True, **options: Any
 ) -> list[int]:
-    """Token ids of prompt and completion as one text, for a model that reads it and writes none; see `side_ids`."""
+    """Token ids of prompt and completion as one text, which a model that scores reads; see `side_ids`.
+
+    Nothing is cut, so nothing is tokenized apart: these are the ids that the model's own tokenizer gives the whole.
+    """
     if _is_text(prompt, [completion]):
         return _text_ids(prompt + (_with_end(completion, tokenizer) if ended else completion), tokenizer, ended=ended)
     return _ids(_spoken(_turns(prompt, "user"), completion, tokenizer, ended, options), tokenizer)
+
+
+def whole_sides(
+    prompt: Any,
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ended: Sequence[bool],
+    **options: Any,
+) -> tuple[list[int], list[list[int]]]:
+    """No prompt, and the `whole_ids` of each completion with it: `side_ids` for a model that scores."""
+    return [], [whole_ids(prompt, y, tokenizer, ended=e, **options) for y, e in zip(completions, ended, strict=True)]
 
 
 def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
@@ -206,15 +221,15 @@ def _turns(x: Any, role: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": x}]
     if not isinstance(x, list | tuple) or not x or not all(isinstance(m, Mapping) and m.get("role") for m in x):
         raise DataError(f"expected text, or a list of messages with role and content, got {x!r:.100}")
-    return [remove_none_values(dict(message)) for message in x]
+    turns: list[dict[str, Any]] = remove_none_values([dict(message) for message in x])
+    return turns
 
 
 def _opened(prompt: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
     """A prompt up to where a policy goes on."""
     messages = _turns(prompt, "user")
     continued = messages[-1]["role"] == "assistant"
-    how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
-    return _render(messages, tokenizer, options, **how)
+    return _render(messages, tokenizer, options, add_generation_prompt=not continued, continue_final_message=continued)
 
 
 def _spoken(
@@ -252,16 +267,25 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def _render(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], **how: bool
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
 ) -> str:
     """A conversation as its template writes it."""
     if tokenizer.chat_template is None:
         raise DataError("conversations need a chat template, which this tokenizer lacks: bring text, or set one")
-    keywords = options.get("chat_template_kwargs") or {}
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tools=options.get("tools") or None, tokenize=False, **how, **keywords
+                messages,
+                tools=options.get("tools"),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **options.get("chat_template_kwargs", {}),
             )
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template fails on what it does not expect
@@ -351,14 +375,14 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> str:
 def completion_texts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], completions: Sequence[list[int]]
 ) -> list[str]:
-    """The text that each completion adds to its prompt; special tokens add none.
+    """The text that each completion adds to its prompt; special tokens and the end of turn add none.
 
     Decoded by themselves, completions lose their first space under SentencePiece tokenizers, and prompt + completion
     would be another text than the one that was sampled.
     """
+    ends = stop_ids(tokenizer)  # a token of the template need not be a special one of the tokenizer
+    said = [ids[:-1] if ids and ids[-1] in ends else ids for ids in completions]
     contexts = [prompt[-CONTEXT:] for prompt in prompts]
-    both = [context + ids for context, ids in zip(contexts, completions, strict=True)]
-    before, after, alone = (
-        tokenizer.batch_decode(x, skip_special_tokens=True) for x in (contexts, both, list(completions))
-    )
+    both = [context + ids for context, ids in zip(contexts, said, strict=True)]
+    before, after, alone = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (contexts, both, said))
     return [b[len(a) :] if b.startswith(a) else c for a, b, c in zip(before, after, alone)]

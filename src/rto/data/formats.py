@@ -88,9 +88,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair as token ids; completions end with EOS or the template's end of turn."""
+    """One preference pair as token ids; completions end with EOS, or as the chat template ends a conversation."""
 
     prompt: list[int]
+    """Empty where both sides were read whole, with the prompt."""
     chosen: list[int]
     rejected: list[int]
     row: int = 0
@@ -178,6 +179,7 @@ def read_pairs(
     max_length: int,
     context: int | None = None,
     what: str = "train_dataset",
+    encode: Callable[..., tuple[list[int], list[list[int]]]] = side_ids,
 ) -> tuple[list[Pair], Skipped]:
     """Tokenize preference pairs; what cannot be learned from or does not fit is left out with a count.
 
@@ -190,6 +192,7 @@ def read_pairs(
         max_length: tokens of the longest prompt + completion.
         context: the same by the model's context; None where nothing limits it.
         what: how messages call the data set.
+        encode: how a prompt and its two completions become token ids.
 
     Raises:
         DataError: ``chosen`` or ``rejected`` is missing, or no row is left.
@@ -197,7 +200,7 @@ def read_pairs(
     room = _room(max_length, context)
 
     def read(i: int, row: dict[str, Any]) -> Pair:
-        prompt, (chosen, rejected) = _tokens(row, ("chosen", "rejected"), tokenizer)
+        prompt, (chosen, rejected) = _tokens(row, ("chosen", "rejected"), tokenizer, encode)
         room.check(len(prompt) + max(len(chosen), len(rejected)))
         if chosen == rejected:
             raise Unusable("with sides that are equal as tokens")
@@ -352,13 +355,16 @@ def _prompt(row: Mapping[str, Any]) -> Said:
 
 
 def _tokens(
-    row: Mapping[str, Any], sides: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any],
+    sides: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[..., tuple[list[int], list[list[int]]]] = side_ids,
 ) -> tuple[list[int], list[list[int]]]:
     """Prompt and completions of a row."""
     ended = [is_true(row.get(f"{side}_ended"), f"a {side}_ended") is not False for side in sides]
     row = normalized(row, sides, tokenizer)
     said = [row[side] for side in sides]
-    return side_ids(row["prompt"], said, tokenizer, ended=ended, **template_options(row))
+    return encode(row["prompt"], said, tokenizer, ended=ended, **template_options(row))
 
 
 # --- all rows
@@ -378,12 +384,14 @@ def _read(
     """
     what = _name(dataset, what)
     rows = listed(dataset, what)
-    _need_columns(columns, column_names(rows), what)
+    found = column_names(rows)
+    _need_columns(columns, found, what)
     skipped, kept = Skipped(), []
+    empty = dict.fromkeys(found)
     for i, row in enumerate(rows):
         skipped.total += 1
         try:
-            kept.append(read(i, {**dict.fromkeys(columns), **row}))
+            kept.append(read(i, {**empty, **row}))
         except DataError as error:
             skipped.add(_reason(error), i)
     if not kept:

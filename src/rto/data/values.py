@@ -162,7 +162,7 @@ def _content(content: Any, column: str) -> str | None:
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
         if not all(isinstance(text, str) for text in texts):
             raise Unusable(f"whose {column} has a message that holds more than text")
-        return _text("".join(texts), column)
+        return _text("".join(map(str, texts)), column)
     return _text(content, column)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
 from rto.batches import collate, micro_batches
+from rto.data.chat import template_options, whole_ids
 from rto.models.actor import hidden_states
 from rto.models.loading import (
     freeze,
@@ -42,10 +42,9 @@ class Completed:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The data set's other columns."""
 
-    @property
-    def conversational(self) -> bool:
-        """Prompts are lists of messages."""
-        return not isinstance(self.prompts[0], str)
+    def row(self, i: int) -> dict[str, Any]:
+        """The data set's other columns of one completion."""
+        return {name: column[i] for name, column in self.columns.items()}
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:
@@ -99,19 +98,12 @@ class RewardModel:
         return out.tolist()
 
     def _encode(self, batch: Completed) -> list[list[int]]:
-        if batch.conversational:
-            texts = [self._spoken(*row) for row in zip(batch.prompts, batch.completions, batch.ended)]
-            return self.tokenizer(text=texts, add_special_tokens=False).input_ids
-        eos = self.tokenizer.eos_token
-        ends = [eos if ended else "" for ended in batch.ended]
-        texts = [x + y + end for x, y, end in zip(batch.prompts, batch.completions, ends)]
-        return self.tokenizer(text=texts).input_ids
-
-    def _spoken(self, prompt: list[Any], completion: list[Any], ended: bool) -> str:
-        """A conversation as text; an answer that was cut off gets no end of turn."""
-        if ended:
-            return apply_chat_template({"messages": prompt + completion}, self.tokenizer)["text"]
-        return apply_chat_template({"prompt": prompt}, self.tokenizer)["prompt"] + completion[0]["content"]
+        """Prompt and completion as the reward stage reads a row of these columns."""
+        rows = zip(batch.prompts, batch.completions, batch.ended, strict=True)
+        return [
+            whole_ids(x, y, self.tokenizer, ended=ended, **template_options(batch.row(i)))
+            for i, (x, y, ended) in enumerate(rows)
+        ]
 
 
 class FunctionReward:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Sequences, collate
+from rto.data.chat import without_tail
 from rto.data.formats import (
     DataError,
     Labelled,
@@ -67,15 +68,20 @@ def read_examples(
     labelled = unpaired and "label" in column_names(dataset)
     read: Callable[..., tuple[list[Any], Skipped]] = read_labelled if labelled else read_pairs
     rows, skipped = read(dataset, tokenizer, max_length=max_length, context=context, what=what)
-    examples = [_example(row) for row in rows]
+    examples = [_example(row, tokenizer) for row in rows]
     limit = max_length if context is None else min(max_length, context)
     return (mismatch(examples, limit, what) if unpaired else examples), skipped
 
 
-def _example(row: Pair | Labelled) -> Example:
+def _example(row: Pair | Labelled, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """What is learned of a row: each completion up to its end of turn."""
+    sides: tuple[list[int], ...]
+    labels: tuple[bool, ...]
     if isinstance(row, Pair):
-        return Example(prompt=row.prompt, completions=(row.chosen, row.rejected), labels=(True, False))
-    return Example(prompt=row.prompt, completions=(row.completion,), labels=(row.desirable,))
+        sides, labels = (row.chosen, row.rejected), (True, False)
+    else:
+        sides, labels = (row.completion,), (row.desirable,)
+    return Example(prompt=row.prompt, completions=tuple(without_tail(ids, tokenizer) for ids in sides), labels=labels)
 
 
 def mismatch(examples: list[Example], max_length: int, what: str) -> list[Example]:

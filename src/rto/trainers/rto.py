@@ -486,12 +486,13 @@ class RTOTrainer(TokenTrainer):
     def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
         texts = completion_texts(self.processing_class, [p.ids for p in prompts], ids)
-        raw = [p.raw for p in prompts]
-        plain = isinstance(raw[0], str)
         names = prompts[0].columns
         return Completed(
-            prompts=raw,
-            completions=texts if plain else [[{"role": "assistant", "content": text}] for text in texts],
+            prompts=[p.raw for p in prompts],
+            completions=[
+                text if isinstance(p.raw, str) else [{"role": "assistant", "content": text}]
+                for p, text in zip(prompts, texts, strict=True)
+            ],
             completion_ids=ids,
             ended=samples.ended.tolist(),
             columns={name: [p.columns[name] for p in prompts] for name in names},

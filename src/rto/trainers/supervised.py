@@ -9,6 +9,7 @@ from trl import RewardConfig
 from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
 
+from rto.data.chat import whole_sides
 from rto.data.formats import Pair, Rows, Skipped, read_pairs, read_sets
 from rto.models.loading import find_config, max_positions, positions_of
 from rto.trainers.base import SealedCheckpoints, tell_quietly
@@ -39,7 +40,7 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
-        self.processing_class = processing_class
+        self._tokenizer = processing_class
         self._max_length = args.max_length or 2**31
         if isinstance(model, nn.Module):
             self._context = max_positions(model)
@@ -65,7 +66,12 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
 
     def _read(self, dataset: Rows, what: str) -> tuple[list[Pair], Skipped]:
         return read_pairs(
-            dataset, self.processing_class, max_length=self._max_length, context=self._context, what=what
+            dataset,
+            self._tokenizer,
+            max_length=self._max_length,
+            context=self._context,
+            what=what,
+            encode=whole_sides,
         )
 
 
@@ -75,5 +81,4 @@ def _both_sides(pairs: Any) -> Any:
         return {name: _both_sides(part) for name, part in pairs.items()}
     if pairs is None:
         return None
-    rows = [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
-    return Dataset.from_list(rows)
+    return Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
