@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, SFTConfig
 from trl import RewardTrainer as TRLRewardTrainer
@@ -12,7 +13,8 @@ from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
 from rto.data.chat import completion_ids, conversation_ids, template_options, whole_ids, whole_sides, without_tail
-from rto.data.formats import DataError, Skipped, read_pairs
+from rto.data.formats import DataError, Pair, Rows, Skipped, read_pairs, read_sets
+from rto.models.loading import find_config, max_positions, positions_of
 from rto.trainers.base import SealedCheckpoints, tell_quietly
 
 logger = logging.getLogger(__name__)
@@ -117,26 +119,50 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
         model: Any,
         args: RewardConfig,
         *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Rows,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
-        self.skipped: dict[str, Skipped] = {}
-        length = args.max_length or 2**31
-        data: dict[str, Dataset | None] = {"train": None, "eval": None}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if dataset is not None:
-                pairs, self.skipped[name] = read_pairs(
-                    dataset, processing_class, max_length=length, what=f"{name}_dataset", encode=whole_sides
-                )
-                data[name] = Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
+        self._tokenizer = processing_class
+        self._max_length = args.max_length or 2**31
+        if isinstance(model, nn.Module):
+            self._context = max_positions(model)
+        else:
+            self._context = positions_of(find_config("model", model))
+        pairs, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         super().__init__(
             model,
             args,
-            train_dataset=data["train"],
-            eval_dataset=data["eval"],
+            train_dataset=_both_sides(pairs),
+            eval_dataset=_both_sides(held_out),
             processing_class=processing_class,
             **kwargs,
         )
         tell_quietly(self)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; new pairs are read as those that the trainer was made with."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            _, held_out, _ = read_sets(self._read, None, eval_dataset)
+            eval_dataset = _both_sides(held_out)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _read(self, dataset: Rows, what: str) -> tuple[list[Pair], Skipped]:
+        return read_pairs(
+            dataset,
+            self._tokenizer,
+            max_length=self._max_length,
+            context=self._context,
+            what=what,
+            encode=whole_sides,
+        )
+
+
+def _both_sides(pairs: Any) -> Any:
+    """Pairs as `trl.RewardTrainer` has them once it has tokenized its rows."""
+    if isinstance(pairs, dict):
+        return {name: _both_sides(part) for name, part in pairs.items()}
+    if pairs is None:
+        return None
+    return Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
