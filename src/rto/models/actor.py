@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rto.batches import Sequences, micro_batches
 from rto.functional.logprobs import Head, logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
-from rto.models.loading import backbone, scalar_head, unwrap_peft
+from rto.models.loading import backbone, unwrap_peft
 from rto.models.roles import Role, acting, own_parameters
+from rto.models.scalars import values_of
 
 
 class TokenOutputs(NamedTuple):
@@ -153,7 +154,7 @@ def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float =
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
     hidden = response_states(model, sequences)
-    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
+    return scatter(values_of(model, hidden).float(), sequences.mask)
 
 
 def vocab_size(model: nn.Module) -> int:

@@ -119,8 +119,22 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    base = load_scalar(_base_of(source, config), **init_kwargs)
-    return _load_adapter(base, source, config)
+    base: Any = load_scalar(_base_of(source, config), **init_kwargs)
+    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config)
+    model: Any = _load_adapter(base, source, config)
+    model.source = str(source)
+    return model
+
+
+def pad_of_adapter(source: str | Path, base_config: Any) -> int | None:
+    """The padding id that an adapter which scores was trained with: that of the tokenizer in its folder.
+
+    Trainers set it in the configuration of the base model, which an adapter's folder does not hold. A sequence
+    classifier reads its head at the last token that is not padding, so a score depends on it.
+    """
+    saved = Path(source) / "tokenizer_config.json"
+    pad = AutoTokenizer.from_pretrained(source).pad_token_id if saved.is_file() else None
+    return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
 # --- adapters
@@ -213,17 +227,28 @@ def zero_head(width: int, *, bias: bool = False) -> nn.Linear:
     return head
 
 
-def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, needs_eos: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a padding token.
 
-    pad = EOS is allowed: padding is told by position in this project, never by id.
+    pad = EOS is allowed: padding is told by position in this project, never by id. A tokenizer that only serves a
+    model which scores needs no EOS: an encoder's ends a text in a way of its own.
+
+    Raises:
+        ValueError: an EOS token is needed and there is none.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill up rows with: padding, EOS or 0. Which one never matters, since padding is told by position."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
 
 
 def trusts(init_kwargs: dict[str, Any]) -> bool:
@@ -300,12 +325,13 @@ def max_positions(model: nn.Module) -> int | None:
 def positions_of(config: Any) -> int | None:
     """The longest sequence that a model of this configuration can read.
 
-    None for a model without a limit (ALiBi, recurrent layers). A window of attention is no limit.
+    None for a model without a limit (ALiBi, relative positions, recurrent layers). A window of attention is no limit.
     """
     config = config.get_text_config()
     found = [getattr(config, name, None) for name in POSITIONS]
     limit = next((n for n in found if isinstance(n, int) and n > 0), None)
-    if limit is None or getattr(config, "alibi", False):
+    unlimited = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    if limit is None or unlimited:
         return None
     return limit - _positions_before_text(config)
 
@@ -347,7 +373,7 @@ def source_name(source: Any) -> str:
     """How messages call a model."""
     if isinstance(source, str | Path):
         return str(source)
-    folder = getattr(source, "source", "")  # a role on a shared base knows its own
+    folder = getattr(source, "source", "")  # a role, or an adapter that scores, knows its own
     return str(folder or getattr(unwrap_peft(source).config, "_name_or_path", "") or type(source).__name__)
 
 

@@ -24,12 +24,13 @@ from rto.models.loading import (
     freeze,
     load_policy,
     load_tokenizer,
+    pad_id,
     shared_context,
     source_name,
     trusts,
 )
 from rto.models.roles import adapt, place, shared_base
-from rto.trainers.base import TokenTrainer, TokenTrainingArguments
+from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
     Example,
     load_reference,
@@ -123,7 +124,7 @@ class PreferenceTrainer(TokenTrainer):
 
     Raises:
         DataError: the data cannot be used; the message names the column or counts the rows.
-        ValueError: ``ref_model`` has another vocabulary.
+        ValueError: ``ref_model`` has another vocabulary, or an argument of `transformers.Trainer` has no meaning here.
     """
 
     args: PreferenceConfig
@@ -142,6 +143,7 @@ class PreferenceTrainer(TokenTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_trainer_arguments(type(self), kwargs)
         args = args or PreferenceConfig(output_dir="preference")
         init = dict(args.init_kwargs)
         tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
@@ -263,9 +265,7 @@ class PreferenceTrainer(TokenTrainer):
         self, model: nn.Module, examples: Sequence[Example], completions: Sequence[tuple[list[int], ...]]
     ) -> Completions:
         """The policy's and the reference's numbers on completions of the examples."""
-        sequences = sequences_of(
-            examples, completions, pad=self.processing_class.pad_token_id, device=self.args.device
-        )
+        sequences = sequences_of(examples, completions, pad=pad_id(self.processing_class), device=self.args.device)
         if self.loss.needs_ref_kl:
             return self._score_with_kl(model, sequences)
         out: TokenOutputs = model(sequences.tokens, sequences.prompt_mask, sequences.mask)
@@ -365,7 +365,7 @@ class PreferenceTrainer(TokenTrainer):
             sequences = collate(
                 [every[i][0] for i in rows],
                 [every[i][1] for i in rows],
-                pad=self.processing_class.pad_token_id,
+                pad=pad_id(self.processing_class),
                 device=self.args.device,
             )
             scored = policy_logprobs(reference, sequences)

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
+from rto.data.errors import DataError
 from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
@@ -41,15 +42,24 @@ from rto.models.loading import (
     load_policy,
     load_scalar,
     load_tokenizer,
+    pad_id,
     shared_context,
     source_name,
     trusts,
 )
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
-from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
+from rto.models.scalars import check_critic, critic_of, why_no_critic
+from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
-from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+from rto.trainers.base import (
+    VALUE_MODEL,
+    CheckpointError,
+    TokenTrainer,
+    TokenTrainingArguments,
+    check_trainer_arguments,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
@@ -200,9 +210,10 @@ class RTOTrainer(TokenTrainer):
             `TokenRewardSpec`: a token source, a Python function; a list of them counts as their mean.
         dpo_ref_model: π_dpo's own reference; None means ``ref_model``.
         ref_model: π_ref; None means the starting policy itself, or the base model under a new adapter.
-        value_model: what the critic starts from; None means the first reward model that shares the policy's
-            tokenizer, or else the policy's backbone with a head that starts at zero. On a shared base: the first
-            reward model that shares it, or else a new adapter like the policy's.
+        value_model: what the critic starts from, a causal model with one linear head; None means the first such
+            reward model that shares the policy's tokenizer, or else the policy's backbone as it is now, with a head
+            that starts at zero. On a shared base: the first reward model that shares it, or else an adapter that
+            starts as the policy's.
         reward_funcs: as in TRL's GRPO: a reward model (folder, hub id, object), a Python function, or a list of
             these. Needed unless β₃ = 0.
         reward_processing_classes: tokenizers of reward models given as objects, in the order of ``reward_funcs``.
@@ -216,7 +227,8 @@ class RTOTrainer(TokenTrainer):
 
     Raises:
         DataError: the prompts cannot be used.
-        ValueError: models, rewards and coefficients do not fit together; checked before any model runs.
+        ValueError: models, rewards and coefficients do not fit together, checked before any model runs; or an
+            argument of `transformers.Trainer` has no meaning here.
     """
 
     args: RTOConfig
@@ -240,6 +252,7 @@ class RTOTrainer(TokenTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_trainer_arguments(type(self), kwargs)
         args = args or RTOConfig(output_dir="rto")
         init = dict(args.init_kwargs)
         functions = _listed(reward_funcs)
@@ -270,11 +283,14 @@ class RTOTrainer(TokenTrainer):
             reward_source(f, t or _tokenizer_on_base(f, tokenizer), max_tokens=budget, **init)
             for f, t in zip(scorers, tokenizers, strict=True)
         ]
+        self.score_names = distinct([source.name for source in self.score_sources])
         self.score_weights = args.reward_weights or [1.0] * len(functions)
+        prompts, held_out, _ = read_sets(self._with_room, prompts, held_out)
+        _fit_batch(args, prompts)
         self.estimator = args.estimator()
         critic = None
         if self.estimator.needs_values:
-            critic = self._critic(base, value_model, model, tokenizer, init)
+            critic = self._critic(base, value_model, policy, tokenizer, init, new_adapter=peft_config is not None)
         if ref_model is not None:
             reference = load_policy(place(base, ref_model, "ref_model"), **init)
         elif base is None:
@@ -294,7 +310,7 @@ class RTOTrainer(TokenTrainer):
                 **init,
             )
         self.sampler: Sampler = sampler or TransformersSampler(
-            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
+            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
         )
         self.reward = args.reward()
         self.kl_control = None
@@ -471,11 +487,9 @@ class RTOTrainer(TokenTrainer):
         if not self.score_sources:
             return total
         logged: dict[str, list[float]] = {}
-        for source, weight in zip(self.score_sources, self.score_weights):
+        for name, source, weight in zip(self.score_names, self.score_sources, self.score_weights):
             with self.accelerator.autocast():
-                scores = source(batch)
-            name = source.name if source.name not in logged else f"{source.name}_{len(logged)}"
-            logged[name] = scores
+                scores = logged[name] = source(batch)
             total += weight * torch.tensor(scores, device=total.device)
         self._record_scores(batch, {**logged, "": total.tolist()})
         if self.args.normalize_scores:
@@ -504,26 +518,56 @@ class RTOTrainer(TokenTrainer):
     def _reward_models(self) -> list[RewardModel]:
         return [s for s in self.score_sources if isinstance(s, RewardModel)]
 
+    def _with_room(self, prompts: list[Prompt], what: str) -> tuple[list[Prompt], Skipped]:
+        """Prompts that leave room for a completion in the context of every reward model; others are counted.
+
+        A completion counts as ``max_completion_length`` tokens. Where a reward model's tokenizer makes more of one
+        than that, the reward model says so when it is given it.
+
+        Raises:
+            DataError: none is left.
+        """
+        skipped, reasons = Skipped(total=len(prompts)), dict[int, str]()
+        for model in self._reward_models():
+            if model.context is not None:
+                room = model.context - self.args.max_completion_length
+                reason = f"with no room for a completion in the {model.context} tokens that {model.name} reads"
+                for i, n in enumerate(model.prompt_lengths([p.raw for p in prompts])):
+                    if n > room:
+                        reasons.setdefault(i, reason)
+        for i, reason in reasons.items():
+            skipped.add(reason, i)
+        kept = [p for i, p in enumerate(prompts) if i not in reasons]
+        if not kept:
+            remedy = "lower max_completion_length, or take a reward model of a longer context"
+            raise DataError(f"{skipped.report(what)}. Nothing is left to train on: {remedy}.")
+        if reasons:
+            logger.warning(skipped.report(what))
+        return kept, skipped
+
     def _critic(
         self,
         base: SharedBase | None,
         value_model: Source | None,
-        model: Source,
+        policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         init: dict[str, Any],
+        *,
+        new_adapter: bool,
     ) -> nn.Module:
+        """V's start: the given model, a reward model that can be read at every token, or the policy's backbone."""
         if value_model is not None:
-            return trainable(load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init))
+            given = load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init)
+            return trainable(given if isinstance(given, Role) else check_critic(given))
         if base is not None:
             shared = next((s.model for s in self._reward_models() if isinstance(s.model, Role)), None)
-            return trainable(base.new_critic(VALUE_MODEL) if shared is None else base.copy(shared, VALUE_MODEL))
-        for reward_model in self._reward_models():
-            if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
-                return trainable(clone(reward_model.model))
-        name = source_name(model)
-        if not Path(name).is_dir() and isinstance(model, nn.Module):
-            raise ValueError("a policy given as an object needs a value_model, or a reward model with its tokenizer")
-        return load_scalar(name, **init)
+            if shared is None:
+                return trainable(base.new_critic(VALUE_MODEL, from_policy=not new_adapter))
+            return trainable(base.copy(shared, VALUE_MODEL))
+        for scorer in self._reward_models():
+            if scorer.tokenizer.get_vocab() == tokenizer.get_vocab() and why_no_critic(scorer.model) is None:
+                return trainable(clone(scorer.model))
+        return critic_of(policy)
 
     # --- optimizer
 
@@ -539,8 +583,11 @@ class RTOTrainer(TokenTrainer):
                     lr = self.args.value_learning_rate if id(parameter) in critic else self.args.learning_rate
                     decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((lr, decay), []).append(parameter)
-            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, acting))
-            kwargs.pop("lr", None)
+            kind: Any
+            kind, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, acting)
+            )
+            kwargs = {name: x for name, x in kwargs.items() if name != "lr"}
             self.optimizer = kind(
                 [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
                 lr=self.args.learning_rate,
