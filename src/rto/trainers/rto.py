@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -518,7 +518,7 @@ class RTOTrainer(TokenTrainer):
     def _reward_models(self) -> list[RewardModel]:
         return [s for s in self.score_sources if isinstance(s, RewardModel)]
 
-    def _with_room(self, prompts: list[Prompt], what: str) -> tuple[list[Prompt], Skipped]:
+    def _with_room(self, prompts: Iterable[Prompt], what: str) -> tuple[list[Prompt], Skipped]:
         """Prompts that leave room for a completion in the context of every reward model; others are counted.
 
         A completion counts as ``max_completion_length`` tokens. Where a reward model's tokenizer makes more of one
@@ -527,7 +527,8 @@ class RTOTrainer(TokenTrainer):
         Raises:
             DataError: none is left.
         """
-        skipped, reasons = Skipped(total=len(prompts)), dict[int, str]()
+        prompts, reasons = list(prompts), dict[int, str]()
+        skipped = Skipped(total=len(prompts))
         for model in self._reward_models():
             if model.context is not None:
                 room = model.context - self.args.max_completion_length
