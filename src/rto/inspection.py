@@ -476,7 +476,7 @@ def _said(row: dict[str, Any], sides: list[str], tokenizer: PreTrainedTokenizerB
     try:
         read = {side: normalized(row, (side,), tokenizer) for side in sides}
     except DataError as error:
-        raise DataError(f"{where}: a row {error}: it needs a prompt and {' and '.join(sides)}") from error
+        raise DataError(f"{where} is one {error}: to be shown it needs a prompt and {' and '.join(sides)}") from error
     return {**read[sides[0]], **{side: read[side][side] for side in sides}}
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import prompt_ids, side_ids, template_options
+from rto.data.chat import conversation_ids, prompt_ids, side_ids, template_options, whole_ids
 from rto.data.errors import DataError
 from rto.data.files import load_rows
 from rto.data.values import Said, Unusable, blank, common_prompt, is_true, read_value, unanswered
@@ -35,10 +35,12 @@ __all__ = [
     "listed",
     "load_rows",
     "normalized",
+    "read_demonstration",
     "read_labelled",
     "read_pairs",
     "read_prompts",
     "read_sets",
+    "reason_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -252,6 +254,34 @@ def read_labelled(
     return kept, skipped
 
 
+def read_demonstration(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, text: str = "text"
+) -> tuple[list[int], list[int]]:
+    """Token ids of a demonstration: of a prompt and its completion, or of messages or text as a whole.
+
+    Args:
+        row: with ``prompt`` and ``completion`` (cut off where ``completion_ended`` is false), with ``messages`` (or
+            ``conversations``, as ShareGPT calls them), or with text.
+        tokenizer: whose template and vocabulary.
+        text: the column of text.
+
+    Raises:
+        DataError: there is nothing to learn from; `reason_of` tells why.
+    """
+    if row.get("completion") is not None:
+        prompt, (ids,) = _tokens(row, ("completion",), tokenizer)
+        return prompt, ids
+    column = next((name for name in ("messages", "conversations", text) if row.get(name) is not None), None)
+    if column is None:
+        raise Unusable(f"without a prompt and a completion, messages, or {text}")
+    said = read_value(row[column], column)
+    if blank(said):
+        raise Unusable(f"whose {column} says nothing")
+    if isinstance(said, str):
+        return [], whole_ids("", said, tokenizer)
+    return [], conversation_ids(said, tokenizer, **template_options(row))
+
+
 def read_sets(
     read: Callable[[Rows, str], tuple[list[Kept], Skipped]], train: Rows | None, held_out: Any
 ) -> tuple[list[Kept] | None, list[Kept] | dict[str, list[Kept]] | None, dict[str, Skipped]]:
@@ -393,7 +423,7 @@ def _read(
         try:
             kept.append(read(i, {**empty, **row}))
         except DataError as error:
-            skipped.add(_reason(error), i)
+            skipped.add(reason_of(error), i)
     if not kept:
         why = skipped.report(what) if skipped.total else f"{what} has no rows"
         raise DataError(f"{why}. Nothing is left to train on: {remedy}.")
@@ -402,7 +432,7 @@ def _read(
     return kept, skipped
 
 
-def _reason(error: DataError) -> str:
+def reason_of(error: DataError) -> str:
     """Why a row is left out: in the words of its reader, or because of what the reading of the template says."""
     words = " ".join(str(error).split())
     return words if isinstance(error, Unusable) else f"because {words:.200}"

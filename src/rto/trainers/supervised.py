@@ -1,6 +1,7 @@
 """The supervised stages, as TRL does them: fine-tuning on demonstrations, and the sentence reward model."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -9,11 +10,21 @@ from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, SFTConfig
 from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
-from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from rto.data.chat import completion_ids, conversation_ids, template_options, whole_ids, whole_sides, without_tail
-from rto.data.formats import DataError, Pair, Rows, Skipped, read_pairs, read_sets
+from rto.data.chat import whole_sides, without_tail
+from rto.data.formats import (
+    DataError,
+    Pair,
+    Rows,
+    Skipped,
+    listed,
+    read_demonstration,
+    read_pairs,
+    read_sets,
+    reason_of,
+)
 from rto.models.loading import find_config, max_positions, positions_of
 from rto.trainers.base import SealedCheckpoints, tell_quietly
 
@@ -53,28 +64,34 @@ class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
                 "text": args.dataset_text_field,
                 "completion_only": self.completion_only_loss,
             }
-            workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-            with global_then_local_main_first():
-                dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
-            dataset = self._without_refused(dataset, f"{dataset_name}_dataset")
+            what = f"{dataset_name}_dataset"
+            if not isinstance(dataset, Dataset):
+                dataset = Dataset.from_list([demonstration(row, **keywords) for row in listed(dataset, what)])
+            else:
+                workers = {"num_proc": args.dataset_num_proc}
+                with global_then_local_main_first():
+                    dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
+            dataset = self._without_refused(dataset, what)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _without_refused(self, dataset: Dataset | IterableDataset, what: str) -> Dataset | IterableDataset:
-        """The rows that could be read; of a stream, whose rows come in training, nothing is counted."""
-        if isinstance(dataset, Dataset):
-            skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
-            for i, reason in enumerate(dataset["refused"]):
-                if reason:
-                    skipped.add(f"because {reason}", i)
-            if skipped.counts:
-                if len(dataset) == sum(skipped.counts.values()):
-                    raise DataError(f"{skipped.report(what)}. Nothing is left to train on.")
-                logger.warning(skipped.report(what))
+    def _without_refused(self, dataset: Dataset, what: str) -> Dataset:
+        """The rows that could be read; the others are counted."""
+        skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
+        for i, reason in enumerate(dataset["refused"]):
+            if reason:
+                skipped.add(reason, i)
+        if len(dataset) == sum(skipped.counts.values()):
+            raise DataError(
+                f"{skipped.report(what)}. Nothing is left to train on: every row needs a prompt and a completion, "
+                "messages, or text."
+            )
+        if skipped.counts:
+            logger.warning(skipped.report(what))
         return dataset.filter(lambda reason: not reason, input_columns="refused").remove_columns("refused")
 
 
 def demonstration(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text: str, completion_only: bool
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text: str, completion_only: bool
 ) -> dict[str, Any]:
     """A row as token ids and labels (-100: not learned), or why the template refuses it.
 
@@ -85,26 +102,12 @@ def demonstration(
         completion_only: whether a prompt has no part in the loss.
     """
     try:
-        prompt, ids = _read(row, tokenizer, text)
+        prompt, ids = read_demonstration(row, tokenizer, text=text)
     except DataError as error:
-        return {"input_ids": [], "labels": [], "refused": str(error)}
+        return {"input_ids": [], "labels": [], "refused": reason_of(error)}
     learned = without_tail(ids, tokenizer)
     labels = ([-100] * len(prompt) if completion_only else prompt) + learned + [-100] * (len(ids) - len(learned))
     return {"input_ids": prompt + ids, "labels": labels, "refused": ""}
-
-
-def _read(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    options = template_options(row)
-    if "prompt" in row and "completion" in row:
-        ended = row.get("completion_ended") is not False
-        return completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended, **options)
-    if "conversations" in row:
-        row = maybe_convert_to_chatml(row)
-    if "messages" in row:
-        return [], conversation_ids(row["messages"], tokenizer, **options)
-    if text in row:
-        return [], whole_ids("", row[text], tokenizer)
-    raise DataError(f"a row has {', '.join(map(repr, row))}: it needs prompt and completion, messages, or {text}")
 
 
 class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
