@@ -89,7 +89,8 @@ class RewardModel:
     layers, convolutions, landmarks), where there is no such id, and in encoder-decoders, rows go one by one.
 
     Attributes:
-        name: what logs, files and messages call it: the last part of its folder or hub id.
+        identity: its folder (an adapter's own), hub id or class: what tells it from another model.
+        name: what logs, files and messages call it: the last part of that.
         context: tokens it can read; None without a limit.
 
     Raises:
@@ -98,8 +99,12 @@ class RewardModel:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 2**14) -> None:
         self.model, self.tokenizer, self.max_tokens = freeze(model), tokenizer, max_tokens
-        self.name = Path(source_name(model)).name
+        folder = Path(source_name(model))
+        self.identity = str(folder.resolve() if folder.is_dir() else folder)
+        self.name = folder.name or folder.resolve().name
         self.context = max_positions(model)
+        caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
+        self._kwargs = {"use_cache": False} if caches else {}
         self._pad = self._inert_padding()
 
     @torch.no_grad()
@@ -128,7 +133,7 @@ class RewardModel:
     def _score(self, ids: list[list[int]], *, pad: int) -> Float[Tensor, " b"]:
         device = next(unwrap_peft(self.model).parameters()).device
         rows = collate([[]] * len(ids), ids, pad=pad, device=device)
-        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long()).logits
+        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long(), **self._kwargs).logits
         return logits.float().cpu().view(len(ids))
 
     def _check_lengths(self, ids: list[list[int]], batch: Completed) -> None:
@@ -190,6 +195,7 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
         self.function = function
         self.name = function_name(function)
+        self.identity = f"{getattr(function, '__module__', type(function).__module__)}:{self.name}"
 
     def __call__(self, batch: Completed) -> list[float]:
         """One score a completion.
