@@ -53,6 +53,7 @@ SKIPPED = {
         ("gemma3", "modernvbert", "qwen3_5", "t5gemma", "t5gemma2", "ultravbert"), "sizes stand in nested parts"
     ),
     "cohere_compass_text": "rotary embeddings by kind of layer, which no small configuration has",
+    "mra": "its attention is a CUDA kernel; without it every text is the same",
     **dict.fromkeys(("luke", "perceiver", "roc_bert"), "tables of a fixed size, over a million weights"),
     **dict.fromkeys(("lilt", "layoutlmv2", "layoutlmv3"), "reads pages: boxes and images besides text"),
     **dict.fromkeys(("reformer", "zamba", "zamba2"), "layers and axes of matching sizes, none of them small"),

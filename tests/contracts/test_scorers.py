@@ -58,11 +58,12 @@ def check(kind: str, tokenizer: Any) -> None:
     """Right, or refused by one line that names the type, whatever pads."""
     scored = 0
     for pad in PADS.values():
+        model = None
         try:
             model = scorer(kind, pad_token_id=pad)
             expected = alone(model, tokenizer, rows())
         except Exception:  # the library itself cannot make or run it so
-            if "model" in locals():
+            if model is not None:
                 with pytest.raises(ValueError, match="cannot score token ids alone") as refused:
                     RewardModel(model, tokenizer)
                 assert type(model).__name__ in str(refused.value)

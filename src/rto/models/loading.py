@@ -326,7 +326,7 @@ def max_positions(model: nn.Module) -> int | None:
     for name, table in inner.named_modules():
         if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
             limit = min(x for x in (limit, len(table.weight) - table.padding_idx - 1) if x is not None)
-    return limit
+    return limit if limit is not None and limit > 0 else None  # XLNet says -1 for no limit
 
 
 def source_name(source: Any) -> str:

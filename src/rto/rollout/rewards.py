@@ -155,11 +155,12 @@ class RewardModel:
         """
         inner: Any = unwrap_peft(self.model)
         config = inner.config.get_text_config()
-        pad = (self.model.pad_token_id or 0) if isinstance(self.model, Role) else config.pad_token_id
-        ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else []
+        pad = (self.model.pad_token_id or 0) if isinstance(self.model, Role) else getattr(config, "pad_token_id", None)
+        eos = getattr(config, "eos_token_id", None)
+        ends = [eos] if isinstance(eos, int) else []
         size = getattr(config, "vocab_size", 256)
         known = [i for i in range(min(size, 64)) if i not in (pad, *ends)]
-        short, long = ([known[i % len(known)] for i in range(3, 3 + n)] + ends for n in (2, 11))
+        short, long = ([known[i % len(known)] for i in range(3, 3 + n)] + ends for n in (5, 14))
         try:
             alone = torch.cat([self._score([row], pad=0) for row in (short, long)])
         except Exception as error:  # whatever a model that needs more than text says of it
