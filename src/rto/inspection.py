@@ -42,6 +42,7 @@ from rto.models.loading import (
     find_config,
     load_policy,
     load_tokenizer,
+    pad_id,
     shared_context,
 )
 from rto.recipe import is_function, resolve
@@ -276,7 +277,7 @@ class Inspector:
             ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
             columns=columns,
         )
-        sequences = collate(prompts, completions, pad=self.tokenizer.pad_token_id or 0, device=self.device)
+        sequences = collate(prompts, completions, pad=pad_id(self.tokenizer), device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
         for row, text in zip(rewards, completed.completions):
             if not np.isfinite(row).all():

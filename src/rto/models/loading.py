@@ -105,8 +105,9 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    if missing:
-        nn.init.zeros_(scalar_head(model).weight)
+    head = getattr(model, "score", getattr(model, "classifier", None))
+    if missing and isinstance(head, nn.Linear):  # an encoder's head of several layers starts small and random
+        nn.init.zeros_(head.weight)
     return model
 
 

@@ -76,12 +76,10 @@ class Role(nn.Module):
         self.base, self.adapter, self.source, self.score = base, adapter, source, head
         self.pad_token_id = pad_token_id
 
-    def forward(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], **kwargs: Any
-    ) -> SequenceClassifierOutput:
+    def forward(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> SequenceClassifierOutput:
         """Scores [B, 1] of right-padded rows, as PEFT's sequence classifier gives them for the folder of this role."""
         with self.acting():
-            hidden = backbone(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            hidden = backbone(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         at = last_scored(input_ids, attention_mask, self.pad_token_id)
         states = hidden.last_hidden_state[torch.arange(len(at), device=at.device), at]
         return SequenceClassifierOutput(logits=values_of(self, states)[:, None])

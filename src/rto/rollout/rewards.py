@@ -88,7 +88,8 @@ class RewardModel:
     layers, convolutions, landmarks), where there is no such id, and in encoder-decoders, rows go one by one.
 
     Attributes:
-        name: what logs, files and messages call it: the last part of its folder or hub id.
+        identity: its folder (an adapter's own), hub id or class: what tells it from another model.
+        name: what logs, files and messages call it: the last part of that.
         context: tokens it can read; None without a limit.
 
     Raises:
@@ -97,8 +98,12 @@ class RewardModel:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 2**14) -> None:
         self.model, self.tokenizer, self.max_tokens = freeze(model), tokenizer, max_tokens
-        self.name = Path(source_name(model)).name
+        folder = Path(source_name(model))
+        self.identity = str(folder.resolve() if folder.is_dir() else folder)
+        self.name = folder.name or folder.resolve().name
         self.context = max_positions(model)
+        caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
+        self._kwargs = {"use_cache": False} if caches else {}
         self._pad = self._inert_padding()
 
     @torch.no_grad()
@@ -127,7 +132,7 @@ class RewardModel:
     def _score(self, ids: list[list[int]], *, pad: int) -> Float[Tensor, " b"]:
         device = next(unwrap_peft(self.model).parameters()).device
         rows = collate([[]] * len(ids), ids, pad=pad, device=device)
-        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long()).logits
+        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long(), **self._kwargs).logits
         return logits.float().cpu().view(len(ids))
 
     def _check_lengths(self, ids: list[list[int]], batch: Completed) -> None:
@@ -149,11 +154,12 @@ class RewardModel:
         """
         inner: Any = unwrap_peft(self.model)
         config = inner.config.get_text_config()
-        pad = (self.model.pad_token_id or 0) if isinstance(self.model, Role) else config.pad_token_id
-        ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else []
+        pad = (self.model.pad_token_id or 0) if isinstance(self.model, Role) else getattr(config, "pad_token_id", None)
+        eos = getattr(config, "eos_token_id", None)
+        ends = [eos] if isinstance(eos, int) else []
         size = getattr(config, "vocab_size", 256)
         known = [i for i in range(min(size, 64)) if i not in (pad, *ends)]
-        short, long = ([known[i % len(known)] for i in range(3, 3 + n)] + ends for n in (2, 11))
+        short, long = ([known[i % len(known)] for i in range(3, 3 + n)] + ends for n in (5, 14))
         try:
             alone = torch.cat([self._score([row], pad=0) for row in (short, long)])
         except Exception as error:  # whatever a model that needs more than text says of it
@@ -182,6 +188,7 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
         self.function = function
         self.name = function_name(function)
+        self.identity = f"{getattr(function, '__module__', type(function).__module__)}:{self.name}"
 
     def __call__(self, batch: Completed) -> list[float]:
         """One score a completion.
