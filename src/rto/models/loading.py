@@ -294,7 +294,9 @@ def unwrap_peft(model: Any) -> Any:
 
 def backbone(model: nn.Module) -> Any:
     """The part of a model that ends in hidden states."""
-    return unwrap_peft(model).base_model
+    inner = unwrap_peft(model)
+    # Llama 4's language model calls its backbone by a name that it does not have, and is then its own base model.
+    return inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
 
 
 def scalar_head(model: nn.Module) -> Any:
