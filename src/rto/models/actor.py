@@ -152,8 +152,9 @@ def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float =
 
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
-    hidden = response_states(model, sequences)
-    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
+    head = scalar_head(model)
+    hidden = response_states(model, sequences).to(head.weight.dtype)
+    return scatter(head(hidden).squeeze(-1).float(), sequences.mask)
 
 
 def vocab_size(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from rto.models.loading import (
     load_tokenizer,
     scalar_head,
     source_name,
-    trusts,
+    tokenizer_kwargs,
     unwrap_peft,
 )
 
@@ -95,7 +95,8 @@ class RewardModel:
         for rows in micro_batches(sequences.lengths.cpu(), self.max_tokens):
             part = sequences.rows(rows).trim()
             last = hidden_states(self.model, part)[torch.arange(len(rows)), part.lengths - 1]
-            out[rows] = scalar_head(self.model)(last).squeeze(-1).float().cpu()
+            head = scalar_head(self.model)
+            out[rows] = head(last.to(head.weight.dtype)).squeeze(-1).float().cpu()
         return out.tolist()
 
     def _encode(self, batch: Completed) -> list[list[int]]:
@@ -156,5 +157,5 @@ def reward_source(
         name = source_name(source)
         if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
-        tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs))
+        tokenizer = load_tokenizer(name, **tokenizer_kwargs(init_kwargs))
     return RewardModel(load_scalar(source, new_head=False, **init_kwargs), tokenizer, max_tokens=max_tokens)

@@ -25,7 +25,6 @@ from rto.models.loading import (
     load_policy,
     load_tokenizer,
     source_name,
-    trusts,
 )
 from rto.models.roles import adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments
@@ -141,8 +140,8 @@ class PreferenceTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PreferenceConfig(output_dir="preference")
-        init = dict(args.init_kwargs)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
+        reading = args.reading(model)
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         self.loss = loss or args.make_loss()
         self.processing_class = tokenizer
         self.skipped = {}
@@ -150,18 +149,20 @@ class PreferenceTrainer(TokenTrainer):
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if dataset is not None:
                 examples[name], self.skipped[name] = self._read(dataset, f"{name}_dataset", args.max_length)
-        policy = load_policy(model, **init)
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         if ref_model is not None:
-            check_same_vocabulary("ref_model", ref_model, tokenizer, policy)
+            check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
         check_output_layer(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if peft_config is not None:
             set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         self._base = shared_base(policy)
+        self._frozen_dtype = reading.frozen_dtype
         if ref_model is not None and self.loss.needs_reference:
-            self.reference = freeze(load_policy(place(self._base, ref_model, "ref_model"), **init))
+            placed = place(self._base, ref_model, "ref_model")
+            self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
         super().__init__(
             Actor(policy),
             args,
@@ -182,7 +183,10 @@ class PreferenceTrainer(TokenTrainer):
             self.reference = None
         elif self.reference is None and not self._new_adapter:
             policy = self.model.policy
-            self.reference = freeze(clone(policy) if self._base is None else self._base.copy(None, "ref_model"))
+            shared = self._base is not None
+            self.reference = freeze(
+                self._base.copy(None, "ref_model") if shared else clone(policy, self._frozen_dtype)
+            )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""

@@ -38,18 +38,20 @@ from rto.models.loading import (
     clone,
     eos_ids,
     freeze,
+    is_adapter,
     load_policy,
     load_scalar,
     load_tokenizer,
     max_positions,
     source_name,
-    trusts,
 )
+from rto.models.precision import hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+from rto.trainers.precision import Reading
 
 ESTIMATORS = ("gae", "reinforce++")
 
@@ -239,18 +241,18 @@ class RTOTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RTOConfig(output_dir="rto")
-        init = dict(args.init_kwargs)
+        reading = args.reading(model)
         functions = _listed(reward_funcs)
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
-        policy = load_policy(model, **init)
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         roles: list[tuple[str, Any]] = [("ref_model", ref_model)]
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
         for role, other in roles:
             if isinstance(other, str | Path | nn.Module):
-                check_same_vocabulary(role, other, tokenizer, policy, **init)
+                check_same_vocabulary(role, other, tokenizer, policy, **reading.frozen(other))
         check_output_layer(policy)
 
         self.skipped = {}
@@ -263,37 +265,47 @@ class RTOTrainer(TokenTrainer):
 
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         base = shared_base(policy)
         budget = args.max_tokens_per_micro_batch
         tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
+        self.estimator = args.estimator()
+        seeds_critic = self.estimator.needs_values and value_model is None and base is None
         scorers = [place(base, f, "reward_model", scalar=True) for f in functions]
         self.score_sources = [
-            reward_source(f, t or _tokenizer_on_base(f, tokenizer), max_tokens=budget, **init)
-            for f, t in zip(scorers, tokenizers, strict=True)
+            reward_source(
+                scorer,
+                t or _tokenizer_on_base(scorer, tokenizer),
+                max_tokens=budget,
+                **(reading.trained(f) if seeds_critic and _is_whole(f) else reading.frozen(f)),
+            )
+            for f, scorer, t in zip(functions, scorers, tokenizers, strict=True)
         ]
         self.score_weights = args.reward_weights or [1.0] * len(functions)
-        self.estimator = args.estimator()
         critic = None
         if self.estimator.needs_values:
-            critic = self._critic(base, value_model, model, tokenizer, init)
+            critic = self._critic(base, value_model, model, tokenizer, reading)
+        for f, scorer in zip(functions, self.score_sources):
+            if isinstance(scorer, RewardModel) and _is_whole(f):  # the critic has copied its weights as they were read
+                hold(scorer.model, reading.frozen_dtype)
         if ref_model is not None:
-            reference = load_policy(place(base, ref_model, "ref_model"), **init)
+            reference = load_policy(place(base, ref_model, "ref_model"), **reading.frozen(ref_model))
         elif base is None:
-            reference = clone(policy)
+            reference = clone(policy, reading.frozen_dtype)
         else:
             reference = base.without_adapter() if peft_config is not None else base.copy(None, "ref_model")
         self.reference = freeze(reference)
         self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
+            placed = [place(base, spec, "dpo_model") for spec in token_rewards]
             self.token_reward = token_source(
-                [place(base, spec, "dpo_model") for spec in token_rewards],
+                [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in placed],
                 place(base, dpo_ref_model, "dpo_ref_model"),
                 kind=args.token_reward,
                 pessimism=args.token_reward_pessimism,
                 temperature=args.temperature,
                 max_tokens=budget,
-                **init,
+                **reading.frozen(dpo_ref_model),
             )
         self.sampler: Sampler = sampler or TransformersSampler(
             config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
@@ -512,10 +524,11 @@ class RTOTrainer(TokenTrainer):
         value_model: Source | None,
         model: Source,
         tokenizer: PreTrainedTokenizerBase,
-        init: dict[str, Any],
+        reading: Reading,
     ) -> nn.Module:
         if value_model is not None:
-            return trainable(load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init))
+            placed = place(base, value_model, VALUE_MODEL, scalar=True, new_head=True)
+            return trainable(load_scalar(placed, **reading.trained(value_model)))
         if base is not None:
             shared = next((s.model for s in self._reward_models() if isinstance(s.model, Role)), None)
             return trainable(base.new_critic(VALUE_MODEL) if shared is None else base.copy(shared, VALUE_MODEL))
@@ -525,7 +538,7 @@ class RTOTrainer(TokenTrainer):
         name = source_name(model)
         if not Path(name).is_dir() and isinstance(model, nn.Module):
             raise ValueError("a policy given as an object needs a value_model, or a reward model with its tokenizer")
-        return load_scalar(name, **init)
+        return load_scalar(name, **reading.trained(name))
 
     # --- optimizer
 
@@ -555,9 +568,10 @@ class RTOTrainer(TokenTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         actor: Actor = self.accelerator.unwrap_model(model)
-        norm = self.accelerator.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()  # under fp16; once, for one optimizer has the weights of both
+        norm = nn.utils.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
-            value_norm = self.accelerator.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
+            value_norm = nn.utils.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
         return norm
@@ -761,6 +775,11 @@ def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTra
     if isinstance(model, Role) and not (Path(model.source) / "tokenizer_config.json").is_file():
         return tokenizer
     return None
+
+
+def _is_whole(source: Any) -> bool:
+    """A whole model's folder or hub id: not an adapter, and no object."""
+    return isinstance(source, str | Path) and not is_adapter(source)
 
 
 def _listed(x: Any) -> list[Any]:
