@@ -51,7 +51,7 @@ def widen(model: nn.Module) -> int:
     """Cast the trained weights of a model to fp32, in place, where they are narrower; the number of those that were.
 
     A model that is trained whole becomes fp32 altogether. Of a PEFT model only what is trained does: adapters, and
-    the modules trained beside them (``modules_to_save``), which go on taking and giving what the layers around them do.
+    modules that are trained beside them (``modules_to_save``), which still take and give what the layers around do.
     """
     adapters = hasattr(model, "peft_config")
     weights = [w for w in model.parameters() if w.dtype in NARROW and (w.requires_grad or not adapters)]
@@ -133,4 +133,3 @@ def check_derivative(name: str, model: nn.Module) -> None:
                 f"{name}: {where} was rearranged by bitsandbytes for a kernel that has no derivative, as the first "
                 "pass without gradients does on this processor: load the model anew and hand it over before it is run"
             )
-

@@ -52,35 +52,22 @@ class PrecisionArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     frozen_dtype: str = field(
         default="auto",
-        metadata={"help": "Precision of models that are only read: auto (bfloat16 under bf16), float32, bfloat16, ..."},
+        metadata={
+            "help": "Precision of models that are only read: auto (bfloat16 under bf16), float32, bfloat16, ..."
+        },
     )
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """``model_init_kwargs`` as a dictionary."""
-        given = self.model_init_kwargs
-        found = dict(json.loads(given) if isinstance(given, str) else given or {})
-        return {"trust_remote_code": True, **found} if self.trust_remote_code else found
+        """``model_init_kwargs`` as a dictionary, with ``trust_remote_code``."""
+        return init_kwargs(self)
 
-    def reading(self, start: Any) -> "Reading":
-        """How the models of a run are read that starts from ``start``.
 
-        Raises:
-            ValueError: a precision is not known.
-        """
-        given = self.init_kwargs
-        dtype = given.pop("dtype", None)
-        trained = torch.float64 if dtype is not None and as_dtype(dtype) == torch.float64 else torch.float32
-        frozen = as_dtype(self.frozen_dtype)
-        if frozen == "auto":
-            frozen = torch.bfloat16 if getattr(self, "mixed_precision", "no") == "bf16" else trained
-        return Reading(
-            init=given,
-            start=source_name(start),
-            trained_dtype=trained,
-            frozen_dtype=frozen,
-            base_dtype=frozen if dtype is None else as_dtype(dtype),
-        )
+def init_kwargs(args: Any) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` in a configuration, TRL's own included."""
+    given = args.model_init_kwargs
+    found = dict(json.loads(given) if isinstance(given, str) else given or {})
+    return {"trust_remote_code": True, **found} if getattr(args, "trust_remote_code", False) else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +77,35 @@ class Reading:
     init: dict[str, Any]
     start: str
     """The model that training starts from, which a revision belongs to."""
-    trained_dtype: torch.dtype
+    dtype: Any
+    """What was asked for; None for nothing."""
     frozen_dtype: torch.dtype
-    base_dtype: Any
-    """Of the base under a trained adapter."""
+    """Of models that are only read."""
+
+    @classmethod
+    def of(cls, args: Any, start: Any) -> "Reading":
+        """How the models of a run are read that starts from ``start``.
+
+        Raises:
+            ValueError: a precision is not known.
+        """
+        given = init_kwargs(args)
+        asked = given.pop("dtype", None)
+        dtype = None if asked is None else as_dtype(asked)
+        frozen = as_dtype(getattr(args, "frozen_dtype", "auto"))
+        if frozen == "auto":
+            frozen = torch.bfloat16 if args.mixed_precision == "bf16" else _at_least_fp32(dtype)
+        return cls(init=given, start=source_name(start), dtype=dtype, frozen_dtype=frozen)
 
     def trained(self, source: Any, *, adapted: bool = False) -> dict[str, Any]:
         """For a model that is trained: whole, or (``adapted``, or the folder of an adapter) its adapter alone."""
-        adapted = adapted or (not isinstance(source, nn.Module) and is_adapter(source))
-        return {**self._own(source), "dtype": self.base_dtype if adapted else self.trained_dtype}
+        if adapted or (isinstance(source, str | Path) and is_adapter(source)):
+            dtype = self.frozen_dtype if self.dtype is None else self.dtype  # of the base, which is frozen
+        else:
+            dtype = _at_least_fp32(self.dtype)
+            if self.dtype in NARROW:
+                logger.warning("%s is trained whole: dtype=%s gives way to float32", source_name(source), self.dtype)
+        return {**self._own(source), "dtype": dtype}
 
     def frozen(self, source: Any) -> dict[str, Any]:
         """For a model that is only read."""
@@ -111,6 +118,10 @@ class Reading:
     def _own(self, source: Any) -> dict[str, Any]:
         own = isinstance(source, str | Path | nn.Module) and source_name(source) == self.start
         return self.init if own else {name: x for name, x in self.init.items() if name != "revision"}
+
+
+def _at_least_fp32(dtype: Any) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def prepare_trained(*models: Any) -> None:

@@ -37,6 +37,7 @@ from rto.trainers.examples import (
     sequences_of,
     with_reference,
 )
+from rto.trainers.precision import Reading
 
 
 @dataclass
@@ -140,7 +141,7 @@ class PreferenceTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PreferenceConfig(output_dir="preference")
-        reading = args.reading(model)
+        reading = Reading.of(args, model)
         tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         self.loss = loss or args.make_loss()
         self.processing_class = tokenizer
@@ -183,10 +184,8 @@ class PreferenceTrainer(TokenTrainer):
             self.reference = None
         elif self.reference is None and not self._new_adapter:
             policy = self.model.policy
-            shared = self._base is not None
-            self.reference = freeze(
-                self._base.copy(None, "ref_model") if shared else clone(policy, self._frozen_dtype)
-            )
+            base, dtype = self._base, self._frozen_dtype
+            self.reference = freeze(clone(policy, dtype) if base is None else base.copy(None, "ref_model"))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""

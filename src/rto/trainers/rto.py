@@ -241,7 +241,7 @@ class RTOTrainer(TokenTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RTOConfig(output_dir="rto")
-        reading = args.reading(model)
+        reading = Reading.of(args, model)
         functions = _listed(reward_funcs)
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
@@ -274,20 +274,20 @@ class RTOTrainer(TokenTrainer):
         scorers = [place(base, f, "reward_model", scalar=True) for f in functions]
         self.score_sources = [
             reward_source(
-                scorer,
-                t or _tokenizer_on_base(scorer, tokenizer),
+                placed,
+                t or _tokenizer_on_base(placed, tokenizer),
                 max_tokens=budget,
                 **(reading.trained(f) if seeds_critic and _is_whole(f) else reading.frozen(f)),
             )
-            for f, scorer, t in zip(functions, scorers, tokenizers, strict=True)
+            for f, placed, t in zip(functions, scorers, tokenizers, strict=True)
         ]
         self.score_weights = args.reward_weights or [1.0] * len(functions)
         critic = None
         if self.estimator.needs_values:
             critic = self._critic(base, value_model, model, tokenizer, reading)
-        for f, scorer in zip(functions, self.score_sources):
-            if isinstance(scorer, RewardModel) and _is_whole(f):  # the critic has copied its weights as they were read
-                hold(scorer.model, reading.frozen_dtype)
+        for f, source in zip(functions, self.score_sources):
+            if isinstance(source, RewardModel) and _is_whole(f):  # the critic has copied its weights as they were read
+                hold(source.model, reading.frozen_dtype)
         if ref_model is not None:
             reference = load_policy(place(base, ref_model, "ref_model"), **reading.frozen(ref_model))
         elif base is None:
@@ -297,9 +297,9 @@ class RTOTrainer(TokenTrainer):
         self.reference = freeze(reference)
         self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
-            placed = [place(base, spec, "dpo_model") for spec in token_rewards]
+            learners = [place(base, spec, "dpo_model") for spec in token_rewards]
             self.token_reward = token_source(
-                [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in placed],
+                [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in learners],
                 place(base, dpo_ref_model, "dpo_ref_model"),
                 kind=args.token_reward,
                 pessimism=args.token_reward_pessimism,
