@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class ModelArguments(ModelConfig):
     """TRL's ``ModelConfig`` with nothing chosen that was not asked for."""
 
-    model_revision: str | None = field(
+    model_revision: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Branch, tag or commit of model_name_or_path and its tokenizer."}
     )
     dtype: str | None = field(
@@ -103,7 +103,7 @@ class Reading:
             dtype = self.frozen_dtype if self.dtype is None else self.dtype  # of the base, which is frozen
         else:
             dtype = _at_least_fp32(self.dtype)
-            if self.dtype in NARROW:
+            if self.dtype in NARROW and self._is_start(source):
                 logger.warning("%s is trained whole: dtype=%s gives way to float32", source_name(source), self.dtype)
         return {**self._own(source), "dtype": dtype}
 
@@ -116,8 +116,10 @@ class Reading:
         return tokenizer_kwargs(self._own(source))
 
     def _own(self, source: Any) -> dict[str, Any]:
-        own = isinstance(source, str | Path | nn.Module) and source_name(source) == self.start
-        return self.init if own else {name: x for name, x in self.init.items() if name != "revision"}
+        return self.init if self._is_start(source) else {n: x for n, x in self.init.items() if n != "revision"}
+
+    def _is_start(self, source: Any) -> bool:
+        return isinstance(source, str | Path | nn.Module) and source_name(source) == self.start
 
 
 def _at_least_fp32(dtype: Any) -> torch.dtype:
