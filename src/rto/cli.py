@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -102,9 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if args else 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
     _keep_freed_memory()
     try:
-        return COMMANDS[args[0]](args[1:])
+        with warnings.catch_warnings():
+            for library in ("transformers", "trl", "peft"):  # what one deprecates and another uses
+                warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+            return COMMANDS[args[0]](args[1:])
     except Exception as error:
         if (line := told(error)) is None:
             raise
@@ -144,7 +149,7 @@ def run(args: list[str]) -> int:
     from rto.pipeline import run as run_recipe
     from rto.recipe import Recipe, load_recipe
 
-    values = overrides(rest, [f.name for f in fields(Recipe)], ["output_dir"])
+    values = overrides(rest, ["output_dir", *(f.name for f in fields(Recipe))])
     folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
     run_recipe(load_recipe(path, values), Path(str(folder)))
     return 0
@@ -284,11 +289,12 @@ def export(args: list[str]) -> int:
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([ExportArguments], "rto export").read(args)
-    from rto.models.loading import find_config
+    from rto.models.loading import check_weights, find_config
     from rto.models.roles import export as write
 
     trust = parsed.trust_remote_code
     find_config("--model_name_or_path", parsed.model_name_or_path, trust_remote_code=trust)
+    check_weights("--model_name_or_path", parsed.model_name_or_path)
     print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
     return 0
 
@@ -362,7 +368,7 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     from trl import ModelConfig
 
     from rto.stage_parser import StageParser
-    from rto.trainers.base import check_seal, check_training
+    from rto.trainers.base import CheckpointError, check_seal, check_training
 
     *parsed, config, model = StageParser([*kinds, ModelConfig], f"rto {command}").read(args)
     if model.model_name_or_path is None:
@@ -371,7 +377,10 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     resume = as_flag(config.resume_from_checkpoint)
     config.resume_from_checkpoint = True if str(resume).lower() == "last" else resume
     if isinstance(config.resume_from_checkpoint, str):
-        check_seal(Path(config.resume_from_checkpoint))
+        try:
+            check_seal(Path(config.resume_from_checkpoint))
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume_from_checkpoint {error}") from error
     if model.use_peft and find_spec("peft") is None:
         raise ValueError("--use_peft needs the package peft: pip install peft")
     make_folder(config.output_dir, "--output_dir")
@@ -384,7 +393,7 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
     Raises:
         ValueError: one is not; the message names its flag.
     """
-    from rto.models.loading import find_config, trusts
+    from rto.models.loading import check_weights, find_config, is_adapter, load_tokenizer, trusts
     from rto.recipe import is_function
     from rto.trainers.base import json_mapping
 
@@ -394,6 +403,9 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
         for source in [sources] if isinstance(sources, str) else sources or ():
             if not is_function(source):
                 find_config(f"--{flag}", source, trust_remote_code=trust)
+                check_weights(f"--{flag}", source)
+    if not is_adapter(model.model_name_or_path):
+        load_tokenizer(model.model_name_or_path, trust_remote_code=trust)
 
 
 def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:

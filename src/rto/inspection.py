@@ -33,6 +33,7 @@ from rto.evaluation.inspection import (
 )
 from rto.models.loading import (
     check_same_vocabulary,
+    check_weights,
     config_of_policy,
     eos_ids,
     find_config,
@@ -340,9 +341,14 @@ def _inspector(
 ) -> "Inspector":
     """Load what runs."""
     init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    reference = _reference(args, models)
+    named = [*(("--dpo_model", model) for model in models), ("--ref_model", reference), ("--reward_model", score)]
+    for flag, model in named:
+        if isinstance(model, str):
+            check_weights(flag, model)
     source = token_source(
         [functions.get(spec, spec) for spec in args.dpo_model],
-        _reference(args, models),
+        reference,
         kind=args.token_reward,
         pessimism=args.token_reward_pessimism,
         temperature=args.temperature,
@@ -367,7 +373,10 @@ def _reference(args: InspectArguments, models: list[str]) -> str | None:
 
 def _check_models(args: InspectArguments, models: list[str]) -> int:
     """What can be told of models before they are loaded; the longest row that all of them can read."""
-    reference, trust = _reference(args, models), args.trust_remote_code
+    trust = args.trust_remote_code
+    for model in models:
+        find_config("--dpo_model", model, trust_remote_code=trust)
+    reference = _reference(args, models)
     named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
     configs = [config_of_policy(role, model, trust_remote_code=trust) for role, model in named]
     if args.reward_model is not None and not is_function(args.reward_model):

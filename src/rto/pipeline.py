@@ -27,7 +27,15 @@ from rto.data.formats import DataError, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
-from rto.models.loading import eos_ids, find_config, load_policy, load_scalar, load_tokenizer, max_positions
+from rto.models.loading import (
+    check_weights,
+    eos_ids,
+    find_config,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+)
 from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, stage_config
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
@@ -97,6 +105,7 @@ class Pipeline:
         for key, (source, stages) in models.items():
             if self._left(stages) and not is_function(source):
                 find_config(key, source)
+                check_weights(key, source)
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
             if found is not None and self._left(stages) and not is_function(found.path):
@@ -447,7 +456,7 @@ def scores_by(function: str, prompts: list[Any], completions: list[Any]) -> list
     Raises:
         ValueError: the function returns another number of scores, or one that is not finite.
     """
-    several = [[] for _ in completions]
+    several: list[list[int]] = [[] for _ in completions]
     batch = Completed(
         prompts=prompts, completions=completions, completion_ids=several, ended=[True] * len(completions)
     )

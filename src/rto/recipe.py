@@ -514,8 +514,8 @@ def resolve(path: str, role: str = "") -> Callable[..., Any]:
     function = getattr(found, name, None)
     if not callable(function):
         known = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")]
-        what = "no function" if function is None else "no function but a value"
-        raise ValueError(f"{failed} {name} is {what} in {module}{nearest(name, known)}")
+        what = f"there is no {name} in {module}" if function is None else f"{name} in {module} is not a function"
+        raise ValueError(f"{failed} {what}{nearest(name, known)}")
     return function
 
 

@@ -38,9 +38,7 @@ class StageParser(OneLine, TrlParser):
         self.set_defaults(**config)
         for action in self._actions:
             action.required = action.required and action.dest not in config
-        flags, unknown = self.parse_known_args(rest)
-        self.refuse(unknown)
-        values = vars(flags)
+        values = vars(self.parse_args(rest))
         try:
             return [k(**{f.name: values[f.name] for f in fields(k) if f.init}) for k in self.dataclass_types]
         except (ValueError, TypeError, ImportError) as error:

@@ -196,6 +196,7 @@ def _refusal(error: ValidationError, members: list[Any], value: Any, key: str) -
     first = error.errors()[0]
     if "limit" in first["type"] or first["type"].startswith(("greater", "less")):
         return f"{key}: {value!r}: {first['msg'].removeprefix('Input ')}"
+    part: Any
     for part in first["loc"]:  # into the lists and mappings of a single type
         if len(members) == 1 and isinstance(value, list | dict) and (isinstance(value, list) or part in value):
             value, key, members = value[part], f"{key}.{part}", list(get_args(members[0])[-1:])

@@ -4,13 +4,14 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,10 +52,35 @@ def find_config(role: str, source: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         ValueError: there is no such folder, and no such model on the hub.
     """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # a name that is nowhere is told once, not at each try
     try:
         return _config_of(source, trust_remote_code)
     except ValueError as error:
         raise ValueError(f"{role} {error}") from error
+    finally:
+        hub.setLevel(level)
+
+
+def check_weights(role: str, source: str | Path) -> None:
+    """That a folder's weights are there and whole, by the headers of their files; a hub id's are not looked at.
+
+    Raises:
+        ValueError: they are not; the message names the remedy.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise LoadingError(f"{role} {folder} has no weights (model.safetensors): save the model with save_pretrained")
+    try:
+        for file in files:
+            with told_of(folder), safe_open(file, "pt"):
+                pass
+    except ValueError as error:
+        raise LoadingError(f"{role} {error}") from error
 
 
 @contextmanager
@@ -73,7 +99,8 @@ def told_of(source: str | Path) -> Iterator[None]:
         if folder.is_file():
             what = "is a file, not a model's folder"
         elif not folder.is_dir():
-            what = f"is neither a folder here nor on the hub ({why})"
+            local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+            what = f"is neither a folder here nor on the hub ({'no such folder' if local else why})"
         elif not (folder / "config.json").is_file() and not is_adapter(folder):
             what = "is no model's folder: it has no config.json"
         elif isinstance(error, SafetensorError):
@@ -81,7 +108,7 @@ def told_of(source: str | Path) -> Iterator[None]:
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
             what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
         else:
-            what = f"cannot be read: {why}"
+            what = f"cannot be read: {' '.join(str(error).split())}"
         raise LoadingError(f"{source} {what}") from error
 
 

@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
@@ -131,12 +131,12 @@ def check_training(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not value >= least:  # a NaN is refused, too
             raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-        kwargs = dict(args.lr_scheduler_kwargs or {})
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {args.lr_scheduler_type.value}: {error}") from error
+        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
