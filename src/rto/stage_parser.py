@@ -38,9 +38,11 @@ class StageParser(OneLine, TrlParser):
         self.set_defaults(**config)
         for action in self._actions:
             action.required = action.required and action.dest not in config
-        values = vars(self.parse_args(rest))
+        values = {
+            n: v for n, v in vars(self.parse_args(rest)).items() if v is not None or n in config
+        }  # else: default
         try:
-            return [k(**{f.name: values[f.name] for f in fields(k) if f.init}) for k in self.dataclass_types]
+            return [k(**{f.name: values[f.name] for f in fields(k) if f.name in values}) for k in self.dataclass_types]
         except (ValueError, TypeError, ImportError) as error:
             name = culprit(error, config)
             where = "" if name is None or values[name] != config[name] else f"{given.config}: {name}: "
