@@ -1,4 +1,4 @@
-"""Policies side by side on held-out prompts: gold reward, win rate and KL, each with its standard error."""
+"""Policies side by side on held-out prompts: the judge's score, win rate and KL, each with its standard error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ class Answers:
 
     completions: list[str]
     gold: list[float]
+    """By the gold reward, or by the reward model where a task has none."""
     kl: list[float]
     """log π/π_ref of each completion, nats: its mean estimates KL(π ‖ π_ref) for a completion."""
     lengths: list[int]

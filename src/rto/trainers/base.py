@@ -25,14 +25,20 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.values import check_choice, json_mapping
 
 logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -72,6 +78,48 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
         super().__post_init__()
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
+        _ = self.init_kwargs  # refused here, not when models are loaded
+
+
+AT_LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "total_episodes": 1,
+    "max_length": 1,
+    "max_prompt_length": 1,
+    "kl_horizon": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "value_learning_rate": 0,
+    "weight_decay": 0,
+    "cliprange": 0,
+    "cliprange_value": 0,
+    "token_reward_clip": 0,
+}
+
+
+def check_training(args: TrainingArguments) -> None:
+    """What a library would refuse when all models are loaded: sizes and rates, the schedule, trackers.
+
+    Raises:
+        ValueError: with the argument, and the nearest known value or the remedy.
+    """
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= least:  # a NaN is refused, too
+            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
+        if name not in (*installed, "flyte"):  # which the library does not list, and checks itself
+            raise ValueError(f"report_to={name!r}: the tracker is not installed: pip install {name}, or none")
 
 
 class SealedCheckpoints(Trainer):

@@ -1,9 +1,8 @@
 """Stage 1: learn π_dpo from preferences."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from rto.trainers.examples import (
     with_reference,
 )
 from rto.trainers.precision import Reading
+from rto.values import check_choice, json_mapping, typed
 
 
 @dataclass
@@ -82,19 +82,14 @@ class PreferenceConfig(TokenTrainingArguments):
         Raises:
             ValueError: there is no such loss, or it has no such field.
         """
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r} is not known; choose from {', '.join(LOSSES)}")
+        check_choice("loss", self.loss, LOSSES)
         kind: Any = LOSSES[self.loss]
+        given = json_mapping("loss_kwargs", self.loss_kwargs)
         try:
-            return kind(**_json(self.loss_kwargs))
-        except TypeError as error:
-            raise ValueError(
-                f"loss_kwargs of {self.loss}: {error}; its fields are {', '.join(kind.__dataclass_fields__)}"
-            ) from error
-
-
-def _json(value: dict | str | None) -> dict[str, Any]:
-    return dict(json.loads(value) if isinstance(value, str) else value or {})
+            return kind(**typed(kind, given, "loss_kwargs"))
+        except ValueError as error:
+            names = ", ".join(f.name for f in fields(kind))
+            raise ValueError(f"{error} (loss {self.loss}; its fields are {names})") from error
 
 
 class Outcome(NamedTuple):

@@ -62,6 +62,7 @@ from rto.trainers.base import (
     write_atomically,
 )
 from rto.trainers.precision import Reading
+from rto.values import check_choice
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
@@ -155,8 +156,7 @@ class RTOConfig(TokenTrainingArguments):
             ("advantage_estimator", ESTIMATORS),
         )
         for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
