@@ -1,6 +1,7 @@
 """The supervised stages, as TRL does them: fine-tuning on demonstrations, and the sentence reward model."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -72,7 +73,7 @@ class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
 
 
 def demonstration(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text: str, completion_only: bool
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text: str, completion_only: bool
 ) -> dict[str, Any]:
     """A row as token ids and labels (-100: not learned), or why the template refuses it.
 
@@ -91,13 +92,13 @@ def demonstration(
     return {"input_ids": prompt + ids, "labels": labels, "refused": ""}
 
 
-def _read(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+def _read(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     options = template_options(row)
     if "prompt" in row and "completion" in row:
         ended = row.get("completion_ended") is not False
         return completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended, **options)
     if "conversations" in row:
-        row = maybe_convert_to_chatml(row)
+        row = maybe_convert_to_chatml(dict(row))
     if "messages" in row:
         return [], conversation_ids(row["messages"], tokenizer, **options)
     if text in row:
