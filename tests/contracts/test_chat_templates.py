@@ -399,6 +399,16 @@ def test_a_template_that_needs_a_system_message_or_parts_is_read_all_the_same():
         assert stop_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
 
 
+def test_a_turn_may_be_ended_by_the_next_one():
+    """As in GLM-4, whose answers end where the user's token stands."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    tokenizer = tokenizer_of(template, ("<|user|>", "<|assistant|>"))
+    assert stop_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<|user|>"),)
+    before, ids = completion_ids(ASKED, [agent("light")], tokenizer)
+    assert before + without_tail(ids, tokenizer) == ids_of(tokenizer, [*ASKED, agent("light")])
+    assert completion_ids("why ?", " light", tokenizer)[1][-1] == tokenizer.eos_token_id
+
+
 REAL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 TOKEN = re.compile(r"<[|｜a-z_/▁]+[\w▁|｜]*>|\[/?INST\]")
 
