@@ -4,12 +4,15 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -290,9 +293,54 @@ def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence a model can read, where its configuration says so."""
-    config = unwrap_peft(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The longest sequence a model can read, where its configuration says so; see `positions_of`."""
+    return positions_of(unwrap_peft(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration can read.
+
+    None for a model without a limit (ALiBi, recurrent layers). A window of attention is no limit.
+    """
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITIONS]
+    limit = next((n for n in found if isinstance(n, int) and n > 0), None)
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    return limit - _positions_before_text(config)
+
+
+def shared_context(models: Iterable[tuple[str, Source]], **init_kwargs: Any) -> int | None:
+    """The longest sequence that all of some language models can read, told before any is loaded.
+
+    Args:
+        models: each with its role, for messages.
+        init_kwargs: passed to ``from_pretrained`` when they are loaded.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    trust = trusts(init_kwargs)
+    found = [
+        max_positions(model)
+        if isinstance(model, nn.Module)
+        else positions_of(config_of_policy(role, model, trust_remote_code=trust))
+        for role, model in models
+    ]
+    return min((n for n in found if n is not None), default=None)
+
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "max_sequence_length", "seq_length")
+"""What configurations call it; most others (``n_positions``, …) answer to the first name."""
+
+
+def _positions_before_text(config: Any) -> int:
+    """Entries of a position table that no token of a text uses: RoBERTa and its kind count from padding on."""
+    family = MODEL_MAPPING.get(type(config), None)
+    module = sys.modules[(family[0] if isinstance(family, tuple) else family).__module__] if family else None
+    owners = [module, *(x for x in vars(module or object).values() if isinstance(x, type))]
+    counts_from_padding = any("create_position_ids_from_input_ids" in vars(owner) for owner in owners if owner)
+    return (getattr(config, "pad_token_id", None) or 0) + 1 if counts_from_padding else 0
 
 
 def source_name(source: Any) -> str:

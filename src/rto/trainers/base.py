@@ -138,6 +138,8 @@ class TokenTrainer(SealedCheckpoints):
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any
     eval_dataset: Any
+    row_type: ClassVar[type]
+    """What a row of its data sets is once it has been read."""
 
     def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
         if args.disable_dropout:
@@ -148,6 +150,43 @@ class TokenTrainer(SealedCheckpoints):
         self.model_accepts_loss_kwargs = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
         tell_quietly(self)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on held-out rows; of a dictionary of data sets on each, as ``eval_NAME_…``.
+
+        Args:
+            eval_dataset: rows as the trainer's own data sets have them, a dictionary of such, or the name of one in
+                the trainer's dictionary; None evaluates on what the trainer was given.
+            ignore_keys: of `transformers.Trainer`; not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            DataError: the rows cannot be used.
+            ValueError: there is nothing to evaluate on.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
+        if data is None:
+            raise ValueError("evaluate has no rows: pass eval_dataset, here or when the trainer is made")
+        if isinstance(data, dict):
+            found: dict[str, float] = {}
+            for name, part in data.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if not (isinstance(data, list) and data and isinstance(data[0], self.row_type)):
+            data, _ = self._read(data, "eval_dataset")
+        return self.evaluate_rows(data, metric_key_prefix)
+
+    def evaluate_rows(self, rows: Any, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics on rows that have been read, logged."""
+        raise NotImplementedError
+
+    def _read(self, dataset: Any, what: str) -> tuple[list[Any], Any]:
+        """A data set as rows of ``row_type``, and what was left out."""
+        raise NotImplementedError
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""

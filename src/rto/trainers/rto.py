@@ -6,6 +6,7 @@ rollouts never do: they are drawn when their turn has come, with the weights of 
 """
 
 import json
+import logging
 import math
 import time
 from collections import defaultdict
@@ -17,7 +18,6 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
-from rto.data.formats import Prompt, read_prompts
+from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
@@ -41,7 +41,7 @@ from rto.models.loading import (
     load_policy,
     load_scalar,
     load_tokenizer,
-    max_positions,
+    shared_context,
     source_name,
     trusts,
 )
@@ -51,6 +51,7 @@ from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
 
+logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
 
 
@@ -206,7 +207,7 @@ class RTOTrainer(TokenTrainer):
             these. Needed unless β₃ = 0.
         reward_processing_classes: tokenizers of reward models given as objects, in the order of ``reward_funcs``.
         train_dataset: prompts in TRL's prompt-only format; other columns are handed to reward functions.
-        eval_dataset: prompts for ``evaluate``.
+        eval_dataset: prompts for ``evaluate``, or a dictionary of such data sets.
         processing_class: the tokenizer; None loads the model's.
         sampler: draws completions; None decodes with transformers.
         peft_config: train a new PEFT adapter on the policy instead of the whole model. Where the policy is an
@@ -219,6 +220,7 @@ class RTOTrainer(TokenTrainer):
     """
 
     args: RTOConfig
+    row_type = Prompt
 
     def __init__(
         self,
@@ -231,8 +233,8 @@ class RTOTrainer(TokenTrainer):
         value_model: Source | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         sampler: Sampler | None = None,
         peft_config: Any = None,
@@ -244,23 +246,19 @@ class RTOTrainer(TokenTrainer):
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
         tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
-        policy = load_policy(model, **init)
-        roles: list[tuple[str, Any]] = [("ref_model", ref_model)]
+        roles: list[tuple[str, Any]] = [("model", model), ("ref_model", ref_model)]
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
-        for role, other in roles:
-            if isinstance(other, str | Path | nn.Module):
-                check_same_vocabulary(role, other, tokenizer, policy, **init)
+        readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
+        for role, other in readers[1:]:
+            check_same_vocabulary(role, other, tokenizer, model, **init)
+        self.args, self.processing_class = args, tokenizer
+        self._context = _room(args, shared_context(readers, **init))
+        prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
+        _fit_batch(args, prompts)
+
+        policy = load_policy(model, **init)
         check_output_layer(policy)
-
-        self.skipped = {}
-        prompts: dict[str, list[Prompt] | None] = {"train": None, "eval": None}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if dataset is not None:
-                prompts[name], self.skipped[name] = read_prompts(
-                    dataset, tokenizer, max_length=_room(args, policy), what=f"{name}_dataset"
-                )
-
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, peft_config)
@@ -306,12 +304,11 @@ class RTOTrainer(TokenTrainer):
         self._targets: Targets | None = None
         self._seconds: dict[str, float] = {}
 
-        _set_max_steps(args, prompts["train"])
         super().__init__(
             Actor(policy, critic),
             args,
-            train_dataset=prompts["train"],
-            eval_dataset=prompts["eval"],
+            train_dataset=prompts,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             **kwargs,
         )
@@ -489,12 +486,13 @@ class RTOTrainer(TokenTrainer):
     def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
         texts = completion_texts(self.processing_class, [p.ids for p in prompts], ids)
-        raw = [p.raw for p in prompts]
-        plain = isinstance(raw[0], str)
         names = prompts[0].columns
         return Completed(
-            prompts=raw,
-            completions=texts if plain else [[{"role": "assistant", "content": text}] for text in texts],
+            prompts=[p.raw for p in prompts],
+            completions=[
+                text if isinstance(p.raw, str) else [{"role": "assistant", "content": text}]
+                for p, text in zip(prompts, texts, strict=True)
+            ],
             completion_ids=ids,
             ended=samples.ended.tolist(),
             columns={name: [p.columns[name] for p in prompts] for name in names},
@@ -583,14 +581,12 @@ class RTOTrainer(TokenTrainer):
 
     # --- evaluation
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def _read(self, dataset: Any, what: str) -> tuple[list[Prompt], Skipped]:
+        longest = self.args.max_prompt_length or 2**31
+        return read_prompts(dataset, self.processing_class, max_length=longest, context=self._context, what=what)
+
+    def evaluate_rows(self, prompts: Sequence[Prompt], metric_key_prefix: str) -> dict[str, float]:
         """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
-        prompts = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(prompts, Dataset):
-            room = _room(self.args, self.model.policy)
-            prompts, _ = read_prompts(prompts, self.processing_class, max_length=room, what="eval_dataset")
         mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
         kept, self._metrics = self._metrics, defaultdict(list)
         moments, self.score_moments = self.score_moments, replace(self.score_moments)
@@ -782,30 +778,43 @@ def _check_rewards(args: RTOConfig, token_rewards: list[TokenRewardSpec], functi
         raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {len(functions)} reward_funcs")
 
 
-def _room(args: RTOConfig, policy: nn.Module) -> int:
+def _room(args: RTOConfig, context: int | None) -> int | None:
     """The longest prompt that leaves room for a completion.
 
     Raises:
-        ValueError: a completion alone fills the model's context.
+        ValueError: a completion alone fills the models' context.
     """
-    context = max_positions(policy)
-    room = None if context is None else context - args.max_completion_length
-    if room is not None and room < 1:
+    if context is not None and context <= args.max_completion_length:
         raise ValueError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context "
             f"of {context} tokens"
         )
-    return min(x for x in (room, args.max_prompt_length, 2**31) if x is not None)
+    return None if context is None else context - args.max_completion_length
 
 
-def _set_max_steps(args: RTOConfig, prompts: list[Prompt] | None) -> None:
-    """Turn ``total_episodes`` into updates, and check that the prompts fill a rollout batch."""
-    batch = args.per_device_train_batch_size * args.world_size
-    if prompts is not None and len(prompts) < batch:
-        raise ValueError(
-            f"{len(prompts)} prompts do not fill one batch of {batch} rollouts "
-            f"({args.per_device_train_batch_size} on each of {args.world_size} processes): lower "
-            "per_device_train_batch_size or bring more prompts"
+def _fit_batch(args: RTOConfig, prompts: list[Prompt] | None) -> None:
+    """Check that the prompts fill a batch of rollouts, and turn ``total_episodes`` into updates.
+
+    A batch size that nobody chose is lowered to what the prompts fill.
+
+    Raises:
+        ValueError: the prompts do not fill one batch.
+    """
+    size, world = args.per_device_train_batch_size, args.world_size
+    if prompts is not None and len(prompts) < size * world:
+        fits = len(prompts) // world // args.num_mini_batches * args.num_mini_batches
+        if fits == 0 or size != RTOConfig.per_device_train_batch_size:
+            raise ValueError(
+                f"{len(prompts)} prompts do not fill one batch of {size * world} rollouts ({size} on each of {world} "
+                "processes): lower per_device_train_batch_size or bring more prompts"
+            )
+        logger.warning(
+            "%d prompts do not fill a batch of %d rollouts: per_device_train_batch_size is %d in this run",
+            len(prompts),
+            size * world,
+            fits,
         )
+        args.per_device_train_batch_size = fits
     if args.total_episodes is not None:
+        batch = args.per_device_train_batch_size * world
         args.max_steps = math.ceil(args.total_episodes / batch) * args.updates_per_rollout

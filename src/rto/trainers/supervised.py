@@ -5,15 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, SFTConfig
 from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
-from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from rto.data.chat import completion_ids, conversation_ids, template_options, whole_ids, whole_sides, without_tail
-from rto.data.formats import DataError, Skipped, read_pairs
+from rto.data.chat import whole_sides, without_tail
+from rto.data.formats import (
+    DataError,
+    Pair,
+    Rows,
+    Skipped,
+    listed,
+    read_demonstration,
+    read_pairs,
+    read_sets,
+    reason_of,
+)
+from rto.models.loading import find_config, max_positions, positions_of
 from rto.trainers.base import SealedCheckpoints, tell_quietly
 
 logger = logging.getLogger(__name__)
@@ -52,23 +64,29 @@ class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
                 "text": args.dataset_text_field,
                 "completion_only": self.completion_only_loss,
             }
-            workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-            with global_then_local_main_first():
-                dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
-            dataset = self._without_refused(dataset, f"{dataset_name}_dataset")
+            what = f"{dataset_name}_dataset"
+            if not isinstance(dataset, Dataset):
+                dataset = Dataset.from_list([demonstration(row, **keywords) for row in listed(dataset, what)])
+            else:
+                workers = {"num_proc": args.dataset_num_proc}
+                with global_then_local_main_first():
+                    dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
+            dataset = self._without_refused(dataset, what)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _without_refused(self, dataset: Dataset | IterableDataset, what: str) -> Dataset | IterableDataset:
-        """The rows that could be read; of a stream, whose rows come in training, nothing is counted."""
-        if isinstance(dataset, Dataset):
-            skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
-            for i, reason in enumerate(dataset["refused"]):
-                if reason:
-                    skipped.add(f"because {reason}", i)
-            if skipped.counts:
-                if len(dataset) == sum(skipped.counts.values()):
-                    raise DataError(f"{skipped.report(what)}. Nothing is left to train on.")
-                logger.warning(skipped.report(what))
+    def _without_refused(self, dataset: Dataset, what: str) -> Dataset:
+        """The rows that could be read; the others are counted."""
+        skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
+        for i, reason in enumerate(dataset["refused"]):
+            if reason:
+                skipped.add(reason, i)
+        if len(dataset) == sum(skipped.counts.values()):
+            raise DataError(
+                f"{skipped.report(what)}. Nothing is left to train on: every row needs a prompt and a completion, "
+                "messages, or text."
+            )
+        if skipped.counts:
+            logger.warning(skipped.report(what))
         return dataset.filter(lambda reason: not reason, input_columns="refused").remove_columns("refused")
 
 
@@ -84,26 +102,12 @@ def demonstration(
         completion_only: whether a prompt has no part in the loss.
     """
     try:
-        prompt, ids = _read(row, tokenizer, text)
+        prompt, ids = read_demonstration(row, tokenizer, text=text)
     except DataError as error:
-        return {"input_ids": [], "labels": [], "refused": str(error)}
+        return {"input_ids": [], "labels": [], "refused": reason_of(error)}
     learned = without_tail(ids, tokenizer)
     labels = ([-100] * len(prompt) if completion_only else prompt) + learned + [-100] * (len(ids) - len(learned))
     return {"input_ids": prompt + ids, "labels": labels, "refused": ""}
-
-
-def _read(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    options = template_options(row)
-    if "prompt" in row and "completion" in row:
-        ended = row.get("completion_ended") is not False
-        return completion_ids(row["prompt"], row["completion"], tokenizer, ended=ended, **options)
-    if "conversations" in row:
-        row = maybe_convert_to_chatml(dict(row))
-    if "messages" in row:
-        return [], conversation_ids(row["messages"], tokenizer, **options)
-    if text in row:
-        return [], whole_ids("", row[text], tokenizer)
-    raise DataError(f"a row has {', '.join(map(repr, row))}: it needs prompt and completion, messages, or {text}")
 
 
 class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
@@ -118,26 +122,50 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
         model: Any,
         args: RewardConfig,
         *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Rows,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> None:
-        self.skipped: dict[str, Skipped] = {}
-        length = args.max_length or 2**31
-        data: dict[str, Dataset | None] = {"train": None, "eval": None}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if dataset is not None:
-                pairs, self.skipped[name] = read_pairs(
-                    dataset, processing_class, max_length=length, what=f"{name}_dataset", encode=whole_sides
-                )
-                data[name] = Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
+        self._tokenizer = processing_class
+        self._max_length = args.max_length or 2**31
+        if isinstance(model, nn.Module):
+            self._context = max_positions(model)
+        else:
+            self._context = positions_of(find_config("model", model))
+        pairs, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         super().__init__(
             model,
             args,
-            train_dataset=data["train"],
-            eval_dataset=data["eval"],
+            train_dataset=_both_sides(pairs),
+            eval_dataset=_both_sides(held_out),
             processing_class=processing_class,
             **kwargs,
         )
         tell_quietly(self)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; new pairs are read as those that the trainer was made with."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            _, held_out, _ = read_sets(self._read, None, eval_dataset)
+            eval_dataset = _both_sides(held_out)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _read(self, dataset: Rows, what: str) -> tuple[list[Pair], Skipped]:
+        return read_pairs(
+            dataset,
+            self._tokenizer,
+            max_length=self._max_length,
+            context=self._context,
+            what=what,
+            encode=whole_sides,
+        )
+
+
+def _both_sides(pairs: Any) -> Any:
+    """Pairs as `trl.RewardTrainer` has them once it has tokenized its rows."""
+    if isinstance(pairs, dict):
+        return {name: _both_sides(part) for name, part in pairs.items()}
+    if pairs is None:
+        return None
+    return Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
