@@ -49,7 +49,8 @@ class PreferenceConfig(TokenTrainingArguments):
     Attributes:
         loss: name of the loss in `rto.functional.preference.LOSSES`.
         loss_kwargs: fields of the loss, such as ``{"beta": 0.1}``.
-        max_length: rows with a longer prompt + completion are left out with a count.
+        max_length: rows with a longer prompt + completion are left out with a count; so are those over the model's
+            context.
         precompute_ref_log_probs: π_ref reads the data once, before training, and is then let go: one model less in
             memory, and a later run on the same data, model and template finds the numbers. Unlike TRL's, on by
             default; off where the model is sharded (FSDP, DeepSpeed) and for losses that need π_ref's distribution.
@@ -112,7 +113,7 @@ class PreferenceTrainer(TokenTrainer):
         args: the configuration.
         train_dataset: pairs in TRL's preference format, standard or conversational; for an unpaired loss, rows in
             TRL's unpaired format or pairs.
-        eval_dataset: the same, for ``evaluate``: loss, accuracy and margin on held-out rows.
+        eval_dataset: the same, or a dictionary of them, for ``evaluate``: loss, accuracy, margin on held-out rows.
         processing_class: the tokenizer; None loads the model's.
         loss: a loss object; None makes the one that ``args`` describes.
         peft_config: train a PEFT adapter instead of the whole model.
