@@ -33,7 +33,6 @@ from rto.evaluation.inspection import (
 from rto.models.loading import (
     check_same_vocabulary,
     config_of_policy,
-    eos_ids,
     find_config,
     load_policy,
     load_tokenizer,
@@ -483,11 +482,8 @@ def _sample(
     if len(ids) + args.max_completion_length > limit:
         raise DataError(f"--prompt is {len(ids)} tokens: with max_completion_length it is {_over(args, limit)}")
     policy = load_policy(models[0], trust_remote_code=args.trust_remote_code).to(PartialState().device)
-    sampler = TransformersSampler(
-        config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
-        eos_ids=eos_ids(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-    )
+    config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
+    sampler = TransformersSampler.of(policy, tokenizer, config)
     drawn = sampler(policy, [ids] * 2, args.seed)
     responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
     before = str(

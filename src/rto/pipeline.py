@@ -28,7 +28,8 @@ from rto.data.chat import completion_texts
 from rto.data.formats import load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
-from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
+from rto.models.actor import check_output_layer
+from rto.models.loading import load_policy, load_scalar, load_tokenizer, max_positions
 from rto.recipe import METHOD_KEYS, Recipe, RecipeError, folder_of, is_function, resolve
 from rto.report.page import write_report
 from rto.report.table import results_table
@@ -120,6 +121,8 @@ class Pipeline:
                 model, tokenizer = resolve(recipe.model)(recipe.seed)
             else:
                 model, tokenizer = load_policy(recipe.model), load_tokenizer(recipe.model)
+            check_output_layer(model)  # what the stages after this one will do with it, before hours are spent on it
+            TransformersSampler.of(model, tokenizer, SamplingConfig())
             if recipe.sft is None:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -364,11 +367,7 @@ class Pipeline:
         tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
-        sampler = TransformersSampler(
-            config=SamplingConfig(max_completion_length=length),
-            eos_ids=eos_ids(policy, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-        )
+        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
         drawn: list[tuple[str, bool]] = []
         for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
