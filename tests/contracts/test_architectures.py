@@ -99,7 +99,7 @@ def test_a_type_is_right_or_refused_by_name(name, rows):
     _, endless = greedy(model, rows)
     eos = early_ends(endless)
     samples, completions = greedy(model, rows, eos)
-    assert len({len(y) for y in completions}) > 2
+    assert len({len(y) for y in completions}) > 1
     assert_greedy(model, rows, completions, eos, samples.ended.tolist())
     assert max(map(len, endless)) + max(PROMPTS) > 3 * WINDOW
     with torch.no_grad():
