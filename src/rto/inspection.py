@@ -40,7 +40,6 @@ from rto.evaluation.inspection import (
 from rto.models.loading import (
     check_same_vocabulary,
     check_weights,
-    eos_ids,
     find_config,
     load_policy,
     load_tokenizer,
@@ -508,11 +507,8 @@ def _sample(
     policy = load_policy(models[0], trust_remote_code=args.trust_remote_code, dtype=args.dtype).to(
         PartialState().device
     )
-    sampler = TransformersSampler(
-        config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
-        eos_ids=eos_ids(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-    )
+    config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
+    sampler = TransformersSampler.of(policy, tokenizer, config)
     drawn = sampler(policy, [ids] * 2, args.seed)
     responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
     texts = completion_texts(tokenizer, [ids] * 2, responses)

@@ -27,9 +27,9 @@ from rto.data.formats import DataError, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
+from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
-    eos_ids,
     find_config,
     load_policy,
     load_scalar,
@@ -154,6 +154,7 @@ class Pipeline:
                 tokenizer = load_tokenizer(recipe.model)
             if recipe.sft is None:
                 start: Any = load_policy(model)
+                _check_policy(start, tokenizer)
                 start.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 return
@@ -166,6 +167,7 @@ class Pipeline:
                 processing_class=tokenizer,
                 peft_config=recipe.lora(),
             )
+            _check_policy(trainer.model, tokenizer)
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
@@ -382,11 +384,7 @@ class Pipeline:
         tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
-        sampler = TransformersSampler(
-            config=SamplingConfig(max_completion_length=length),
-            eos_ids=eos_ids(policy, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-        )
+        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
         drawn: list[tuple[str, bool]] = []
         for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
@@ -463,6 +461,12 @@ def scores_by(function: str, prompts: list[Any], completions: list[Any]) -> list
         prompts=prompts, completions=completions, completion_ids=several, ended=[True] * len(completions)
     )
     return FunctionReward(resolve(function))(batch)
+
+
+def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the later stages will do with a policy, tried before hours are spent on it."""
+    check_output_layer(policy)
+    TransformersSampler.of(policy, tokenizer, SamplingConfig())
 
 
 def _said(prompt: Any, text: str) -> Any:

@@ -71,7 +71,7 @@ def generate(args: list[str]) -> int:
 
     from rto.evaluation.generate import encode, weights_digest
     from rto.evaluation.generate import generate as draw
-    from rto.models.loading import eos_ids, freeze, load_policy, load_tokenizer, max_positions
+    from rto.models.loading import freeze, load_policy, load_tokenizer, max_positions
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
@@ -86,9 +86,7 @@ def generate(args: list[str]) -> int:
         top_p=flags.top_p,
         top_k=flags.top_k,
     )
-    sampler = TransformersSampler(
-        config=config, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_rows=flags.batch_size
-    )
+    sampler = TransformersSampler.of(model, tokenizer, config, max_rows=flags.batch_size)
     result = draw(
         model,
         tokenizer,

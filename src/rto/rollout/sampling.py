@@ -111,7 +111,7 @@ class TransformersSampler:
         Raises:
             ValueError: models of this type cannot be sampled right.
         """
-        sampler = cls(config=config, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, **limits)
+        sampler = cls(config=config, eos_ids=eos_ids(model, tokenizer), pad_id=pad_id(tokenizer), **limits)
         sampler.check(model)
         return sampler
 

@@ -37,13 +37,11 @@ from rto.models.loading import (
     Source,
     check_same_vocabulary,
     clone,
-    eos_ids,
     freeze,
     is_adapter,
     load_policy,
     load_scalar,
     load_tokenizer,
-    pad_id,
     shared_context,
     source_name,
 )
@@ -94,6 +92,8 @@ class RTOConfig(TokenTrainingArguments):
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
+        max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
+            means what 8 GiB of key-value cache hold. Which rows share a batch decides their random numbers.
     """
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
@@ -139,6 +139,9 @@ class RTOConfig(TokenTrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all."})
+    max_cache_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of all rows decoded side by side; None: what 8 GiB of cache hold."}
+    )
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
@@ -146,6 +149,8 @@ class RTOConfig(TokenTrainingArguments):
         for name in ("num_ppo_epochs", "num_mini_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
+            raise ValueError(f"max_cache_tokens must be at least 1, got {self.max_cache_tokens}")
         if self.logging_steps == 0:
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
         super().__post_init__()
@@ -274,6 +279,9 @@ class RTOTrainer(TokenTrainer):
 
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         check_output_layer(policy)
+        self.sampler: Sampler = sampler or TransformersSampler.of(
+            policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens
+        )
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
@@ -321,9 +329,6 @@ class RTOTrainer(TokenTrainer):
                 max_tokens=budget,
                 **reading.frozen(dpo_ref_model),
             )
-        self.sampler: Sampler = sampler or TransformersSampler(
-            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
-        )
         self.reward = args.reward()
         self.kl_control = None
         if args.kl_target is not None:
