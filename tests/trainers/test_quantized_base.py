@@ -110,6 +110,7 @@ def test_a_base_that_was_rearranged_before_is_refused(base: str, pairs: Any, tok
 
 
 @rearranges
+@pytest.mark.filterwarnings("ignore:bitsandbytes::gemv_4bit:UserWarning")
 def test_what_is_prevented_is_wrong(base: str) -> None:
     """When this fails, bitsandbytes has a derivative there, and nothing needs to be prevented."""
     model: Any = quantized(base)
