@@ -4,12 +4,15 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from rto.data.chat import stop_ids
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
 
 Source = str | Path | nn.Module
@@ -45,26 +49,26 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
     return model
 
 
-def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The configuration of a folder or hub id, the base model's for an adapter.
 
     Raises:
         ValueError: there is no such folder, and no such model on the hub.
     """
     try:
-        return _config_of(source, trust_remote_code)
+        return _config_of(source, trust_remote_code, revision)
     except (OSError, ValueError) as error:
         why = str(error).split("\n")[0]
         raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
 
 
-def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def config_of_policy(role: str, source: str | Path, **hub: Any) -> Any:
     """The configuration of a language model, before it is loaded.
 
     Raises:
         ValueError: there is no such model, or it is one that scores.
     """
-    config = find_config(role, source, trust_remote_code=trust_remote_code)
+    config = find_config(role, source, **hub)
     _refuse_scorer(f"{role} {source}", config)
     return config
 
@@ -103,8 +107,9 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    if missing:
-        nn.init.zeros_(scalar_head(model).weight)
+    head = getattr(model, "score", getattr(model, "classifier", None))
+    if missing and isinstance(head, nn.Linear):  # an encoder's head of several layers starts small and random
+        nn.init.zeros_(head.weight)
     return model
 
 
@@ -117,8 +122,22 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    base = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
-    return _load_adapter(base, source, config)
+    base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
+    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config)
+    model: Any = _load_adapter(base, source, config)
+    model.source = str(source)
+    return model
+
+
+def pad_of_adapter(source: str | Path, base_config: Any) -> int | None:
+    """The padding id that an adapter which scores was trained with: that of the tokenizer in its folder.
+
+    Trainers set it in the configuration of the base model, which an adapter's folder does not hold. A sequence
+    classifier reads its head at the last token that is not padding, so a score depends on it.
+    """
+    saved = Path(source) / "tokenizer_config.json"
+    pad = AutoTokenizer.from_pretrained(source).pad_token_id if saved.is_file() else None
+    return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
 # --- adapters
@@ -217,18 +236,27 @@ def zero_head(width: int, *, bias: bool = False) -> nn.Linear:
 
 
 def load_tokenizer(
-    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, needs_eos: bool = True
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a padding token.
 
-    pad = EOS is allowed: padding is told by position in this project, never by id.
+    pad = EOS is allowed: padding is told by position in this project, never by id. A tokenizer that only serves a
+    model which scores needs no EOS: an encoder's ends a text in a way of its own.
+
+    Raises:
+        ValueError: an EOS token is needed and there is none.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill up rows with: padding, EOS or 0. Which one never matters, since padding is told by position."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
 
 
 def trusts(init_kwargs: dict[str, Any]) -> bool:
@@ -294,7 +322,9 @@ def unwrap_peft(model: Any) -> Any:
 
 def backbone(model: nn.Module) -> Any:
     """The part of a model that ends in hidden states."""
-    return unwrap_peft(model).base_model
+    inner = unwrap_peft(model)
+    # Llama 4's language model calls its backbone by a name that it does not have, and is then its own base model.
+    return inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
 
 
 def scalar_head(model: nn.Module) -> Any:
@@ -311,24 +341,69 @@ def scalar_head(model: nn.Module) -> Any:
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's EOS and what the generation config adds to it."""
+    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn."""
     config = getattr(model, "generation_config", None)
     extra = getattr(config, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None}))
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence a model can read, where its configuration says so."""
-    config = unwrap_peft(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The longest sequence a model can read, where its configuration says so; see `positions_of`."""
+    return positions_of(unwrap_peft(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration can read.
+
+    None for a model without a limit (ALiBi, relative positions, recurrent layers). A window of attention is no limit.
+    """
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITIONS]
+    limit = next((n for n in found if isinstance(n, int) and n > 0), None)
+    unlimited = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    if limit is None or unlimited:
+        return None
+    return limit - _positions_before_text(config)
+
+
+def shared_context(models: Iterable[tuple[str, Source]], hub: Callable[[Source], dict[str, Any]]) -> int | None:
+    """The longest sequence that all of some language models can read, told before any is loaded.
+
+    Args:
+        models: each with its role, for messages.
+        hub: ``trust_remote_code`` and ``revision`` of each.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    found = [
+        max_positions(model)
+        if isinstance(model, nn.Module)
+        else positions_of(config_of_policy(role, model, **hub(model)))
+        for role, model in models
+    ]
+    return min((n for n in found if n is not None), default=None)
+
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "max_sequence_length", "seq_length")
+"""What configurations call it; most others (``n_positions``, …) answer to the first name."""
+
+
+def _positions_before_text(config: Any) -> int:
+    """Entries of a position table that no token of a text uses: RoBERTa and its kind count from padding on."""
+    family = MODEL_MAPPING.get(type(config), None)
+    module = sys.modules[(family[0] if isinstance(family, tuple) else family).__module__] if family else None
+    owners = [module, *(x for x in vars(module or object).values() if isinstance(x, type))]
+    counts_from_padding = any("create_position_ids_from_input_ids" in vars(owner) for owner in owners if owner)
+    return (getattr(config, "pad_token_id", None) or 0) + 1 if counts_from_padding else 0
 
 
 def source_name(source: Any) -> str:
     """How messages call a model."""
     if isinstance(source, str | Path):
         return str(source)
-    folder = getattr(source, "source", "")  # a role on a shared base knows its own
+    folder = getattr(source, "source", "")  # a role, or an adapter that scores, knows its own
     return str(folder or getattr(unwrap_peft(source).config, "_name_or_path", "") or type(source).__name__)
 
 
