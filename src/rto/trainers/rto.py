@@ -38,6 +38,7 @@ from rto.models.loading import (
     check_same_vocabulary,
     clone,
     eos_ids,
+    find_config,
     freeze,
     is_adapter,
     load_policy,
@@ -265,8 +266,9 @@ class RTOTrainer(TokenTrainer):
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
         readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
+        start = model if isinstance(model, nn.Module) else find_config("model", model, **reading.tokenizer(model))
         for role, other in readers[1:]:
-            check_same_vocabulary(role, other, tokenizer, model, **reading.frozen(other))
+            check_same_vocabulary(role, other, tokenizer, start, **reading.frozen(other))
         self.args, self.processing_class = args, tokenizer
         self._context = _room(args, shared_context(readers, reading.tokenizer))
         prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
