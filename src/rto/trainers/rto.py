@@ -48,7 +48,7 @@ from rto.models.loading import (
     shared_context,
     source_name,
 )
-from rto.models.precision import hold
+from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
@@ -275,6 +275,7 @@ class RTOTrainer(TokenTrainer):
         _fit_batch(args, prompts)
 
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        check_derivative(source_name(model), policy)
         check_output_layer(policy)
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
