@@ -473,9 +473,16 @@ def source_name(source: Any) -> str:
 
 
 def check_same_vocabulary(
-    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Source, **init_kwargs: Any
+    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Any, **init_kwargs: Any
 ) -> None:
     """Refuse a DPO or reference model that reads other tokens than the policy writes, before it is loaded.
+
+    Args:
+        role: what messages call the model.
+        source: the model.
+        tokenizer: the policy's.
+        policy: the policy, or its configuration where it has a revision of its own.
+        init_kwargs: keyword arguments that ``source`` is loaded with.
 
     Raises:
         ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
@@ -500,11 +507,11 @@ def check_same_vocabulary(
         )
 
 
-def _vocab_size(source: Source, trust_remote_code: bool = False, revision: str | None = None) -> int:
-    config: Any
+def _vocab_size(source: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
+    config = source
     if isinstance(source, nn.Module):
         config = unwrap_peft(source).config
-    else:
+    elif isinstance(source, str | Path):
         config = _config_of(source, trust_remote_code, revision)
     return int(config.get_text_config().vocab_size)
 

@@ -26,7 +26,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from rto.batches import Samples, Sequences, collate
 from rto.models.actor import vocab_size
-from rto.models.loading import eos_ids, max_positions, unwrap_peft
+from rto.models.loading import eos_ids, max_positions, pad_id, unwrap_peft
 from rto.models.roles import acting
 
 

@@ -27,6 +27,7 @@ from rto.models.loading import (
     shared_context,
     source_name,
 )
+from rto.models.precision import check_derivative
 from rto.models.roles import adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
@@ -149,6 +150,7 @@ class PreferenceTrainer(TokenTrainer):
         self._context = shared_context(readers, reading.tokenizer)
         examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        check_derivative(source_name(model), policy)
         if ref_model is not None:
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
         check_output_layer(policy)

@@ -37,6 +37,7 @@ from rto.models.loading import (
     Source,
     check_same_vocabulary,
     clone,
+    find_config,
     freeze,
     is_adapter,
     load_policy,
@@ -45,7 +46,7 @@ from rto.models.loading import (
     shared_context,
     source_name,
 )
-from rto.models.precision import hold
+from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
@@ -270,14 +271,16 @@ class RTOTrainer(TokenTrainer):
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
         readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
+        start = model if isinstance(model, nn.Module) else find_config("model", model, **reading.tokenizer(model))
         for role, other in readers[1:]:
-            check_same_vocabulary(role, other, tokenizer, model, **reading.frozen(other))
+            check_same_vocabulary(role, other, tokenizer, start, **reading.frozen(other))
         self.args, self.processing_class = args, tokenizer
         self._context = _room(args, shared_context(readers, reading.tokenizer))
         prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         _fit_batch(args, prompts)
 
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        check_derivative(source_name(model), policy)
         check_output_layer(policy)
         self.sampler: Sampler = sampler or TransformersSampler.of(
             policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens
