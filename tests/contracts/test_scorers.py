@@ -145,6 +145,18 @@ def test_a_score_that_is_no_number_names_model_and_completion(tokenizer):
         source(rows())
 
 
+def test_an_encoders_tokenizer_needs_no_eos(tokenizer, tmp_path):
+    """BERT's ends a text in a way of its own; nothing is appended."""
+    model = scorer("bert")
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    source = reward_source(str(tmp_path), max_tokens=100)
+    assert source.tokenizer.eos_token is None
+    bare = rows()
+    bare.ended[:] = [False] * len(bare.ended)
+    assert source(rows()) == pytest.approx(alone(model, tokenizer, bare), abs=1e-4)
+
+
 # --- context
 
 
