@@ -104,6 +104,10 @@ class InspectArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     output_dir: str = field(default="inspection", metadata={"help": "Where inspection.json and .html are written."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the models.", "choices": ["float32", "bfloat16", "float16"]},
+    )
 
     def __post_init__(self) -> None:
         for name in ("dpo_model", "completion"):  # a YAML file may hold one as text
@@ -350,7 +354,7 @@ def _inspector(
     tokenizer: PreTrainedTokenizerBase,
 ) -> "Inspector":
     """Load what runs."""
-    init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
     source = token_source(
         [functions.get(spec, spec) for spec in args.dpo_model],
         _reference(args, models),
@@ -380,7 +384,7 @@ def _check_models(args: InspectArguments, models: list[str]) -> int | None:
     """What can be told of models before they are loaded; the longest row that all of them can read."""
     reference, trust = _reference(args, models), args.trust_remote_code
     named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
-    context = shared_context(named, trust_remote_code=trust)
+    context = shared_context(named, lambda _: {"trust_remote_code": trust})
     if args.reward_model is not None and not is_function(args.reward_model):
         find_config("--reward_model", args.reward_model, trust_remote_code=trust)
     if models:
@@ -506,7 +510,9 @@ def _sample(
     ids = prompt_ids(args.prompt, tokenizer)
     if len(ids) + args.max_completion_length > limit:
         raise DataError(f"--prompt is {len(ids)} tokens: with max_completion_length it is {_over(args, limit)}")
-    policy = load_policy(models[0], trust_remote_code=args.trust_remote_code).to(PartialState().device)
+    policy = load_policy(models[0], trust_remote_code=args.trust_remote_code, dtype=args.dtype).to(
+        PartialState().device
+    )
     sampler = TransformersSampler(
         config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
         eos_ids=eos_ids(policy, tokenizer),

@@ -340,8 +340,8 @@ def place(base: SharedBase | None, source: Any, name: str, **kwargs: Any) -> Any
     return source if base is None or not base.carries(source) else base.load(source, name, **kwargs)
 
 
-def adapt(model: nn.Module, peft_config: Any) -> nn.Module:
-    """A model under a new adapter.
+def adapt(model: nn.Module, peft_config: Any, *, revision: str | None = None) -> nn.Module:
+    """A model under a new adapter, which remembers the ``revision`` of its base.
 
     Raises:
         ValueError: there is an adapter already, or the new one cannot share a base.
@@ -354,7 +354,7 @@ def adapt(model: nn.Module, peft_config: Any) -> nn.Module:
             "or merge it first with `rto export`"
         )
     check_adapter("peft_config", peft_config)
-    return get_peft_model(model, copy.deepcopy(peft_config))
+    return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
 
 
 def shared_base(model: nn.Module) -> SharedBase | None:

@@ -21,7 +21,7 @@ from rto.models.loading import (
     load_tokenizer,
     max_positions,
     source_name,
-    trusts,
+    tokenizer_kwargs,
     unwrap_peft,
 )
 from rto.models.roles import Role
@@ -242,5 +242,5 @@ def reward_source(
         name = source_name(source)
         if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
-        tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs), needs_eos=False)
+        tokenizer = load_tokenizer(name, **tokenizer_kwargs(init_kwargs), needs_eos=False)
     return RewardModel(load_scalar(source, new_head=False, **init_kwargs), tokenizer, max_tokens=max_tokens)

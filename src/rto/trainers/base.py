@@ -32,6 +32,7 @@ from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.roles import Role, load_adapter_weights, save_adapter
+from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 
 logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -45,21 +46,17 @@ class CheckpointError(ValueError):
 
 
 @dataclass
-class TokenTrainingArguments(TrainingArguments):
-    """Arguments that every trainer here has, on top of `transformers.TrainingArguments`.
+class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
+    """Arguments that every trainer here has, on top of `transformers.TrainingArguments` and `PrecisionArguments`.
 
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows
             this, results do not: losses are summed over micro-batches under one global denominator.
-        model_init_kwargs: passed to ``from_pretrained`` of every model given as a folder or hub id.
         disable_dropout: set dropout to zero, so that a model's log-probabilities are a function of its input.
     """
 
     max_tokens_per_micro_batch: int = field(
         default=16384, metadata={"help": "Padded tokens in one forward and backward pass, per process."}
-    )
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained for models given as folder or hub id."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to zero in the trained models."})
     remove_unused_columns: bool = field(
@@ -71,17 +68,10 @@ class TokenTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # or else bf16 is refused, which processors have, too
+        on_this_machine(self)
         super().__post_init__()
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """``model_init_kwargs`` as a dictionary."""
-        given = self.model_init_kwargs
-        return dict(json.loads(given) if isinstance(given, str) else given or {})
 
 
 class SealedCheckpoints(Trainer):
@@ -177,6 +167,7 @@ class TokenTrainer(SealedCheckpoints):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         kwargs.pop("data_collator", None)
+        prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
         if self.optimizer is not None:
             _check_optimizer(self.optimizer, model)

@@ -27,7 +27,6 @@ from rto.models.loading import (
     pad_id,
     shared_context,
     source_name,
-    trusts,
 )
 from rto.models.roles import adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
@@ -40,6 +39,7 @@ from rto.trainers.examples import (
     sequences_of,
     with_reference,
 )
+from rto.trainers.precision import Reading
 
 
 @dataclass
@@ -145,25 +145,27 @@ class PreferenceTrainer(TokenTrainer):
     ) -> None:
         check_trainer_arguments(type(self), kwargs)
         args = args or PreferenceConfig(output_dir="preference")
-        init = dict(args.init_kwargs)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
+        reading = Reading.of(args, model)
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         self.loss = loss or args.make_loss()
         self.args, self.processing_class = args, tokenizer
         readers = [("model", model)] + ([("ref_model", ref_model)] if ref_model is not None else [])
-        self._context = shared_context(readers, **init)
+        self._context = shared_context(readers, reading.tokenizer)
         examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
-        policy = load_policy(model, **init)
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         if ref_model is not None:
-            check_same_vocabulary("ref_model", ref_model, tokenizer, policy)
+            check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
         check_output_layer(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if peft_config is not None:
             set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         self._base = shared_base(policy)
+        self._frozen_dtype = reading.frozen_dtype
         if ref_model is not None and self.loss.needs_reference:
-            self.reference = freeze(load_policy(place(self._base, ref_model, "ref_model"), **init))
+            placed = place(self._base, ref_model, "ref_model")
+            self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
         super().__init__(
             Actor(policy),
             args,
@@ -184,7 +186,8 @@ class PreferenceTrainer(TokenTrainer):
             self.reference = None
         elif self.reference is None and not self._new_adapter:
             policy = self.model.policy
-            self.reference = freeze(clone(policy) if self._base is None else self._base.copy(None, "ref_model"))
+            base, dtype = self._base, self._frozen_dtype
+            self.reference = freeze(clone(policy, dtype) if base is None else base.copy(None, "ref_model"))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""

@@ -39,14 +39,15 @@ from rto.models.loading import (
     clone,
     eos_ids,
     freeze,
+    is_adapter,
     load_policy,
     load_scalar,
     load_tokenizer,
     pad_id,
     shared_context,
     source_name,
-    trusts,
 )
+from rto.models.precision import hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
@@ -60,6 +61,7 @@ from rto.trainers.base import (
     check_trainer_arguments,
     write_atomically,
 )
+from rto.trainers.precision import Reading
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
@@ -254,60 +256,70 @@ class RTOTrainer(TokenTrainer):
     ) -> None:
         check_trainer_arguments(type(self), kwargs)
         args = args or RTOConfig(output_dir="rto")
-        init = dict(args.init_kwargs)
+        reading = Reading.of(args, model)
         functions = _listed(reward_funcs)
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         roles: list[tuple[str, Any]] = [("model", model), ("ref_model", ref_model)]
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
         readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
         for role, other in readers[1:]:
-            check_same_vocabulary(role, other, tokenizer, model, **init)
+            check_same_vocabulary(role, other, tokenizer, model, **reading.frozen(other))
         self.args, self.processing_class = args, tokenizer
-        self._context = _room(args, shared_context(readers, **init))
+        self._context = _room(args, shared_context(readers, reading.tokenizer))
         prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         _fit_batch(args, prompts)
 
-        policy = load_policy(model, **init)
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         check_output_layer(policy)
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         base = shared_base(policy)
         budget = args.max_tokens_per_micro_batch
         tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
+        self.estimator = args.estimator()
+        seeds_critic = self.estimator.needs_values and value_model is None and base is None
         scorers = [place(base, f, "reward_model", scalar=True) for f in functions]
         self.score_sources = [
-            reward_source(f, t or _tokenizer_on_base(f, tokenizer), max_tokens=budget, **init)
-            for f, t in zip(scorers, tokenizers, strict=True)
+            reward_source(
+                placed,
+                t or _tokenizer_on_base(placed, tokenizer),
+                max_tokens=budget,
+                **(reading.trained(f) if seeds_critic and _is_whole(f) else reading.frozen(f)),
+            )
+            for f, placed, t in zip(functions, scorers, tokenizers, strict=True)
         ]
         self.score_names = distinct([source.name for source in self.score_sources])
         self.score_weights = args.reward_weights or [1.0] * len(functions)
         prompts, held_out, _ = read_sets(self._with_room, prompts, held_out)
         _fit_batch(args, prompts)
-        self.estimator = args.estimator()
         critic = None
         if self.estimator.needs_values:
-            critic = self._critic(base, value_model, policy, tokenizer, init, new_adapter=peft_config is not None)
+            critic = self._critic(base, value_model, policy, tokenizer, reading, new_adapter=peft_config is not None)
+        for f, source in zip(functions, self.score_sources):
+            if isinstance(source, RewardModel) and _is_whole(f):  # the critic has copied its weights as they were read
+                hold(source.model, reading.frozen_dtype)
         if ref_model is not None:
-            reference = load_policy(place(base, ref_model, "ref_model"), **init)
+            reference = load_policy(place(base, ref_model, "ref_model"), **reading.frozen(ref_model))
         elif base is None:
-            reference = clone(policy)
+            reference = clone(policy, reading.frozen_dtype)
         else:
             reference = base.without_adapter() if peft_config is not None else base.copy(None, "ref_model")
         self.reference = freeze(reference)
         self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
+            learners = [place(base, spec, "dpo_model") for spec in token_rewards]
             self.token_reward = token_source(
-                [place(base, spec, "dpo_model") for spec in token_rewards],
+                [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in learners],
                 place(base, dpo_ref_model, "dpo_ref_model"),
                 kind=args.token_reward,
                 pessimism=args.token_reward_pessimism,
                 temperature=args.temperature,
                 max_tokens=budget,
-                **init,
+                **reading.frozen(dpo_ref_model),
             )
         self.sampler: Sampler = sampler or TransformersSampler(
             config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
@@ -552,13 +564,14 @@ class RTOTrainer(TokenTrainer):
         value_model: Source | None,
         policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        init: dict[str, Any],
+        reading: Reading,
         *,
         new_adapter: bool,
     ) -> nn.Module:
         """V's start: the given model, a reward model that can be read at every token, or the policy's backbone."""
         if value_model is not None:
-            given = load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init)
+            placed = place(base, value_model, VALUE_MODEL, scalar=True, new_head=True)
+            given = load_scalar(placed, **reading.trained(value_model))
             return trainable(given if isinstance(given, Role) else check_critic(given))
         if base is not None:
             shared = next((s.model for s in self._reward_models() if isinstance(s.model, Role)), None)
@@ -601,9 +614,10 @@ class RTOTrainer(TokenTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         actor: Actor = self.accelerator.unwrap_model(model)
-        norm = self.accelerator.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()  # under fp16; once, for one optimizer has the weights of both
+        norm = nn.utils.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
-            value_norm = self.accelerator.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
+            value_norm = nn.utils.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
         return norm
@@ -805,6 +819,11 @@ def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTra
     if isinstance(model, Role) and not (Path(model.source) / "tokenizer_config.json").is_file():
         return tokenizer
     return None
+
+
+def _is_whole(source: Any) -> bool:
+    """A whole model's folder or hub id: not an adapter, and no object."""
+    return isinstance(source, str | Path) and not is_adapter(source)
 
 
 def _listed(x: Any) -> list[Any]:

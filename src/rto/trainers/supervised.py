@@ -1,14 +1,17 @@
 """The supervised stages, as TRL does them: fine-tuning on demonstrations, and the sentence reward model."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl import RewardConfig, SFTConfig
+from trl import RewardConfig as TRLRewardConfig
 from trl import RewardTrainer as TRLRewardTrainer
+from trl import SFTConfig as TRLSFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
@@ -25,34 +28,105 @@ from rto.data.formats import (
     read_sets,
     reason_of,
 )
-from rto.models.loading import find_config, max_positions, positions_of
+from rto.models.loading import (
+    Source,
+    find_config,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+    positions_of,
+    source_name,
+)
+from rto.models.roles import trainable
 from rto.trainers.base import SealedCheckpoints, tell_quietly
+from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class StageDefaults(PrecisionArguments):
+    """Where the supervised stages differ from TRL's defaults, to train as the other stages do.
+
+    Attributes:
+        bf16: compute in bfloat16 by autocast; off unless asked for.
+        gradient_checkpointing: compute activations again in the backward pass; off unless asked for.
+    """
+
+    bf16: bool | None = field(default=False, metadata={"help": "Compute in bfloat16 by autocast."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations again in the backward pass, to save memory."}
+    )
+
+
+@dataclass
+class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
+    """`trl.SFTConfig` with the defaults of the other stages."""
+
+    def __post_init__(self) -> None:
+        on_this_machine(self)
+        super().__post_init__()
+
+
+@dataclass
+class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
+    """`trl.RewardConfig` with the defaults of the other stages."""
+
+    def __post_init__(self) -> None:
+        on_this_machine(self)
+        super().__post_init__()
+
+
+def start_from(load: Callable[..., nn.Module], model: Source, reading: Reading, peft_config: Any) -> Any:
+    """The model that a stage trains, read by ``load`` as every stage reads its own."""
+    found = load(model, **reading.trained(model, adapted=peft_config is not None))
+    return trainable(found) if hasattr(found, "peft_config") else found
+
+
 class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
-    """`trl.SFTTrainer` with our checkpoints and log, on rows read as every other stage here reads them.
+    """`trl.SFTTrainer` with our checkpoints, log and precision, on rows read as every other stage here reads them.
 
     Rows are TRL's: ``prompt`` and ``completion``, ``messages``, or text; token ids are those of `rto.data.chat`, where
     TRL moves the end of a prompt into the completion if the tokenizer merges across it. What a template writes after
     the end of turn has no part in the loss. TRL reads what it alone knows: rows of a ``formatting_func``, with images,
     with token ids, or for ``assistant_only_loss``, where marks in the template say what is learned.
 
+    Args:
+        model: a folder, a hub id or a model. An adapter goes on being trained.
+        args: the configuration.
+        processing_class: the tokenizer; None loads the model's.
+        peft_config: train a new PEFT adapter instead of the whole model.
+        kwargs: of `trl.SFTTrainer`.
+
     Raises:
         DataError: no row can be read; the message counts the rows.
+        ValueError: it is no language model that can be trained.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Source,
+        args: TRLSFTConfig,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self.skipped: dict[str, Skipped] = {}
-        super().__init__(*args, **kwargs)
+        reading = Reading.of(args, model)
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        start = start_from(load_policy, model, reading, peft_config)
+        with _read_already(args):
+            super().__init__(start, args, processing_class=tokenizer, peft_config=peft_config, **kwargs)
+        prepare_trained(self.model)
         tell_quietly(self)
 
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: SFTConfig,
+        args: TRLSFTConfig,
         packing: bool,
         formatting_func: Any,
         dataset_name: str,
@@ -111,37 +185,53 @@ def demonstration(
 
 
 class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
-    """`trl.RewardTrainer` with our checkpoints and log, on pairs read as every other stage here reads them.
+    """`trl.RewardTrainer` with our checkpoints, log and precision, on pairs read as every other stage reads them.
+
+    Args:
+        model: a folder, a hub id or a model; of a language model, its backbone under a head that starts at zero.
+        args: the configuration.
+        train_dataset: pairs in TRL's preference format.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; None loads the model's.
+        peft_config: train a new PEFT adapter instead of the whole model.
+        kwargs: of `trl.RewardTrainer`.
 
     Raises:
         DataError: the pairs cannot be used; the message names the column or counts the rows.
+        ValueError: the model has more than one output.
     """
 
     def __init__(
         self,
-        model: Any,
-        args: RewardConfig,
+        model: Source,
+        args: TRLRewardConfig,
         *,
         train_dataset: Rows,
         eval_dataset: Rows | dict[str, Rows] | None = None,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._tokenizer = processing_class
+        reading = Reading.of(args, model)
+        self._tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         self._max_length = args.max_length or 2**31
         if isinstance(model, nn.Module):
             self._context = max_positions(model)
         else:
-            self._context = positions_of(find_config("model", model))
+            self._context = positions_of(find_config("model", model, **reading.tokenizer(model)))
         pairs, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
-        super().__init__(
-            model,
-            args,
-            train_dataset=_both_sides(pairs),
-            eval_dataset=_both_sides(held_out),
-            processing_class=processing_class,
-            **kwargs,
-        )
+        start = start_from(load_scalar, model, reading, peft_config)
+        with _read_already(args):
+            super().__init__(
+                start,
+                args,
+                train_dataset=_both_sides(pairs),
+                eval_dataset=_both_sides(held_out),
+                processing_class=self._tokenizer,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        prepare_trained(self.model)
         tell_quietly(self)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -169,3 +259,13 @@ def _both_sides(pairs: Any) -> Any:
     if pairs is None:
         return None
     return Dataset.from_list([{"chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs])
+
+
+@contextmanager
+def _read_already(args: Any) -> Iterator[None]:
+    """TRL is given a model, and would say that it ignores ``model_init_kwargs``; they have been used."""
+    given, args.model_init_kwargs = args.model_init_kwargs, None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
