@@ -432,8 +432,8 @@ def test_a_run_without_gold_and_without_fine_tuning_is_called_by_what_it_is(copy
     methods = {{"SFT": "start"}.get(n, n): m for n, m in RESULTS["methods"].items()}
     results = {**RESULTS, "gold": "reward model", "baseline": "start", "methods": methods}
     (copy / "evaluation" / "results.json").write_text(json.dumps(results))
-    (copy / "recipe.yaml").write_text("model: m\nsft: null\nlabelled_by: null\n")
-    lines = (copy / "evaluation" / "completions.jsonl").read_text().replace('"SFT"', '"start"')
+    (copy / "recipe.yaml").write_text("model: m\nsft: null\nseed: 0\n")
+    lines = (copy / "evaluation" / "completions.jsonl").read_text().replace("SFT", "start")
     (copy / "evaluation" / "completions.jsonl").write_text(lines)
     html = write_report(copy).read_text()
     page = Page(html)
