@@ -180,12 +180,12 @@ def test_config_files_and_flags(tmp_path: Path) -> None:
     )
     assert (others.dpo_model, others.reward_funcs, config.reward_weights) == (["dpo"], ["r"], [1.0])
     assert (config.learning_rate, config.use_cpu, config.save_strategy.value) == (-1e-3, True, "no")
-    assert (config.resume_from_checkpoint, config.lr_scheduler_kwargs) == (True, {"a": 1e-7})
+    assert (config.resume_from_checkpoint, config.lr_scheduler_kwargs) == ("True", {"a": 1e-7})
     assert {f.name: f.type for f in dataclasses.fields(RTOConfig)} == annotated  # the library rewrites them
     _, config = read([RewardArguments, RTOConfig], "--config", str(file))
     assert config.learning_rate == 5e-7
-    file.write_text("completion: text\ndpo_model: a\n")
-    (inspected,) = read([InspectArguments], f"--config={file}", "--prompt", "x")
+    file.write_text("completion: text\ndpo_model: a\nprompt: x\n")
+    (inspected,) = read([InspectArguments], f"--config={file}")
     assert (inspected.completion, inspected.dpo_model) == (["text"], ["a"])
 
 
