@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from dataclasses import replace
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
