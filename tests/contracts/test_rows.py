@@ -276,6 +276,13 @@ def test_json_files_give_their_values(tmp_path: Path, name: str, form: str) -> N
     assert [{k: row[k] for k in sorted(row)} for row in rows] == [{k: row[k] for k in sorted(row)} for row in EVERY]
 
 
+def test_a_table_adds_no_keys_and_changes_no_number(tmp_path: Path) -> None:
+    """Arrow would give each mapping the keys of all, and make 1 a 1.0 beside 2.5."""
+    rows = [{"gold": {"a": 1}, "n": 1}, {"gold": {"b": [None]}, "n": 2.5}]
+    loaded = load_rows(written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert repr(loaded.to_list()) == repr(rows)
+
+
 CELLS = [
     {"prompt": "2+2?", "chosen": "4", "rejected": "None"},
     {"prompt": "ag\u2028ent", "chosen": "007", "rejected": "N/A"},
