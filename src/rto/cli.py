@@ -386,19 +386,19 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
     Raises:
         ValueError: one is not; the message names its flag.
     """
-    from rto.models.loading import check_weights, find_config, is_adapter, load_tokenizer, trusts
+    from rto.models.loading import check_weights, find_config, is_adapter, load_tokenizer
     from rto.recipe import is_function
-    from rto.trainers.base import json_mapping
+    from rto.trainers.precision import Reading
 
-    named = {"model_name_or_path": model.model_name_or_path, **others}
-    trust = trusts(json_mapping("model_init_kwargs", config.model_init_kwargs))
-    for flag, sources in named.items():
+    start = model.model_name_or_path
+    reading = Reading.of(config, start)
+    for flag, sources in {"model_name_or_path": start, **others}.items():
         for source in [sources] if isinstance(sources, str) else sources or ():
             if not is_function(source):
-                find_config(f"--{flag}", source, trust_remote_code=trust)
+                find_config(f"--{flag}", source, **reading.tokenizer(source))
                 check_weights(f"--{flag}", source)
-    if not is_adapter(model.model_name_or_path):
-        load_tokenizer(model.model_name_or_path, trust_remote_code=trust)
+    if not is_adapter(start):
+        load_tokenizer(start, **reading.tokenizer(start))
 
 
 def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:

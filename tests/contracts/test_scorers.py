@@ -420,6 +420,24 @@ def test_values_are_fp32_under_autocast_and_with_bf16_weights(kind, weights, sta
     assert linear.weight.grad is not None
 
 
+@pytest.mark.parametrize("kind", ["plain", "modules_to_save"])
+def test_a_reward_model_computes_its_head_in_fp32_too(kind, tokenizer):
+    """The backbone is under autocast and in bf16, the head on its last states is not."""
+    model, linear = heads(kind)
+    model.bfloat16()
+    with torch.no_grad():
+        linear.weight.mul_(20)  # scores large enough for bf16 to be coarse
+    states: list[torch.Tensor] = []
+    linear.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = RewardModel(model, tokenizer)(rows(1))
+    (of_row,) = states[-1]  # one row, read at its last token
+    expected = of_row[-1].double() @ linear.weight[0].double()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert found != torch.tensor(found).bfloat16().item()
+    assert "forward" not in vars(scalar_head(model))  # the model is left as it was
+
+
 def test_a_head_follows_its_bases_device_and_not_its_precision(tiny_model, batch):
     """A LoRA critic on a base in bf16: values and gradients."""
     policy = get_peft_model(tiny_model().bfloat16(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))

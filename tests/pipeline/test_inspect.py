@@ -196,7 +196,7 @@ BAD = [
             (["--completions", "empty.jsonl.gz"], "empty.jsonl.gz, row 0 is one with an empty prompt"),
             (["--completions", "holes.jsonl.gz"], "holes.jsonl.gz, row 1 is one with an empty completion"),
             (["--prompt", "a", "--token_reward", "word"], "choose from logratio, mean_logprob"),
-            (["--prompt", "a", "--config", "nothere.yaml"], "nothere.yaml: No such file"),
+            (["--prompt", "a", "--config", "nothere.yaml"], "nothere.yaml: no such file for --config"),
             (["--prompt", "a", "--config", "unknown.yaml"], "betta"),
             (["--prompt", "a", "--betta", "0.1"], "betta"),
             (["--prompt", "a", "--output_dir", "judge.py"], "judge.py: File exists"),

@@ -387,12 +387,13 @@ def test_errors_of_rows_gold_and_models_are_the_users_own(here: Path, monkeypatc
     from rto.errors import is_users, told
     from rto.pipeline import scores_by
     from rto.recipe import Rows
+    from rto.rollout.rewards import Completed
 
     (here / "wrong.py").write_text("def any(*args, **kwargs):\n    raise OSError(2, 'No such file', 'mine')\n")
     monkeypatch.chdir(here)
     calls: list[Callable[[], Any]] = [
         lambda: Rows(path="wrong:any", rows=2).load(0),
-        lambda: scores_by("wrong:any", ["a"], ["b"]),
+        lambda: scores_by("wrong:any", Completed(prompts=["a"], completions=["b"], completion_ids=[[]], ended=[True])),
     ]
     for call in calls:
         with pytest.raises(OSError, match="No such file") as error:

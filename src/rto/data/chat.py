@@ -32,6 +32,10 @@ _MARK = "\ue0ff"
 """A character of private use, which no template writes, trims or changes: it shows where a text ends as rendered."""
 
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of a row that its template reads."""
+
+
 class TemplateError(DataError):
     """The chat template refuses this conversation; the message has its words."""
 
@@ -47,7 +51,7 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: one is of another type, or a keyword is one that the rendering itself is called with.
     """
-    tools, keywords = (_parsed(row, name) for name in ("tools", "chat_template_kwargs"))
+    tools, keywords = (_parsed(row, name) for name in TEMPLATE_COLUMNS)
     if not isinstance(tools, list | None):
         raise DataError(f"tools must be a list of JSON schemas, got {tools!r:.100}")
     if not isinstance(keywords, dict | None):

@@ -184,20 +184,22 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
     base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
-    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config)
+    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config, trusts(init_kwargs))
     model: Any = _load_adapter(base, source, config)
     model.source = str(source)
     return model
 
 
-def pad_of_adapter(source: str | Path, base_config: Any) -> int | None:
+def pad_of_adapter(source: str | Path, base_config: Any, trust_remote_code: bool = False) -> int | None:
     """The padding id that an adapter which scores was trained with: that of the tokenizer in its folder.
 
     Trainers set it in the configuration of the base model, which an adapter's folder does not hold. A sequence
     classifier reads its head at the last token that is not padding, so a score depends on it.
     """
     saved = Path(source) / "tokenizer_config.json"
-    pad = AutoTokenizer.from_pretrained(source).pad_token_id if saved.is_file() else None
+    pad = None
+    if saved.is_file():
+        pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
     return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
@@ -413,6 +415,14 @@ def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
 
 
+def stop_at_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the library's `generate` end where completions end here (`eos_ids`); a saved model takes it along."""
+    config = getattr(unwrap_peft(model), "generation_config", None)
+    if config is not None:
+        ids = eos_ids(model, tokenizer)
+        config.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
+
+
 def max_positions(model: nn.Module) -> int | None:
     """The longest sequence a model can read, where its configuration says so; see `positions_of`."""
     return positions_of(unwrap_peft(model).config)
@@ -426,7 +436,8 @@ def positions_of(config: Any) -> int | None:
     config = config.get_text_config()
     found = [getattr(config, name, None) for name in POSITIONS]
     limit = next((n for n in found if isinstance(n, int) and n > 0), None)
-    unlimited = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    unlimited = alibi or not getattr(config, "position_biased_input", True)
     if limit is None or unlimited:
         return None
     return limit - _positions_before_text(config)

@@ -5,12 +5,15 @@ AdamW moves a weight by about the learning rate. bf16 keeps 8 bits of a weight, 
 reason, whatever a model was loaded in; what they are multiplied in is autocast's to say.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 NARROW = (torch.float16, torch.bfloat16)
 """Precisions in which a weight does not move at the learning rates of reinforcement learning."""
@@ -100,6 +103,59 @@ def _cast(data: Any, dtype: torch.dtype) -> Any:
 
 def _is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+# --- heads
+
+
+class _WideLinear(TorchFunctionMode):
+    """Every linear map is computed in fp32 at least, whatever the precision of its weights and inputs.
+
+    The weights are read where the layer itself reads them, so adapters on it and hooks that gather them (sharding)
+    stay in place; a gradient comes back in the weight's own precision.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            args, kwargs = [_at_least_fp32(x) for x in args], {n: _at_least_fp32(x) for n, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _at_least_fp32(x: Any) -> Any:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if _is_floating(x) else x
+
+
+@contextmanager
+def wide_linear(device: torch.device) -> Iterator[None]:
+    """Within this context linear maps are computed in fp32, autocast or not.
+
+    Heads are: bf16 numbers around 3 are 1/64 apart, and a token reward is at most 0.05.
+    """
+    with torch.autocast(device.type, enabled=False), _WideLinear():
+        yield
+
+
+@contextmanager
+def wide_head(head: nn.Module | None) -> Iterator[None]:
+    """Within this context a module of a larger model, its head, computes in fp32; None changes nothing."""
+    if head is None:
+        yield
+        return
+    own, narrow = vars(head).get("forward"), head.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with wide_linear(next(head.parameters()).device):
+            return narrow(*args, **kwargs)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 # --- bases of four bits

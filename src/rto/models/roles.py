@@ -39,6 +39,7 @@ from rto.models.loading import (
     pad_of_adapter,
     source_name,
     split_head,
+    stop_at_eos,
     unwrap_peft,
     zero_head,
 )
@@ -448,7 +449,10 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    model.merge_and_unload().save_pretrained(partial)
+    merged = model.merge_and_unload()
+    if tokenizer is not None:
+        stop_at_eos(merged, tokenizer)
+    merged.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     partial.replace(target)

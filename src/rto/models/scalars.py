@@ -1,31 +1,30 @@
 """Scalar heads: V(s_t) and scores from hidden states, in fp32, and which models may be read at every token."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
 from rto.models.loading import backbone, scalar_head, source_name, unwrap_peft
+from rto.models.precision import wide_head, wide_linear
 
 
 def values_of(model: nn.Module, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
-    """A model's scalar head on hidden states, in fp32 whatever the precision of the states, the head and autocast.
+    """A model's scalar head on hidden states, in fp32 whatever the precision of the states, the head and autocast."""
+    with wide_linear(hidden.device):
+        return scalar_head(model)(hidden).squeeze(-1)
 
-    bf16 numbers around 3 are 1/64 apart, and a token reward is at most 0.05: a value rounded to bf16 does not see it.
-    """
-    head, precision = scalar_head(model), torch.promote_types(hidden.dtype, torch.float32)
-    weights = {name: p for name, p in head.named_parameters() if p.is_floating_point() and p.dtype != precision}
-    with torch.autocast(hidden.device.type, enabled=False):
-        states = hidden.to(precision)
-        if weights:
-            values = functional_call(head, {name: p.to(precision) for name, p in weights.items()}, (states,))
-        else:
-            values = head(states)
-    return values.squeeze(-1)
+
+def scoring_wide(model: Any) -> AbstractContextManager[None]:
+    """Within this context a sequence classifier's own forward pass computes its head in fp32, where it has one."""
+    try:
+        return wide_head(scalar_head(model))
+    except ValueError:  # a head under another name: what the model does with it is its own
+        return nullcontext()
 
 
 def last_scored(tokens: Int[Tensor, "B L"], attention: Int[Tensor, "B L"], pad_id: int | None) -> Int[Tensor, " B"]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto.batches import collate, micro_batches
 from rto.data.chat import template_options, whole_ids
+from rto.data.formats import Prompt
 from rto.errors import users_code
 from rto.models.loading import (
     freeze,
@@ -26,6 +27,7 @@ from rto.models.loading import (
     unwrap_peft,
 )
 from rto.models.roles import Role
+from rto.models.scalars import scoring_wide
 
 RewardFunc = str | Path | nn.Module | Callable[..., list[float]]
 """As in TRL's GRPO: a folder or hub id of a reward model, such a model, or a Python function."""
@@ -45,9 +47,34 @@ class Completed:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The data set's other columns."""
 
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Prompt], texts: Sequence[str], ended: list[bool], ids: list[list[int]] | None = None
+    ) -> "Completed":
+        """The completions of prompts as a data set has them, each in the format of its prompt: text, or a message.
+
+        Args:
+            prompts: one for each completion, all with the same columns.
+            texts: the completions.
+            ended: whether each ended by itself.
+            ids: their token ids, for functions that ask for them; None where there are none.
+        """
+        return cls(
+            prompts=[p.raw for p in prompts],
+            completions=[said(p.raw, text) for p, text in zip(prompts, texts, strict=True)],
+            completion_ids=[[] for _ in texts] if ids is None else ids,
+            ended=ended,
+            columns={name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
+        )
+
     def row(self, i: int) -> dict[str, Any]:
         """The data set's other columns of one completion."""
         return {name: column[i] for name, column in self.columns.items()}
+
+
+def said(prompt: Any, text: str) -> Any:
+    """A completion in the format of its prompt: text, or a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:
@@ -125,17 +152,16 @@ class RewardModel:
             scores[rows] = self._score([ids[i] for i in rows], pad=self._pad or 0)
         return finite(f"reward model {self.name}", scores.tolist(), batch.completions)
 
-    def prompt_lengths(self, prompts: list[Any]) -> list[int]:
+    def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt as this model reads it."""
-        nothing = "" if isinstance(prompts[0], str) else [{"role": "assistant", "content": ""}]
-        n = len(prompts)
-        empty = Completed(prompts=prompts, completions=[nothing] * n, completion_ids=[[]] * n, ended=[False] * n)
+        empty = Completed.of(prompts, [""] * len(prompts), [False] * len(prompts))
         return [len(ids) for ids in self._encode(empty)]
 
     def _score(self, ids: list[list[int]], *, pad: int) -> Float[Tensor, " b"]:
         device = next(unwrap_peft(self.model).parameters()).device
         rows = collate([[]] * len(ids), ids, pad=pad, device=device)
-        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long(), **self._kwargs).logits
+        with scoring_wide(self.model):
+            logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long(), **self._kwargs).logits
         return logits.float().cpu().view(len(ids))
 
     def _check_lengths(self, ids: list[list[int]], batch: Completed) -> None:

@@ -36,6 +36,7 @@ from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
+from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
@@ -330,6 +331,7 @@ class TokenTrainer(SealedCheckpoints):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         actor: Actor = self.accelerator.unwrap_model(self.model)
+        stop_at_eos(actor.policy, self.processing_class)
         part: Any
         for part, where in ((actor.policy, folder), (actor.value_model, folder / VALUE_MODEL)):
             if part is None:

@@ -33,6 +33,12 @@ class ModelArguments(ModelConfig):
         },
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = self.lora_target_modules
+        if isinstance(named, str) and named.isidentifier():  # one module's name; PEFT reads text as a pattern
+            self.lora_target_modules = [named]
+
 
 @dataclass
 class PrecisionArguments:

@@ -520,17 +520,7 @@ class RTOTrainer(TokenTrainer):
     def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
         texts = completion_texts(self.processing_class, [p.ids for p in prompts], ids)
-        names = prompts[0].columns
-        return Completed(
-            prompts=[p.raw for p in prompts],
-            completions=[
-                text if isinstance(p.raw, str) else [{"role": "assistant", "content": text}]
-                for p, text in zip(prompts, texts, strict=True)
-            ],
-            completion_ids=ids,
-            ended=samples.ended.tolist(),
-            columns={name: [p.columns[name] for p in prompts] for name in names},
-        )
+        return Completed.of(prompts, texts, samples.ended.tolist(), ids)
 
     def _token_text(self, token: int) -> str:
         return str(self.processing_class.decode([token]))
@@ -553,7 +543,7 @@ class RTOTrainer(TokenTrainer):
             if model.context is not None:
                 room = model.context - self.args.max_completion_length
                 reason = f"with no room for a completion in the {model.context} tokens that {model.name} reads"
-                for i, n in enumerate(model.prompt_lengths([p.raw for p in prompts])):
+                for i, n in enumerate(model.prompt_lengths(prompts)):
                     if n > room:
                         reasons.setdefault(i, reason)
         for i, reason in reasons.items():

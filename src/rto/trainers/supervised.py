@@ -37,9 +37,11 @@ from rto.models.loading import (
     max_positions,
     positions_of,
     source_name,
+    stop_at_eos,
 )
 from rto.models.precision import check_derivative
 from rto.models.roles import trainable
+from rto.models.scalars import scoring_wide
 from rto.trainers.base import SealedCheckpoints, tell_quietly
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 
@@ -117,12 +119,16 @@ class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
     ) -> None:
         self.skipped: dict[str, Skipped] = {}
         reading = Reading.of(args, model)
-        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        self._tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         start = start_from(load_policy, model, reading, peft_config)
         with _read_already(args):
-            super().__init__(start, args, processing_class=tokenizer, peft_config=peft_config, **kwargs)
+            super().__init__(start, args, processing_class=self._tokenizer, peft_config=peft_config, **kwargs)
         prepare_trained(self.model)
         tell_quietly(self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        stop_at_eos(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        super()._save(output_dir, state_dict)
 
     def _prepare_dataset(
         self,
@@ -235,6 +241,11 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
             )
         prepare_trained(self.model)
         tell_quietly(self)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL, with the head in fp32."""
+        with scoring_wide(self.accelerator.unwrap_model(model)):
+            return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`; new pairs are read as those that the trainer was made with."""
