@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -103,9 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if args else 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
     _keep_freed_memory()
     try:
-        return COMMANDS[args[0]](args[1:])
+        with warnings.catch_warnings():
+            for library in ("transformers", "trl", "peft"):  # what one deprecates and another uses
+                warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+            return COMMANDS[args[0]](args[1:])
     except Exception as error:
         if (line := told(error)) is None:
             raise
@@ -145,7 +150,7 @@ def run(args: list[str]) -> int:
     from rto.pipeline import run as run_recipe
     from rto.recipe import Recipe, load_recipe
 
-    values = overrides(rest, [f.name for f in fields(Recipe)], ["output_dir"])
+    values = overrides(rest, ["output_dir", *(f.name for f in fields(Recipe))])
     folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
     run_recipe(load_recipe(path, values), Path(str(folder)))
     return 0
@@ -192,15 +197,12 @@ def reproduce(args: list[str]) -> int:
 
 def sft(args: list[str]) -> int:
     """`rto sft`."""
-    from trl import SFTConfig
+    from rto.trainers.supervised import SFTConfig, SFTTrainer
 
     data, config, model = _parse("sft", args, DataArguments, SFTConfig)
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     _check_models(config, model, {})
     rows, held_out = _rows(data, config)
-    from rto.trainers.supervised import SFTTrainer
-
-    if model.load_in_4bit or model.load_in_8bit:
-        config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
     trainer = SFTTrainer(
         model.model_name_or_path,
         config,
@@ -213,20 +215,17 @@ def sft(args: list[str]) -> int:
 
 def reward(args: list[str]) -> int:
     """`rto reward`."""
-    from trl import RewardConfig
+    from rto.trainers.supervised import RewardConfig, RewardTrainer
 
     data, config, model = _parse("reward", args, DataArguments, RewardConfig)
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     _check_models(config, model, {})
     rows, held_out = _rows(data, config)
-    from rto.models.loading import load_scalar, load_tokenizer
-    from rto.trainers.supervised import RewardTrainer
-
     trainer = RewardTrainer(
-        load_scalar(model.model_name_or_path, **_init(model)),
+        model.model_name_or_path,
         config,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=load_tokenizer(model.model_name_or_path),
         peft_config=_peft(model, task="SEQ_CLS"),
     )
     return _finish(trainer)
@@ -237,9 +236,9 @@ def prefer(args: list[str]) -> int:
     from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 
     data, others, config, model = _parse("prefer", args, DataArguments, ReferenceArguments, PreferenceConfig)
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     _check_models(config, model, {"ref_model": others.ref_model})
     rows, held_out = _rows(data, config)
-    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,
@@ -257,6 +256,7 @@ def train(args: list[str]) -> int:
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     rewards, token_rewards = (
         [resolve(name, f"--{flag}") if is_function(name) else name for name in getattr(others, flag) or []]
         for flag in ("reward_funcs", "dpo_model")
@@ -264,7 +264,6 @@ def train(args: list[str]) -> int:
     used = dict(vars(others)) if config.dpo_coef else {**vars(others), "dpo_model": None, "dpo_ref_model": None}
     _check_models(config, model, used)
     rows, held_out = _rows(data, config)
-    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
     trainer = RTOTrainer(
         model.model_name_or_path,
         config,
@@ -285,11 +284,12 @@ def export(args: list[str]) -> int:
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([ExportArguments], "rto export").read(args)
-    from rto.models.loading import find_config
+    from rto.models.loading import check_weights, find_config
     from rto.models.roles import export as write
 
     trust = parsed.trust_remote_code
     find_config("--model_name_or_path", parsed.model_name_or_path, trust_remote_code=trust)
+    check_weights("--model_name_or_path", parsed.model_name_or_path)
     print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
     return 0
 
@@ -367,20 +367,22 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
-    """Flags and ``--config`` into ``kinds`` and TRL's ``ModelConfig``, all that can be checked without a model."""
-    from trl import ModelConfig
-
+    """Flags and ``--config`` into ``kinds`` and `ModelArguments`, all that can be checked without a model."""
     from rto.stage_parser import StageParser
-    from rto.trainers.base import check_seal, check_training
+    from rto.trainers.base import CheckpointError, check_seal, check_training
+    from rto.trainers.precision import ModelArguments
 
-    *parsed, config, model = StageParser([*kinds, ModelConfig], f"rto {command}").read(args)
+    *parsed, config, model = StageParser([*kinds, ModelArguments], f"rto {command}").read(args)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")
     check_training(config)
     resume = as_flag(config.resume_from_checkpoint)
     config.resume_from_checkpoint = True if str(resume).lower() == "last" else resume
     if isinstance(config.resume_from_checkpoint, str):
-        check_seal(Path(config.resume_from_checkpoint))
+        try:
+            check_seal(Path(config.resume_from_checkpoint))
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume_from_checkpoint {error}") from error
     if model.use_peft and find_spec("peft") is None:
         raise ValueError("--use_peft needs the package peft: pip install peft")
     make_folder(config.output_dir, "--output_dir")
@@ -393,16 +395,19 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
     Raises:
         ValueError: one is not; the message names its flag.
     """
-    from rto.models.loading import find_config, trusts
+    from rto.models.loading import check_weights, find_config, is_adapter, load_tokenizer
     from rto.recipe import is_function
-    from rto.trainers.base import json_mapping
+    from rto.trainers.precision import Reading
 
-    named = {"model_name_or_path": model.model_name_or_path, **others}
-    trust = trusts(json_mapping("model_init_kwargs", config.model_init_kwargs))
-    for flag, sources in named.items():
+    start = model.model_name_or_path
+    reading = Reading.of(config, start)
+    for flag, sources in {"model_name_or_path": start, **others}.items():
         for source in [sources] if isinstance(sources, str) else sources or ():
             if not is_function(source):
-                find_config(f"--{flag}", source, trust_remote_code=trust)
+                find_config(f"--{flag}", source, **reading.tokenizer(source))
+                check_weights(f"--{flag}", source)
+    if not is_adapter(start):
+        load_tokenizer(start, **reading.tokenizer(start))
 
 
 def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:
@@ -417,16 +422,16 @@ def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:
     return rows, load_rows(data.eval_dataset_name, name=data.dataset_config, split=data.dataset_test_split)
 
 
-def _init(model: Any) -> dict[str, Any]:
-    """Keyword arguments of ``from_pretrained`` from TRL's ``ModelConfig``."""
+def _init(model: Any, config: Any) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` from `ModelArguments`."""
     names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
     found = {name: getattr(model, ours, None) for name, ours in names.items()}
     if model.load_in_4bit or model.load_in_8bit:
-        found |= _quantized(model)
+        found |= _quantized(model, config)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _quantized(model: Any) -> dict[str, Any]:
+def _quantized(model: Any, config: Any) -> dict[str, Any]:
     """``--load_in_4bit`` and ``--load_in_8bit``: a frozen base of few bits under adapters (QLoRA)."""
     from trl import get_quantization_config
 
@@ -435,7 +440,8 @@ def _quantized(model: Any) -> dict[str, Any]:
         raise ValueError(f"--{flag} freezes the base, so nothing could learn: add --use_peft")
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"--{flag} needs the package bitsandbytes: pip install bitsandbytes")
-    return {"quantization_config": get_quantization_config(model)}
+    compute = model.dtype or ("bfloat16" if config.bf16 else "float32")
+    return {"quantization_config": get_quantization_config(replace(model, dtype=compute))}
 
 
 def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:

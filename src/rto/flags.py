@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -34,21 +35,14 @@ class OneLine(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; an unknown flag is told with the nearest known one."""
-        found, rest = self.parse_known_args(args, namespace)
-        self.refuse(rest)
-        return found
-
-    def refuse(self, rest: Sequence[str]) -> None:
-        """Name the first of the arguments that nobody knows.
-
-        Raises:
-            ValueError: there is one.
-        """
-        for word in rest:
-            if word.startswith("--"):
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # before argparse, which would first miss the flag that this one was meant to be
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions:
                 raise unknown_flag(word, self.flags)
+        found, rest = self.parse_known_args(words, namespace)
         if rest:
             raise ValueError(f"{rest[0]}: expected a flag, --NAME VALUE")
+        return found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:
@@ -74,7 +68,7 @@ def overrides(args: Sequence[str], known: Iterable[str], flags: Iterable[str] = 
         ValueError: a value is missing or no YAML, or a key is not known.
     """
     found: dict[str, Any] = {}
-    known, words = list(known), iter(args)
+    known, words = [*known], iter(args)
     for word in words:
         key, given, value = word.partition("=")
         if not given:

@@ -22,12 +22,21 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rto.data.chat import completion_texts
-from rto.data.formats import DataError, load_rows, read_prompts
+from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
+from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.inspection import pieces, spoken
-from rto.models.loading import eos_ids, find_config, load_policy, load_scalar, load_tokenizer, max_positions
+from rto.models.actor import check_output_layer
+from rto.models.loading import (
+    check_weights,
+    find_config,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+    stop_at_eos,
+)
 from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, stage_config
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
@@ -97,6 +106,7 @@ class Pipeline:
         for key, (source, stages) in models.items():
             if self._left(stages) and not is_function(source):
                 find_config(key, source)
+                check_weights(key, source)
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
             if found is not None and self._left(stages) and not is_function(found.path):
@@ -136,14 +146,17 @@ class Pipeline:
             if folder is None:
                 return
             set_seed(recipe.seed)
+            model: Any = recipe.model
             if is_function(recipe.model):
                 function = resolve(recipe.model, "model:")
                 with users_code(recipe.model):
                     model, tokenizer = function(recipe.seed)
             else:
-                model, tokenizer = load_policy(recipe.model), load_tokenizer(recipe.model)
+                tokenizer = load_tokenizer(recipe.model)
             if recipe.sft is None:
-                model.save_pretrained(folder)
+                start: Any = load_policy(model)
+                _check_policy(start, tokenizer)
+                start.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
@@ -155,11 +168,14 @@ class Pipeline:
                 processing_class=tokenizer,
                 peft_config=recipe.lora(),
             )
+            _check_policy(trainer.model, tokenizer)
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
             elif trainer.args.should_save:  # a whole model: the base that the adapters of all later stages share
-                trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                stop_at_eos(merged, tokenizer)
+                merged.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
 
     def pairs(self) -> None:
@@ -175,15 +191,16 @@ class Pipeline:
             assert recipe.gold is not None
             assert recipe.data.pair_prompts is not None
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
-            scores = [scores_by(recipe.gold, prompts, [said for said, _ in side]) for side in sides]
+            scores = [scores_by(recipe.gold, side) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
             first = (draw < torch.sigmoid(gap / recipe.label_temperature)).tolist()
             lines = []
-            for prompt, a, b, a_wins in zip(prompts, *sides, first):
-                (won, won_ended), (lost, lost_ended) = (a, b) if a_wins else (b, a)
-                row = {"prompt": prompt, "chosen": won, "rejected": lost}
-                row |= {"chosen_ended": won_ended, "rejected_ended": lost_ended}
+            for i, (prompt, a_wins) in enumerate(zip(prompts, first)):
+                won, lost = sides if a_wins else sides[::-1]
+                row = {"prompt": prompt.raw, "chosen": won.completions[i], "rejected": lost.completions[i]}
+                row |= {"chosen_ended": won.ended[i], "rejected_ended": lost.ended[i]}
+                row |= {name: prompt.columns[name] for name in TEMPLATE_COLUMNS if prompt.columns.get(name)}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
             write_atomically(folder / "pairs.jsonl", "".join(lines))
 
@@ -218,7 +235,7 @@ class Pipeline:
             start = self.recipe.reward_model or str(self.folder / "sft")
             tokenizer = load_tokenizer(start)
             trainer = RewardTrainer(
-                model=load_scalar(start),
+                model=start,
                 args=stage_config(self.recipe, "reward", folder),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
@@ -271,16 +288,16 @@ class Pipeline:
             return
         examiner = self._examiner(prompts)
         found = examiner.answer(str(folder))
-        said = list(map(_said, examiner.raw, found.completions))
-        logged = {f: scores_by(f, examiner.raw, said) for f in self.recipe.logged}
-        shown = [{"prompt": spoken(x), "completion": y} for x, y in zip(examiner.raw[:SHOWN], found.completions)]
+        completed = Completed.of(examiner.asked, found.completions, found.ended)
+        logged = {f: scores_by(f, completed) for f in self.recipe.logged}
+        shown = [{"prompt": spoken(x.raw), "completion": y} for x, y in zip(examiner.asked[:SHOWN], found.completions)]
         row = {"gold": found.gold, "kl": found.kl, "length": found.lengths, "ended": found.ended}
         write_atomically(path, json.dumps({**row, "logged": logged, "shown": shown}))
 
     def _evaluate(self, folder: Path) -> None:
         recipe = self.recipe
         examiner = self._examiner("test_prompts")
-        raw = examiner.raw
+        raw = [prompt.raw for prompt in examiner.asked]
         answers: dict[str, Answers] = {}
         methods: dict[str, Any] = {}
         for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
@@ -312,8 +329,7 @@ class Pipeline:
             max_length=_room(reference, recipe.completion_length),
             what=f"data.{prompts}",
         )
-        raw = [p.raw for p in asked]
-        judge, judged_by = self._judge(raw)
+        judge, judged_by = self._judge(asked)
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
         )
@@ -324,7 +340,7 @@ class Pipeline:
             seed = recipe.seed + 1_000_003
             return answer(policy, reference, tokenizer, ids, judge, sampling, seed=seed, max_tokens=MAX_TOKENS)
 
-        return Examiner(answer=ask, raw=raw, tokenizer=tokenizer, judged_by=judged_by)
+        return Examiner(answer=ask, asked=asked, tokenizer=tokenizer, judged_by=judged_by)
 
     def _write_token_rewards(
         self, folder: Path, raw: list[Any], answers: dict[str, Answers], tokenizer: PreTrainedTokenizerBase
@@ -345,37 +361,32 @@ class Pipeline:
             lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
-    def _judge(self, raw: list[Any]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
+    def _judge(self, asked: list[Prompt]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
         """The gold reward where the task has one, else the learned reward model; and what to call it."""
         if self.recipe.gold is not None:
             gold = self.recipe.gold
 
             def true(texts: list[str], ended: list[bool]) -> list[float]:
-                return scores_by(gold, raw, list(map(_said, raw, texts)))
+                return scores_by(gold, Completed.of(asked, texts, ended))
 
             return true, function_name(resolve(gold))
         where = self.folder / "reward"
         model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
 
         def learned(texts: list[str], ended: list[bool]) -> list[float]:
-            said = list(map(_said, raw, texts))
-            return model(Completed(prompts=raw, completions=said, completion_ids=[[]] * len(texts), ended=ended))
+            return model(Completed.of(asked, texts, ended))
 
         return learned, REWARD_MODEL
 
     # --- help
 
-    def _complete_twice(self, rows: Dataset) -> tuple[list[Any], list[list[tuple[Any, bool]]]]:
-        """Prompts that fit, and two completions of each by the starting policy: text, and whether it ended."""
+    def _complete_twice(self, rows: Dataset) -> tuple[list[Prompt], list[Completed]]:
+        """Prompts that fit, and two completions of each by the starting policy."""
         start = self.folder / "sft"
         tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
-        sampler = TransformersSampler(
-            config=SamplingConfig(max_completion_length=length),
-            eos_ids=eos_ids(policy, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-        )
+        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
         drawn: list[tuple[str, bool]] = []
         for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
@@ -383,9 +394,8 @@ class Pipeline:
             samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
             kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
             drawn += zip(completion_texts(tokenizer, part, kept), samples.ended.tolist())
-        raw = [p.raw for p in prompts]
-        sides = [[(_said(x, text), ended) for x, (text, ended) in zip(raw, drawn[i::2])] for i in range(2)]
-        return raw, sides
+        sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
+        return prompts, sides
 
     def _pairs(self) -> Dataset:
         if self.recipe.data.pairs is not None:
@@ -436,27 +446,24 @@ class Examiner:
 
     answer: Callable[[str], Answers]
     """Of the policy in a folder."""
-    raw: list[Any]
+    asked: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
     judged_by: str
 
 
-def scores_by(function: str, prompts: list[Any], completions: list[Any]) -> list[float]:
+def scores_by(function: str, completed: Completed) -> list[float]:
     """What a recipe's ``module:function`` gives completions, checked like every reward function's scores.
 
     Raises:
         ValueError: the function returns another number of scores, or one that is not finite.
     """
-    several = [[] for _ in completions]
-    batch = Completed(
-        prompts=prompts, completions=completions, completion_ids=several, ended=[True] * len(completions)
-    )
-    return FunctionReward(resolve(function))(batch)
+    return FunctionReward(resolve(function))(completed)
 
 
-def _said(prompt: Any, text: str) -> Any:
-    """A completion in the format of its prompt: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the later stages will do with a policy, tried before hours are spent on it."""
+    check_output_layer(policy)
+    TransformersSampler.of(policy, tokenizer, SamplingConfig())
 
 
 def _room(policy: Any, completion_length: int) -> int:

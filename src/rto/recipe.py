@@ -37,13 +37,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
-TRL_DEFAULTS: dict[str, Any] = {
-    "bf16": False,
-    "gradient_checkpointing": None,
-    "use_cpu": not torch.accelerator.is_available(),
-    **TRAINING_DEFAULTS,
-}
-"""Of the stages that TRL trains; a recipe's own values win."""
+"""Of every stage; a recipe's own values win."""
 
 
 class RecipeError(ValueError):
@@ -307,10 +301,9 @@ def _expand(text: str) -> str:
 
 def _with_typed_stages(recipe: Recipe) -> Recipe:
     """The recipe with every argument of a stage as its configuration wants it."""
-    from trl import RewardConfig, SFTConfig
-
     from rto.trainers.preference import PreferenceConfig
     from rto.trainers.rto import RTOConfig
+    from rto.trainers.supervised import RewardConfig, SFTConfig
 
     def of(kind: Any, key: str, values: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         _check_keys(kind, key, values, SET_BY_RECIPE, "the recipe itself", more or {})
@@ -344,11 +337,10 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     Raises:
         RecipeError: it cannot be built; the message names the key that is to blame.
     """
-    from trl import RewardConfig, SFTConfig
-
     from rto.trainers.base import check_training
     from rto.trainers.preference import PreferenceConfig
     from rto.trainers.rto import RTOConfig
+    from rto.trainers.supervised import RewardConfig, SFTConfig
 
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
     if stage in recipe.learners:
@@ -363,7 +355,7 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
             fixed["reward_weights"] = list(paid.values())
     else:
         kind = {"sft": SFTConfig, "reward": RewardConfig}[stage]
-        defaults, sections = TRL_DEFAULTS, {stage: getattr(recipe, stage)}
+        defaults, sections = TRAINING_DEFAULTS, {stage: getattr(recipe, stage)}
     own = LEARNER_KEYS.keys() | METHOD_KEYS.keys()
     given = {name: f"{key}.{name}" for key, values in sections.items() for name in values if name not in own}
     values = {name: value for section in sections.values() for name, value in section.items() if name in given}
@@ -514,8 +506,8 @@ def resolve(path: str, role: str = "") -> Callable[..., Any]:
     function = getattr(found, name, None)
     if not callable(function):
         known = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")]
-        what = "no function" if function is None else "no function but a value"
-        raise ValueError(f"{failed} {name} is {what} in {module}{nearest(name, known)}")
+        what = f"there is no {name} in {module}" if function is None else f"{name} in {module} is not a function"
+        raise ValueError(f"{failed} {what}{nearest(name, known)}")
     return function
 
 

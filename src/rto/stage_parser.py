@@ -12,7 +12,7 @@ from rto.flags import OneLine
 from rto.values import culprit, nearest, read_yaml, typed, yaml_text
 
 ALSO = {"resume_from_checkpoint": str | bool | None}
-"""What a file may say beyond the annotations."""
+"""What a file may say beyond the annotations; as text, which flags give, too."""
 
 
 class StageParser(OneLine, TrlParser):
@@ -38,11 +38,10 @@ class StageParser(OneLine, TrlParser):
         self.set_defaults(**config)
         for action in self._actions:
             action.required = action.required and action.dest not in config
-        flags, unknown = self.parse_known_args(rest)
-        self.refuse(unknown)
-        values = vars(flags)
+        parsed = vars(self.parse_args(rest))
+        values = {n: v for n, v in parsed.items() if v is not None or n in config}  # the rest keep their defaults
         try:
-            return [k(**{f.name: values[f.name] for f in fields(k) if f.init}) for k in self.dataclass_types]
+            return [k(**{f.name: values[f.name] for f in fields(k) if f.name in values}) for k in self.dataclass_types]
         except (ValueError, TypeError, ImportError) as error:
             name = culprit(error, config)
             where = "" if name is None or values[name] != config[name] else f"{given.config}: {name}: "
@@ -64,7 +63,9 @@ class StageParser(OneLine, TrlParser):
             for key in config:
                 if key not in owner:
                     raise ValueError(f"unknown key {key}{nearest(key, owner)}")
-            values = [typed(owner[key], {key: value}, more=ALSO) for key, value in config.items()]
-            return {key: value for found in values for key, value in found.items()}
+            found = {key: typed(owner[key], {key: value}, more=ALSO)[key] for key, value in config.items()}
+            return {
+                key: str(value) if key in ALSO and isinstance(value, bool) else value for key, value in found.items()
+            }
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

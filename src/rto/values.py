@@ -4,6 +4,7 @@ Types are pydantic's work, in its lax mode: ``5e-7`` and ``"12"`` are numbers, `
 """
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -196,6 +197,7 @@ def _refusal(error: ValidationError, members: list[Any], value: Any, key: str) -
     first = error.errors()[0]
     if "limit" in first["type"] or first["type"].startswith(("greater", "less")):
         return f"{key}: {value!r}: {first['msg'].removeprefix('Input ')}"
+    part: Any
     for part in first["loc"]:  # into the lists and mappings of a single type
         if len(members) == 1 and isinstance(value, list | dict) and (isinstance(value, list) or part in value):
             value, key, members = value[part], f"{key}.{part}", list(get_args(members[0])[-1:])
@@ -257,3 +259,18 @@ def as_flag(value: str | bool | None) -> str | bool | None:
         with suppress(ValidationError):
             return TypeAdapter(bool).validate_python(value)
     return value
+
+
+def json_mapping(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, which flags give as JSON.
+
+    Raises:
+        ValueError: it is not one; the message begins with ``name``.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError as error:
+        raise ValueError(f"{name}={given!r} is not JSON ({error}), like '{{\"beta\": 0.1}}'") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a mapping, not {given!r}")
+    return dict(found)

@@ -14,7 +14,6 @@ from rto.data.chat import completion_texts
 from rto.evaluation.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
-from rto.models.loading import eos_ids
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
 
@@ -45,7 +44,7 @@ def answer(
     max_tokens: int,
 ) -> Answers:
     """Complete each prompt once and judge the completions."""
-    sampler = TransformersSampler(config=sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
+    sampler = TransformersSampler.of(policy, tokenizer, sampling)
     samples = sampler(policy, prompts, seed)
     ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
     texts = completion_texts(tokenizer, prompts, ids)

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from rto.batches import Sequences, collate, micro_batches
 from rto.functional.logprobs import Head, logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
-from rto.models.loading import backbone, scalar_head, unwrap_peft
+from rto.models.loading import backbone, unwrap_peft
+from rto.models.precision import wide_linear
 from rto.models.roles import Role, acting, own_parameters
+from rto.models.scalars import values_of
 
 
 class TokenOutputs(NamedTuple):
@@ -156,7 +156,7 @@ def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float =
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
     hidden = response_states(model, sequences)
-    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
+    return scatter(values_of(model, hidden).float(), sequences.mask)
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -196,8 +196,8 @@ class output_layer:
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits, in fp32."""
         # Both contexts here and not around the call: a checkpointed head runs again in the backward pass.
-        with acting(self.model), torch.autocast(hidden.device.type, enabled=False), _LinearInFp32():
-            logits = self.head(hidden.float())
+        with acting(self.model), wide_linear(hidden.device):
+            logits = self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -208,20 +208,6 @@ class output_layer:
 def _settings(config: Any, names: Sequence[str]) -> list[float]:
     """The values of those settings that a configuration has and that are not 0 or None."""
     return [float(x) for x in (getattr(config, name, None) for name in names) if x]
-
-
-class _LinearInFp32(TorchFunctionMode):
-    """Within this context every linear map is computed in fp32, whatever its weights' precision.
-
-    The weights are read where the layer itself reads them, so adapters on it and hooks that gather them (sharding)
-    stay in place; a gradient comes back in the weight's own precision.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            args = [x.float() if isinstance(x, Tensor) else x for x in args]
-            kwargs = {name: x.float() if isinstance(x, Tensor) else x for name, x in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -4,15 +4,18 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,6 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
+
+from rto.data.chat import stop_ids
+from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
 
 Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
@@ -32,29 +38,55 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
         ValueError: it is a reward model, weights are missing, or an adapter is of a kind that is not read here.
     """
     if isinstance(source, nn.Module):
-        return source
+        return keep_derivative(source)
     if is_adapter(source):
         config = adapter_config(source)
         if is_scorer(config):
             raise ValueError(f"{source} is an adapter that scores completions, not a language model")
-        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), init_kwargs), source)
-    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs)))
+        kwargs = _of_base(config, init_kwargs)
+        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), kwargs), source)
+    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs), init_kwargs.get("revision")))
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
         raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
     return model
 
 
-def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The configuration of a folder or hub id, the base model's for an adapter.
 
     Raises:
         ValueError: there is no such folder, and no such model on the hub.
     """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # a name that is nowhere is told once, not at each try
     try:
-        return _config_of(source, trust_remote_code)
+        return _config_of(source, trust_remote_code, revision)
     except ValueError as error:
         raise ValueError(f"{role} {error}") from error
+    finally:
+        hub.setLevel(level)
+
+
+def check_weights(role: str, source: str | Path) -> None:
+    """That a folder's weights are there and whole, by the headers of their files; a hub id's are not looked at.
+
+    Raises:
+        ValueError: they are not; the message names the remedy.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise LoadingError(f"{role} {folder} has no weights (model.safetensors): save the model with save_pretrained")
+    try:
+        for file in files:
+            with told_of(folder), safe_open(file, "pt"):
+                pass
+    except ValueError as error:
+        raise LoadingError(f"{role} {error}") from error
 
 
 @contextmanager
@@ -73,7 +105,8 @@ def told_of(source: str | Path) -> Iterator[None]:
         if folder.is_file():
             what = "is a file, not a model's folder"
         elif not folder.is_dir():
-            what = f"is neither a folder here nor on the hub ({why})"
+            local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+            what = f"is neither a folder here nor on the hub ({'no such folder' if local else why})"
         elif not (folder / "config.json").is_file() and not is_adapter(folder):
             what = "is no model's folder: it has no config.json"
         elif isinstance(error, SafetensorError):
@@ -81,7 +114,7 @@ def told_of(source: str | Path) -> Iterator[None]:
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
             what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
         else:
-            what = f"cannot be read: {why}"
+            what = f"cannot be read: {' '.join(str(error).split())}"
         raise LoadingError(f"{source} {what}") from error
 
 
@@ -89,13 +122,13 @@ class LoadingError(OSError, ValueError):
     """A model or tokenizer that cannot be read; the message says why in one line."""
 
 
-def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def config_of_policy(role: str, source: str | Path, **hub: Any) -> Any:
     """The configuration of a language model, before it is loaded.
 
     Raises:
         ValueError: there is no such model, or it is one that scores.
     """
-    config = find_config(role, source, trust_remote_code=trust_remote_code)
+    config = find_config(role, source, **hub)
     _refuse_scorer(f"{role} {source}", config)
     return config
 
@@ -123,10 +156,10 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         labels = getattr(source, "num_labels", getattr(source.config, "num_labels", None))
         if labels != 1:
             raise ValueError(f"a reward or value model has one output, {source_name(source)} has num_labels={labels}")
-        return source
+        return keep_derivative(source)
     if is_adapter(source):
         return _load_scalar_adapter(source, new_head, init_kwargs)
-    config = _config_of(source, trusts(init_kwargs))
+    config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
     model, missing = _load_and_report(AutoModelForSequenceClassification, source, {**init_kwargs, "num_labels": 1})
@@ -134,8 +167,9 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    if missing:
-        nn.init.zeros_(scalar_head(model).weight)
+    head = getattr(model, "score", getattr(model, "classifier", None))
+    if missing and isinstance(head, nn.Linear):  # an encoder's head of several layers starts small and random
+        nn.init.zeros_(head.weight)
     return model
 
 
@@ -149,8 +183,24 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    base = load_scalar(_base_of(source, config), **init_kwargs)
-    return _load_adapter(base, source, config)
+    base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
+    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config, trusts(init_kwargs))
+    model: Any = _load_adapter(base, source, config)
+    model.source = str(source)
+    return model
+
+
+def pad_of_adapter(source: str | Path, base_config: Any, trust_remote_code: bool = False) -> int | None:
+    """The padding id that an adapter which scores was trained with: that of the tokenizer in its folder.
+
+    Trainers set it in the configuration of the base model, which an adapter's folder does not hold. A sequence
+    classifier reads its head at the last token that is not padding, so a score depends on it.
+    """
+    saved = Path(source) / "tokenizer_config.json"
+    pad = None
+    if saved.is_file():
+        pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
+    return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
 # --- adapters
@@ -218,6 +268,11 @@ def _base_of(source: str | Path, config: Any) -> str:
     return str(base)
 
 
+def _of_base(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for an adapter's base: the revision that the adapter was trained on, where it knows it."""
+    return init_kwargs if config.revision is None else {**init_kwargs, "revision": config.revision}
+
+
 def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
     from peft import PeftModel
 
@@ -245,26 +300,44 @@ def zero_head(width: int, *, bias: bool = False) -> nn.Linear:
     return head
 
 
-def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, needs_eos: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a padding token.
 
-    pad = EOS is allowed: padding is told by position in this project, never by id.
+    pad = EOS is allowed: padding is told by position in this project, never by id. A tokenizer that only serves a
+    model which scores needs no EOS: an encoder's ends a text in a way of its own.
 
     Raises:
-        ValueError: there is none, or it has no EOS token.
+        ValueError: there is no tokenizer, or an EOS token is needed and there is none.
     """
     with told_of(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token is None:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
+    if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill up rows with: padding, EOS or 0. Which one never matters, since padding is told by position."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+
+
 def trusts(init_kwargs: dict[str, Any]) -> bool:
     """Whether code that comes with a model may run."""
     return bool(init_kwargs.get("trust_remote_code", False))
+
+
+def tokenizer_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of the keyword arguments that a model is loaded with is about its tokenizer, too."""
+    return {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+
+
+def _hub(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    """A revision is named only where there is one: None is not the default of every version of transformers."""
+    return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
 
 
 def _load_and_report(auto: Any, source: str | Path, init_kwargs: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -282,15 +355,26 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
     if isinstance(source, nn.Module):
         return source
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+    kwargs["dtype"] = as_dtype(kwargs["dtype"])
     with told_of(source):
-        return auto.from_pretrained(str(source), **kwargs)
+        loaded = auto.from_pretrained(str(source), **kwargs)
+    keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    return loaded
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """An independent copy of a model's weights."""
-    return copy.deepcopy(model)
+def clone(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """An independent copy of a model's weights, in another precision where one is named.
+
+    Weights are cast one by one as they are copied. Those that the architecture keeps in fp32 are, and buffers (the
+    frequencies of rotary embeddings) are copied as they are.
+    """
+    kept = () if dtype is None else kept_in_fp32(model, dtype)
+    copies: dict[int, Any] = {}
+    for name, weight in model.named_parameters():
+        target = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+        target = torch.float32 if any(part in name for part in kept) else target
+        copies[id(weight)] = nn.Parameter(weight.detach().to(target, copy=True), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -324,37 +408,98 @@ def scalar_head(model: nn.Module) -> Any:
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's EOS and what the generation config adds to it."""
+    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn."""
     config = getattr(model, "generation_config", None)
     extra = getattr(config, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None}))
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
+
+
+def stop_at_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the library's `generate` end where completions end here (`eos_ids`); a saved model takes it along."""
+    config = getattr(unwrap_peft(model), "generation_config", None)
+    if config is not None:
+        ids = eos_ids(model, tokenizer)
+        config.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence a model can read, where its configuration says so."""
-    config = unwrap_peft(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The longest sequence a model can read, where its configuration says so; see `positions_of`."""
+    return positions_of(unwrap_peft(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration can read.
+
+    None for a model without a limit (ALiBi, relative positions, recurrent layers). A window of attention is no limit.
+    """
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITIONS]
+    limit = next((n for n in found if isinstance(n, int) and n > 0), None)
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    unlimited = alibi or not getattr(config, "position_biased_input", True)
+    if limit is None or unlimited:
+        return None
+    return limit - _positions_before_text(config)
+
+
+def shared_context(models: Iterable[tuple[str, Source]], hub: Callable[[Source], dict[str, Any]]) -> int | None:
+    """The longest sequence that all of some language models can read, told before any is loaded.
+
+    Args:
+        models: each with its role, for messages.
+        hub: ``trust_remote_code`` and ``revision`` of each.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    found = [
+        max_positions(model)
+        if isinstance(model, nn.Module)
+        else positions_of(config_of_policy(role, model, **hub(model)))
+        for role, model in models
+    ]
+    return min((n for n in found if n is not None), default=None)
+
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "max_sequence_length", "seq_length")
+"""What configurations call it; most others (``n_positions``, …) answer to the first name."""
+
+
+def _positions_before_text(config: Any) -> int:
+    """Entries of a position table that no token of a text uses: RoBERTa and its kind count from padding on."""
+    family = MODEL_MAPPING.get(type(config), None)
+    module = sys.modules[(family[0] if isinstance(family, tuple) else family).__module__] if family else None
+    owners = [module, *(x for x in vars(module or object).values() if isinstance(x, type))]
+    counts_from_padding = any("create_position_ids_from_input_ids" in vars(owner) for owner in owners if owner)
+    return (getattr(config, "pad_token_id", None) or 0) + 1 if counts_from_padding else 0
 
 
 def source_name(source: Any) -> str:
     """How messages call a model."""
     if isinstance(source, str | Path):
         return str(source)
-    folder = getattr(source, "source", "")  # a role on a shared base knows its own
+    folder = getattr(source, "source", "")  # a role, or an adapter that scores, knows its own
     return str(folder or getattr(unwrap_peft(source).config, "_name_or_path", "") or type(source).__name__)
 
 
 def check_same_vocabulary(
-    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Source, **init_kwargs: Any
+    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Any, **init_kwargs: Any
 ) -> None:
     """Refuse a DPO or reference model that reads other tokens than the policy writes, before it is loaded.
+
+    Args:
+        role: what messages call the model.
+        source: the model.
+        tokenizer: the policy's.
+        policy: the policy, or its configuration where it has a revision of its own.
+        init_kwargs: keyword arguments that ``source`` is loaded with.
 
     Raises:
         ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
     """
     name = source_name(source)
-    expected, found = (_vocab_size(x, trusts(init_kwargs)) for x in (policy, source))
+    expected, found = _vocab_size(policy, trusts(init_kwargs)), _vocab_size(source, **tokenizer_kwargs(init_kwargs))
     if found != expected:
         raise ValueError(
             f"{role} {name} has a vocabulary of {found} tokens, the policy one of {expected}: a token reward compares "
@@ -363,7 +508,8 @@ def check_same_vocabulary(
     folder = Path(str(source))
     if isinstance(source, nn.Module) or not (folder / "tokenizer_config.json").is_file():
         return
-    theirs, ours = AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab()
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
+    theirs, ours = loaded.get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         token = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))
         raise ValueError(
@@ -372,15 +518,19 @@ def check_same_vocabulary(
         )
 
 
-def _vocab_size(source: Source, trust_remote_code: bool) -> int:
-    live = isinstance(source, nn.Module)
-    config: Any = unwrap_peft(source).config if live else _config_of(source, trust_remote_code)  # type: ignore[arg-type]
+def _vocab_size(source: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
+    config = source
+    if isinstance(source, nn.Module):
+        config = unwrap_peft(source).config
+    elif isinstance(source, str | Path):
+        config = _config_of(source, trust_remote_code, revision)
     return int(config.get_text_config().vocab_size)
 
 
-def _config_of(source: str | Path, trust_remote_code: bool) -> Any:
+def _config_of(source: str | Path, trust_remote_code: bool, revision: str | None = None) -> Any:
     """The configuration of a folder or hub id; of the base model where it is an adapter."""
     if is_adapter(source):
-        source = _base_of(source, adapter_config(source))
+        config = adapter_config(source)
+        source, revision = _base_of(source, config), config.revision or revision
     with told_of(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, **_hub(trust_remote_code, revision))

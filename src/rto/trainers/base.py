@@ -1,11 +1,13 @@
 """What the trainers share: sealed checkpoints, backward over micro-batches, metrics, the log as JSON lines."""
 
+import difflib
+import inspect
 import json
 import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +31,15 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
+from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
-from rto.values import check_choice
+from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.values import check_choice, json_mapping
 
 logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
@@ -49,21 +53,17 @@ class CheckpointError(ValueError):
 
 
 @dataclass
-class TokenTrainingArguments(TrainingArguments):
-    """Arguments that every trainer here has, on top of `transformers.TrainingArguments`.
+class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
+    """Arguments that every trainer here has, on top of `transformers.TrainingArguments` and `PrecisionArguments`.
 
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows
             this, results do not: losses are summed over micro-batches under one global denominator.
-        model_init_kwargs: passed to ``from_pretrained`` of every model given as a folder or hub id.
         disable_dropout: set dropout to zero, so that a model's log-probabilities are a function of its input.
     """
 
     max_tokens_per_micro_batch: int = field(
         default=16384, metadata={"help": "Padded tokens in one forward and backward pass, per process."}
-    )
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained for models given as folder or hub id."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to zero in the trained models."})
     remove_unused_columns: bool = field(
@@ -75,32 +75,11 @@ class TokenTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # or else bf16 is refused, which processors have, too
+        on_this_machine(self)
         super().__post_init__()
         if self.max_tokens_per_micro_batch < 1:
             raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
         _ = self.init_kwargs  # refused here, not when models are loaded
-
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """``model_init_kwargs`` as a dictionary."""
-        return json_mapping("model_init_kwargs", self.model_init_kwargs)
-
-
-def json_mapping(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A mapping, which flags give as JSON.
-
-    Raises:
-        ValueError: it is not one; the message begins with ``name``.
-    """
-    try:
-        found = json.loads(given) if isinstance(given, str) else given or {}
-    except ValueError as error:
-        raise ValueError(f"{name}={given!r} is not JSON ({error}), like '{{\"beta\": 0.1}}'") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} must be a mapping, not {given!r}")
-    return dict(found)
 
 
 AT_LEAST: dict[str, float] = {
@@ -131,12 +110,12 @@ def check_training(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not value >= least:  # a NaN is refused, too
             raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-        kwargs = dict(args.lr_scheduler_kwargs or {})
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {args.lr_scheduler_type.value}: {error}") from error
+        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
@@ -188,6 +167,34 @@ class SealedCheckpoints(Trainer):
             self._load_state(Path(checkpoint))
 
 
+NO_MEANING = {
+    "compute_metrics": "evaluate computes this trainer's own metrics and keeps no logits: override evaluate, or log a "
+    "number of your own from a TrainerCallback's on_evaluate",
+    "preprocess_logits_for_metrics": "evaluate keeps no logits",
+    "compute_loss_func": "the loss is what this trainer is for: see its own arguments",
+    "data_collator": "rows stay token lists until their micro-batch is cut",
+    "model_init": "give the model itself",
+}
+"""Arguments of `transformers.Trainer` that the trainers here would not use, and what to do instead."""
+
+
+def check_trainer_arguments(trainer: type, given: Mapping[str, Any]) -> None:
+    """Refuse what `transformers.Trainer` would keep and nobody would read, before any model is loaded.
+
+    Raises:
+        ValueError: an argument has no meaning here.
+        TypeError: there is no such argument.
+    """
+    known = inspect.signature(Trainer.__init__).parameters
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, [*inspect.signature(trainer).parameters, *known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{trainer.__name__} has no argument {name!r}{hint}")
+        if name in NO_MEANING and value is not None:
+            raise ValueError(f"{trainer.__name__} does not use {name}: {NO_MEANING[name]}")
+
+
 class TokenTrainer(SealedCheckpoints):
     """A `transformers.Trainer` over an `Actor`, whose checkpoints are whole or not there.
 
@@ -200,16 +207,59 @@ class TokenTrainer(SealedCheckpoints):
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any
     eval_dataset: Any
+    row_type: ClassVar[type]
+    """What a row of its data sets is once it has been read."""
 
     def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        kwargs.pop("data_collator", None)
+        prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer, model)
         self.model_accepts_loss_kwargs = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
         tell_quietly(self)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on held-out rows; of a dictionary of data sets on each, as ``eval_NAME_…``.
+
+        Args:
+            eval_dataset: rows as the trainer's own data sets have them, a dictionary of such, or the name of one in
+                the trainer's dictionary; None evaluates on what the trainer was given.
+            ignore_keys: of `transformers.Trainer`; not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            DataError: the rows cannot be used.
+            ValueError: there is nothing to evaluate on.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
+        if data is None:
+            raise ValueError("evaluate has no rows: pass eval_dataset, here or when the trainer is made")
+        if isinstance(data, dict):
+            found: dict[str, float] = {}
+            for name, part in data.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if not (isinstance(data, list) and data and isinstance(data[0], self.row_type)):
+            data, _ = self._read(data, "eval_dataset")
+        return self.evaluate_rows(data, metric_key_prefix)
+
+    def evaluate_rows(self, rows: Any, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics on rows that have been read, logged."""
+        raise NotImplementedError
+
+    def _read(self, dataset: Any, what: str) -> tuple[list[Any], Any]:
+        """A data set as rows of ``row_type``, and what was left out."""
+        raise NotImplementedError
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
@@ -281,6 +331,7 @@ class TokenTrainer(SealedCheckpoints):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         actor: Actor = self.accelerator.unwrap_model(self.model)
+        stop_at_eos(actor.policy, self.processing_class)
         part: Any
         for part, where in ((actor.policy, folder), (actor.value_model, folder / VALUE_MODEL)):
             if part is None:
@@ -312,6 +363,17 @@ class TokenTrainer(SealedCheckpoints):
         for part, where in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_MODEL)):
             if part is not None:
                 load_weights(part, where)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse one that was made before the trainer and so does not know its critic or a new adapter."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"the optimizer in optimizers does not hold {name}, which is trained: set optim and learning_rate in "
+                "the arguments, or pass optimizer_cls_and_kwargs"
+            )
 
 
 def _as_it_is(rows: list[Any]) -> Any:
