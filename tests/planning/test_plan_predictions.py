@@ -33,12 +33,12 @@ def config(family: str = "llama", **settings: Any) -> Any:
 
 
 def built(
-    family: str = "llama", *, lora: int = 0, checkpointing: bool = False, bf16: bool = False
+    family: str = "llama", *, lora: int = 0, checkpointing: bool = False, bf16: bool = False, **settings: Any
 ) -> tuple[nn.Module, Role, Placement]:
     """A model, the role that describes it, and where it lies."""
-    settings = config(family)
-    model: Any = AutoModelForCausalLM.from_config(settings)
-    shape = shape_of(settings, family)
+    described = config(family, **settings)
+    model: Any = AutoModelForCausalLM.from_config(described)
+    shape = shape_of(described, family)
     adapters = None
     if lora:
         from peft import LoraConfig
@@ -109,6 +109,14 @@ def test_logits_in_several_cuts_are_computed_twice(monkeypatch: pytest.MonkeyPat
     assert memory.total == pytest.approx(measured.peak, rel=MOST)
     f = place.forward(role, training=True)
     assert arithmetic.train(f, AT).operations == measured.operations
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_tied_embeddings(passes: int) -> None:
+    model, role, place = built(checkpointing=True, tie_word_embeddings=True, vocab_size=16_000)
+    at = Pass(rows=2, prompt=24, response=8)  # so few tokens that the table's gradients are the peak
+    memory = place.resting([role]) + place.train(role, at, passes, checkpointing=True)
+    assert memory.total == pytest.approx(measure_update(model, at, passes).peak, rel=MOST)
 
 
 def test_gpt_neox() -> None:

@@ -216,7 +216,7 @@ class Placement:
         return worst
 
     def _moments(self, f: Forward, at: Pass, learns: int, passes: int) -> list[Memory]:
-        """End of the forward pass; the head, the last layer and the first one in the backward pass; the update."""
+        """End of the forward pass; head, last layer, first layer, embedding in the backward pass; the update."""
         s, head = f.shape, head_bytes(f, at)
         whole = f.trained is Trained.ALL
         every = FP32 * learns / self.shards
@@ -251,8 +251,18 @@ class Placement:
                 activations=again + at.tokens * f.weights * s.hidden,
                 transient=down,
             ),
+            Memory(gradients=every, activations=at.tokens * f.weights * s.hidden, transient=self._tables(f, passes)),
             Memory(gradients=every),
         ]
+
+    def _tables(self, f: Forward, passes: int) -> float:
+        """The embedding's gradient, last of all: where it is the output layer, too, both parts and their sum exist."""
+        if f.trained is not Trained.ALL:
+            return 0.0
+        if self.sharded:
+            return float((f.compute + FP32) * f.shape.table)
+        more = (2 if f.speaks and f.shape.tied else 0) + (1 if passes > 1 else 0)
+        return float(FP32 * f.shape.table * more)
 
     def _copies(self, f: Forward) -> float:
         """Copies that autocast makes of the layers' weights; the head reads its weights as they are."""
