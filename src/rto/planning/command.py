@@ -126,9 +126,11 @@ def main(args: list[str]) -> int:
     add("--bandwidth", type=float, default=Rates.bandwidth / GB, help="of a device's memory, GB/s (3350: H100)")
     add("--link", type=float, default=Rates.link / GB, help="to other devices of a host, GB/s (450: NVLink 4)")
     add("--network", type=float, default=Rates.network / GB, help="of a device to other hosts, GB/s (50: 400 Gb/s)")
+    add("--reached", type=float, default=Rates.reached, help="share of the memory's bandwidth that is reached (0.7)")
+    add("--host", type=float, default=Rates.host / GB, help="between device and host memory, GB/s (55: PCIe 5)")
     add("--per_host", type=int, default=Rates.per_host, help="devices of a host (8)")
     flags, rest = parser.parse_known_args(args)
-    for name in ("tflops", "utilisation", "bandwidth", "link", "network", "per_host"):
+    for name in ("tflops", "utilisation", "bandwidth", "reached", "link", "network", "host", "per_host"):
         if (value := getattr(flags, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be positive, got {value:g}")
     hf_logging.set_verbosity_error()
@@ -137,8 +139,10 @@ def main(args: list[str]) -> int:
         operations=(flags.tflops or 0.0) * 1e12,
         utilisation=flags.utilisation,
         bandwidth=flags.bandwidth * GB,
+        reached=flags.reached,
         link=flags.link * GB,
         network=flags.network * GB,
+        host=flags.host * GB,
         per_host=flags.per_host,
     )
     found = plan(
