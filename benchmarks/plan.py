@@ -266,7 +266,7 @@ def updates(models: list[str]) -> list[dict[str, Any]]:
         ]
         found = spawn(["--worker", json.dumps({"updates": [case | {"resident": False} for case in cases]})])
         for case, measured in zip(cases, found["updates"], strict=True):
-            row = case | measured
+            row = {**case, "resident": None} | measured
             if not (case["bf16"] or case["checkpointing"] or case["passes"] > 1):
                 row |= spawn(["--worker", json.dumps({"updates": [case | {"resident": True}]})])["updates"][0]
             rows.append(row)

@@ -72,7 +72,7 @@ def test_the_table_of_measurements() -> None:
 
 
 def _row(x: dict[str, Any], model: str, kind: str, phase: str) -> dict[str, str]:
-    resident = x.get("resident")
+    resident = x["resident"]
     return {
         "model": model,
         "what": kind,

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rto.batches import collate
 from rto.functional.logprobs import token_logprobs
-from rto.models.actor import Actor
+from rto.models.actor import Actor, policy_logprobs
 from rto.models.roles import adapt
 from rto.planning import arithmetic
-from rto.planning.activations import FP32, Pass
+from rto.planning.activations import FP32, Pass, head_bytes, layers_kept
 from rto.planning.configs import shape_of
 from rto.planning.memory import Memory, Placement, Role
 from rto.planning.shapes import Lora, Shape
@@ -87,6 +88,23 @@ def test_an_update(kind: str, checkpointing: bool, passes: int) -> None:
     assert memory.total == pytest.approx(measured.peak, rel=MOST)
     f = place.forward(role, checkpointing=checkpointing, training=True)
     assert arithmetic.train(f, AT).operations * passes == measured.operations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_forward_pass_keeps(kind: str) -> None:
+    bf16 = "bf16" in kind
+    model, role, place = built(lora=8 if "LoRA" in kind else 0, bf16=bf16)
+    f, at = place.forward(role, training=True), Pass(rows=4, prompt=96, response=32)
+    tokens = torch.randint(3, SIZES["vocab_size"], (at.rows, at.length)).tolist()
+    batch = collate([x[: at.prompt] for x in tokens], [x[at.prompt :] for x in tokens], pad=0)
+    with LiveTensors([*model.parameters(), *model.buffers()]) as live:
+        before = live.now
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logp = policy_logprobs(model, batch)
+        kept = live.now - before
+    assert logp.requires_grad
+    copies = f.compute * f.shape.layers * f.shape.layer if f.casts else 0
+    assert layers_kept(f, at) + head_bytes(f, at).kept + copies == pytest.approx(kept, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["full", "full bf16", "LoRA"])
