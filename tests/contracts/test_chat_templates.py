@@ -399,6 +399,15 @@ def test_a_template_that_needs_a_system_message_or_parts_is_read_all_the_same():
         assert stop_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
 
 
+def test_a_template_that_reads_parts_alone_is_given_parts():
+    """Of text it would render nothing, and say nothing."""
+    content = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer = tokenizer_of("{% for m in messages %}{{ m.role }}:" + content + "<|end|>{% endfor %}", ("<|end|>",))
+    rows = [{"prompt": [user("why ?")], "chosen": [agent("light")], "rejected": [agent("no")]}]
+    (pair,), _ = read_pairs(rows, tokenizer, max_length=99)
+    assert tokenizer.decode(pair.prompt + pair.chosen) == "user:why ?<|end|>assistant:light<|end|>"
+
+
 def test_a_turn_may_be_ended_by_the_next_one():
     """As in GLM-4, whose answers end where the user's token stands."""
     template = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"

@@ -11,7 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MambaConfig,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from rto.models.actor import token_values
@@ -24,6 +26,7 @@ from rto.models.loading import (
     load_tokenizer,
     max_positions,
     scalar_head,
+    stop_at_eos,
 )
 
 
@@ -92,6 +95,16 @@ def test_every_id_that_ends_a_completion(tiny_model, tokenizer, listed, expected
     assert eos_ids(model, tokenizer) == expected
 
 
+@pytest.mark.parametrize(("listed", "saved"), [(None, 2), ([7, 5], [2, 5, 7])], ids=str)
+def test_a_saved_model_stops_where_sampling_does(tiny_model, tokenizer, tmp_path, listed, saved):
+    """Plain `generate` of what was trained here must not run on past the end of a turn."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = listed
+    stop_at_eos(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == saved
+
+
 # --- The policy's vocabulary
 
 
@@ -158,6 +171,15 @@ def test_a_model_with_two_outputs_is_refused(scalar_config, tmp_path, live):
 def test_a_model_without_a_scalar_head_is_refused_by_name(tiny_model):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no `score` head"):
         scalar_head(tiny_model())
+
+
+def test_a_type_without_such_a_model_is_refused_in_a_line(tmp_path):
+    MambaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ValueError, match=r"is of type mamba, of which transformers has no model that scores: take"):
+        load_scalar(tmp_path / "mamba")
+    T5Config(vocab_size=300).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"is of type t5, of which transformers has no causal language model: take"):
+        load_policy(tmp_path / "t5")
 
 
 def test_a_language_model_is_no_reward_model(tiny_folder: Path) -> None:

@@ -199,7 +199,7 @@ BAD = [
             (["--prompt", "a", "--config", "nothere.yaml"], "nothere.yaml: no such file for --config"),
             (["--prompt", "a", "--config", "unknown.yaml"], "betta"),
             (["--prompt", "a", "--betta", "0.1"], "betta"),
-            (["--prompt", "a", "--output_dir", "judge.py"], "judge.py: File exists"),
+            (["--prompt", "a", "--output_dir", "judge.py"], "--output_dir judge.py: no folder that can be written"),
         ]
     ),
 ]

@@ -277,9 +277,27 @@ def _render(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
-    """A conversation as its template writes it."""
+    """A conversation as its template writes it; content is in parts where the template reads nothing else."""
     if tokenizer.chat_template is None:
         raise DataError("conversations need a chat template, which this tokenizer lacks: bring text, or set one")
+    if _closing_of(tokenizer).parts:
+        messages = list(map(_in_parts, messages))
+    return _applied(messages, tokenizer, options, add_generation_prompt, continue_final_message)
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _applied(
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> str:
+    """What the template makes of messages as they are."""
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -309,6 +327,8 @@ class _Closing:
     stop_text: str = ""
     tail: tuple[int, ...] = ()
     """The tokens after that one."""
+    parts: bool = False
+    """The template reads a content that is a list of parts, and of text nothing."""
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -343,33 +363,38 @@ def _find_closing(tokenizer: PreTrainedTokenizerBase, template: str) -> _Closing
     """Let the template render an answer; ``template`` is its text, for the cache."""
     del template
     own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    whole = _probe(tokenizer)
+    whole, parts = _probe(tokenizer)
     text = whole.rpartition(_MARK)[2]
-    followed = _probe(tokenizer, {"role": "user", "content": "a"}).rpartition(_MARK)[2]  # of a turn that the next ends
+    next_turn = {"role": "user", "content": "a"}
+    followed = _probe(tokenizer, next_turn)[0].rpartition(_MARK)[2]  # of a turn that the next one ends
     stop = next((i for closing in (text, followed) for i in _ids(closing, tokenizer) if i in own), None)
     if stop is None:
         logger.warning(
             "the chat template ends an answer with %r, in which no token is a special one: only EOS ends a completion",
             text,
         )
-        return _Closing(text=text)
+        return _Closing(text=text, parts=parts)
     ids = _ids(whole, tokenizer)
     tail = ids[len(ids) - ids[::-1].index(stop) :] if stop in _ids(text, tokenizer) else []
-    return _Closing(text=text, stop=stop, stop_text=str(tokenizer.convert_ids_to_tokens(stop)), tail=tuple(tail))
+    stop_text = str(tokenizer.convert_ids_to_tokens(stop))
+    return _Closing(text=text, stop=stop, stop_text=stop_text, tail=tuple(tail), parts=parts)
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, *after: dict[str, Any]) -> str:
-    """An answer of one mark, rendered in the first way that the template takes; "" where it takes none."""
+def _probe(tokenizer: PreTrainedTokenizerBase, *after: dict[str, Any]) -> tuple[str, bool]:
+    """An answer of one mark, rendered in the first way that the template takes, and whether that is in parts.
+
+    "" where it takes none.
+    """
     for system in ([], [{"role": "system", "content": "a"}]):
-        for wrap in (str, lambda text: [{"type": "text", "text": text}]):
-            turns = [*system, {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}, *after]
+        turns = [*system, {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}, *after]
+        for parts in (False, True):
             try:
-                whole = _render([{**turn, "content": wrap(turn["content"])} for turn in turns], tokenizer, {})
+                whole = _applied(list(map(_in_parts, turns)) if parts else turns, tokenizer, {})
             except TemplateError:
                 continue
             if _MARK in whole:
-                return whole
-    return ""
+                return whole, parts
+    return "", False
 
 
 # --- text

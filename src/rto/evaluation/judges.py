@@ -323,7 +323,7 @@ class ChatJudge:
     def __init__(self, endpoint: Endpoint, protocol: ChatProtocol) -> None:
         self.endpoint, self.protocol = endpoint, protocol
         self.name = f"{protocol.name}_{endpoint.model}"
-        self.identity = f"{endpoint.model} at {endpoint.url}"
+        self.identity = endpoint.model  # a server may stand at another address the next time
         self.games = protocol.games
 
     def __call__(self, sights: Sequence[Sight]) -> list[Game]:

@@ -45,7 +45,9 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
             raise ValueError(f"{source} is an adapter that scores completions, not a language model")
         kwargs = _of_base(config, init_kwargs)
         return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), kwargs), source)
-    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs), init_kwargs.get("revision")))
+    config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
+    _refuse_scorer(str(source), config)
+    _check_type(AutoModelForCausalLM, str(source), config, "causal language model")
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
         raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
@@ -139,6 +141,12 @@ def _refuse_scorer(name: str, config: Any) -> None:
         raise ValueError(f"{name} is a model that scores completions, not a language model")
 
 
+def _check_type(auto: Any, name: str, config: Any, what: str) -> None:
+    """Refuse a type that the library has no such model of."""
+    if type(config) not in auto._model_mapping and auto.__name__ not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(f"{name} is of type {config.model_type}, of which transformers has no {what}: take another")
+
+
 def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) -> nn.Module:
     """A model with one scalar head, as reward model or critic; a PEFT adapter folder loads on its base.
 
@@ -162,6 +170,7 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
     config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
+    _check_type(AutoModelForSequenceClassification, str(source), config, "model that scores")
     model, missing = _load_and_report(AutoModelForSequenceClassification, source, {**init_kwargs, "num_labels": 1})
     if missing and not new_head:
         raise ValueError(
