@@ -442,9 +442,9 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     target = Path(folder)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
-    model: Any = load_policy(source, **init_kwargs)
-    if not hasattr(model, "merge_and_unload"):
+    if not (hasattr(source, "merge_and_unload") if isinstance(source, nn.Module) else is_adapter(source)):
         raise ValueError(f"{source_name(source)} is no adapter: it is a whole model already")
+    model: Any = load_policy(source, **init_kwargs)
     tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model))
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
