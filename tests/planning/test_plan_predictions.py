@@ -74,11 +74,13 @@ def test_adapters_have_as_many_weights_as_pefts() -> None:
 
 
 KINDS = ["full", "full bf16", "LoRA", "LoRA bf16"]
-TWO_PASSES = [("full", False, 2), ("full bf16", True, 2), ("LoRA", True, 2)]
+FAST = [("full", False, 1), ("LoRA bf16", True, 1), ("full bf16", True, 2)]
+EVERY = [(kind, again, passes) for kind in KINDS for again in (False, True) for passes in (1, 2)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpointing", "passes"), [*((k, again, 1) for k in KINDS for again in (False, True)), *TWO_PASSES]
+    ("kind", "checkpointing", "passes"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in FAST)],
 )
 def test_an_update(kind: str, checkpointing: bool, passes: int) -> None:
     bf16 = "bf16" in kind
