@@ -27,6 +27,7 @@ from trl import RewardConfig, SFTConfig
 from rto.data.chat import completion_texts
 from rto.data.formats import load_rows, read_prompts
 from rto.evaluation.comparison import Answers, answer, summary
+from rto.files import write_atomically
 from rto.inspection import pieces, spoken
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
 from rto.recipe import METHOD_KEYS, Recipe, RecipeError, folder_of, is_function, resolve
@@ -35,7 +36,7 @@ from rto.report.table import results_table
 from rto.rollout.rewards import Completed, RewardModel
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
-from rto.trainers.base import last_checkpoint, write_atomically
+from rto.trainers.checkpoints import last_checkpoint
 from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 from rto.trainers.rto import RTOConfig, RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from rto import RTOConfig, RTOTrainer
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
-from rto.trainers import base
+from rto.trainers import checkpoints
 
 WORDS = [
     "ab",
@@ -65,14 +65,14 @@ def arm(where: str, trainer: RTOTrainer) -> None:
 
         trainer._save_optimizer_and_scheduler = save
     elif where == "before-seal":
-        original_seal = base.seal
+        original_seal = checkpoints.seal
 
         def seal(folder: Path) -> None:
             if folder.name == "checkpoint-6":
                 kill()
             original_seal(folder)
 
-        base.seal = seal
+        checkpoints.seal = seal
 
 
 def score(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:

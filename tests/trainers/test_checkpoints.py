@@ -14,7 +14,8 @@ import torch
 from killable import build
 from preferring import prefer
 
-from rto.trainers.base import SEAL, CheckpointError, check_seal, keep_lines, last_checkpoint
+from rto.trainers.checkpoints import SEAL, CheckpointError, check_seal, last_checkpoint
+from rto.trainers.logs import keep_lines
 
 RTO, PREFERENCE = (Path(__file__).with_name(name) for name in ("killable.py", "preferring.py"))
 

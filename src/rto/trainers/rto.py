@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
 from rto.data.formats import Prompt, read_prompts
+from rto.files import write_atomically
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
@@ -49,7 +50,8 @@ from rto.models.roles import Role, SharedBase, adapt, place, shared_base, traina
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
-from rto.trainers.base import VALUE_MODEL, CheckpointError, TokenTrainer, TokenTrainingArguments, write_atomically
+from rto.trainers.base import VALUE_MODEL, TokenTrainer, TokenTrainingArguments
+from rto.trainers.checkpoints import CheckpointError
 
 ESTIMATORS = ("gae", "reinforce++")
 

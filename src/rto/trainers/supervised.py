@@ -9,7 +9,8 @@ from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
 
 from rto.data.formats import Skipped, read_pairs
-from rto.trainers.base import SealedCheckpoints, tell_quietly
+from rto.trainers.checkpoints import SealedCheckpoints
+from rto.trainers.logs import tell_quietly
 
 
 class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
