@@ -1,5 +1,6 @@
 """From prompts to completions. One interface; the sampler on transformers is here."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from rto.batches import Samples, collate
+from rto.finite import NotFiniteError
 from rto.models.loading import unwrap_peft
 
 
@@ -34,7 +36,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
             raise ValueError(
                 f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {self.temperature}, "
                 f"{self.top_p} and {self.top_k}"
@@ -71,7 +73,11 @@ class TransformersSampler:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: list[list[int]], seed: int) -> Samples:
-        """See `Sampler`. Prompts of like length are decoded together."""
+        """See `Sampler`. Prompts of like length are decoded together.
+
+        Raises:
+            NotFiniteError: the model's logits are NaN or infinite; the message names prompt and token.
+        """
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
         was_training, _ = model.training, model.eval()
@@ -80,7 +86,11 @@ class TransformersSampler:
         try:
             for start in range(0, len(order), self.max_rows):
                 rows = order[start : start + self.max_rows]
-                for i, response in zip(rows, self._decode(model, [prompts[i] for i in rows], generator)):
+                try:
+                    drawn = self._decode(model, [prompts[i] for i in rows], generator)
+                except NotFiniteError as error:
+                    raise NotFiniteError(error.what, rows[error.row or 0]) from error
+                for i, response in zip(rows, drawn):
                     responses[i] = response
         finally:
             model.train(was_training)
@@ -101,12 +111,16 @@ class TransformersSampler:
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         tokens = batch.tokens[:, :width]
         for t in range(limit):
-            tokens = draw(decoder.step(tokens), self.config, generator)
+            logits = decoder.step(tokens)
+            finite = logits.amax(-1).isfinite()
+            tokens = draw(logits, self.config, generator)
             out[live[~done], t] = tokens[~done]
             ends = ~done & torch.isin(tokens, eos)
             lengths[live[ends]] = t + 1
             done = done | ends
-            running = int((~done).sum())
+            running, lost = torch.stack([(~done).sum(), (~finite).sum()]).tolist()
+            if lost:
+                raise NotFiniteError(f"the sampler's logits are not finite at token {t}", int(live[~finite][0]))
             if running == 0:
                 break
             if running <= 0.75 * len(live):  # shrinking copies the cache, so not for every row
@@ -245,7 +259,7 @@ def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[
     block, rest = _first_above(sums, point)
     row = torch.arange(len(weights), device=weights.device)
     token, _ = _first_above(blocks[row, block].double(), rest)
-    return block * BLOCK + token
+    return (block * BLOCK + token).clamp(max=weights.shape[-1] - 1)  # where weights are NaN
 
 
 def _first_above(
@@ -256,4 +270,5 @@ def _first_above(
     total = cumulative[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not pass the end
     index = torch.searchsorted(cumulative, point, right=True)
+    index = index.clamp(max=weights.shape[-1] - 1)  # where weights are NaN
     return index.squeeze(-1), point - (cumulative - weights).gather(-1, index)

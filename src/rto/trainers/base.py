@@ -2,11 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,6 +17,7 @@ from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.roles import Role, load_adapter_weights, save_adapter
+from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.logs import tell_quietly
 
@@ -51,12 +52,13 @@ class TokenTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Kept at False: batches are token lists until their turn has come."}
     )
 
+    ranges: ClassVar[Mapping[str, Range]] = {**TRAINING, "max_tokens_per_micro_batch": COUNT}
+
     def __post_init__(self) -> None:
+        check_arguments(self, self.ranges)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or else bf16 is refused, which processors have, too
         super().__post_init__()
-        if self.max_tokens_per_micro_batch < 1:
-            raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
 
     @property
     def init_kwargs(self) -> dict[str, Any]:

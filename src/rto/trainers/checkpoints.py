@@ -1,17 +1,18 @@
-"""Checkpoints that are whole or not there: sealed when all of them is written, checked before a run goes on from one."""
+"""Checkpoints that are whole or not there: sealed when all is written, checked before a run goes on from one."""
 
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from rto.files import write_atomically
+from rto.finite import Watch, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +24,47 @@ class CheckpointError(ValueError):
 
 
 class SealedCheckpoints(Trainer):
-    """Checkpoints that are whole or not there: written, then sealed; a folder without a seal does not count."""
+    """Checkpoints that are whole or not there: written, then sealed; a folder without a seal does not count.
+
+    What is not finite is not trained on and not saved: ``self.watch`` is looked at before every update, and every
+    weight before it is written.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch = Watch(self.accelerator)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
 
         Raises:
             CheckpointError: a named checkpoint is not whole.
+            NotFiniteError: a number is NaN or infinite; the last whole checkpoint stays, no model is written.
         """
+        self.args.logging_nan_inf_filter = False  # it writes a loss of 0 where there is none
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint:
             check_seal(Path(str(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last number before an update; with it, everything that was noted for this update is looked at."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, Tensor) and self.accelerator.scaler is None:  # a scaler skips such updates by itself
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self.watch.see(whole, "gradient norm of the policy")
+        self.watch.check(self.state.global_step + 1)
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`.
+
+        Raises:
+            NotFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        check_weights(self.accelerator, cast(nn.Module, self.model), self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Sequences, collate, micro_batches
+from rto.files import shown
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
 from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_logprobs, response_states
@@ -193,7 +194,11 @@ class PreferenceTrainer(TokenTrainer):
 
         def loss(rows: Tensor) -> Tensor:
             outcomes.append(self._outcome(model, [inputs[i] for i in rows], kl))
+            self.watch.see(outcomes[-1].loss, "loss of the policy", rows=rows, tell=tell)
             return outcomes[-1].loss.sum() / num_items_in_batch
+
+        def tell(row: int) -> str:
+            return f"prompt {shown(self.processing_class.decode(inputs[row].prompt))}"
 
         total = self.backward(model, self._cuts(inputs), loss)
         self.record(**self._means(outcomes), **({"kl": kl} if isinstance(self.loss, UnpairedLoss) else {}))

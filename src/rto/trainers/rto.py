@@ -9,11 +9,11 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import safetensors.torch
 import torch
@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
 from rto.data.formats import Prompt, read_prompts
-from rto.files import write_atomically
+from rto.files import shown, write_atomically
+from rto.finite import NotFiniteError, together
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
@@ -47,6 +48,7 @@ from rto.models.loading import (
     trusts,
 )
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
+from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
@@ -130,10 +132,36 @@ class RTOConfig(TokenTrainingArguments):
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **TokenTrainingArguments.ranges,
+        "value_learning_rate": NOT_NEGATIVE,
+        "total_episodes": COUNT,
+        "num_ppo_epochs": COUNT,
+        "num_mini_batches": COUNT,
+        "dpo_coef": NOT_NEGATIVE,
+        "kl_coef": NOT_NEGATIVE,
+        "token_reward_pessimism": NOT_NEGATIVE,
+        "token_reward_clip": POSITIVE,
+        "missing_eos_penalty": NOT_NEGATIVE,
+        "kl_target": POSITIVE,
+        "kl_horizon": COUNT,
+        "gamma": SHARE,
+        "lam": SHARE,
+        "cliprange": POSITIVE,
+        "cliprange_value": POSITIVE,
+        "vf_coef": NOT_NEGATIVE,
+        "max_prompt_length": COUNT,
+        "max_completion_length": COUNT,
+        "temperature": NOT_NEGATIVE,
+        "top_p": POSITIVE_SHARE,
+        "top_k": NOT_NEGATIVE,
+        "log_completions": NOT_NEGATIVE,
+    }
+
     def __post_init__(self) -> None:
-        for name in ("num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_arguments(self, self.ranges)
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}")
         if self.logging_steps == 0:
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
         super().__post_init__()
@@ -347,10 +375,18 @@ class RTOTrainer(TokenTrainer):
         return loss
 
     def sample(self, model: nn.Module, prompts: Sequence[Prompt], seed: int) -> Samples:
-        """Draw one completion for each prompt from the policy as it is now."""
+        """Draw one completion for each prompt from the policy as it is now.
+
+        Raises:
+            NotFiniteError: the sampler's logits are NaN or infinite.
+        """
         actor: Actor = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+        with together(self.accelerator), self.accelerator.autocast():
+            try:
+                return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+            except NotFiniteError as error:
+                at = "" if error.row is None else f" ({_shown_prompt(prompts, error.row)})"
+                raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
 
     @torch.no_grad()
     def score(self, model: nn.Module, samples: Samples, prompts: Sequence[Prompt]) -> Rollout:
@@ -364,8 +400,7 @@ class RTOTrainer(TokenTrainer):
                 logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
         assert acting.logp is not None
         assert acting.entropy is not None
-        self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
-        return Rollout(
+        rollout = Rollout(
             **samples.tensors(),
             policy_logp=acting.logp,
             ref_logp=ref_logp,
@@ -373,6 +408,23 @@ class RTOTrainer(TokenTrainer):
             values=acting.values,
             scores=self._scores(samples, completed),
         )
+        self._check(rollout, prompts)
+        self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
+        return rollout
+
+    def _check(self, rollout: Rollout, prompts: Sequence[Prompt]) -> None:
+        """Every number of a rollout is finite before any is used."""
+        per_token = {
+            "log-probability of the policy": rollout.policy_logp,
+            "log-probability of the reference": rollout.ref_logp,
+            "token reward of the DPO model": rollout.token_logratio,
+            "value of the critic": rollout.values,
+        }
+        for what, x in per_token.items():
+            if x is not None:
+                self.watch.see(x, what, mask=rollout.mask, tell=lambda row: _shown_prompt(prompts, row))
+        self.watch.see(rollout.scores, "score", tell=lambda row: _shown_prompt(prompts, row))
+        self.watch.check(self.state.global_step + 1)
 
     def credit(self, rollout: Rollout) -> Targets:
         """Eq. 4.7, then advantages; whitening is over the rollouts of all processes."""
@@ -412,6 +464,10 @@ class RTOTrainer(TokenTrainer):
         tokens = self.all_reduce(batch.mask.sum().float())
         stats: dict[str, Tensor] = {}
 
+        def tell(row: int) -> str:
+            prompt = batch.tokens[row, : batch.prompt_mask.shape[1]][batch.prompt_mask[row]]
+            return f"prompt {shown(self.processing_class.decode(prompt))}"
+
         def loss(share: tuple[Tensor, tuple[str, ...]]) -> Tensor:
             part = batch.rows(share[0]).trim()
             out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, args.temperature, parts=share[1])
@@ -424,12 +480,14 @@ class RTOTrainer(TokenTrainer):
                     "clip/ratio": policy.clipped.float(),
                     "approx_kl": approx_kl(out.logp, part.old_logp),
                 }
+                self.watch.see(policy.loss, "loss of the policy", mask=part.mask, rows=share[0], tell=tell)
                 total = total + masked_sum(policy.loss, part.mask)
             if out.values is not None:
                 assert part.old_values is not None
                 assert part.returns is not None
                 value = value_loss(out.values, part.old_values, part.returns, cliprange=args.cliprange_value)
                 terms |= {"loss/value": value.loss, "clip/value": value.clipped.float()}
+                self.watch.see(value.loss, "loss of the critic", mask=part.mask, rows=share[0], tell=tell)
                 total = total + args.vf_coef * masked_sum(value.loss, part.mask)
             for name, x in terms.items():
                 stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
@@ -477,11 +535,13 @@ class RTOTrainer(TokenTrainer):
             return total
         logged: dict[str, list[float]] = {}
         for source, weight in zip(self.score_sources, self.score_weights):
-            with self.accelerator.autocast():
+            with together(self.accelerator), self.accelerator.autocast():
                 scores = source(batch)
             name = source.name if source.name not in logged else f"{source.name}_{len(logged)}"
             logged[name] = scores
-            total += weight * torch.tensor(scores, device=total.device)
+            as_float32 = torch.tensor(scores, dtype=torch.float32, device=total.device)
+            self.watch.see(as_float32, f"score of {name} (as float32)", tell=lambda row: shown(batch.completions[row]))
+            total += weight * as_float32
         self._record_scores(batch, {**logged, "": total.tolist()})
         if self.args.normalize_scores:
             self.score_moments.update(total, all_reduce=self.all_reduce)
@@ -560,6 +620,7 @@ class RTOTrainer(TokenTrainer):
         norm = self.accelerator.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
             value_norm = self.accelerator.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
+            self.watch.see(value_norm, "gradient norm of the critic")
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
         return norm
@@ -756,6 +817,10 @@ class RolloutSampler(IndexSampler[list[int]]):
             mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
             for _ in range(self.repeats):
                 yield mine
+
+
+def _shown_prompt(prompts: Sequence[Prompt], row: int) -> str:
+    return f"prompt {shown(prompts[row].raw)}"
 
 
 def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:

@@ -9,19 +9,14 @@ from trl import RewardTrainer as TRLRewardTrainer
 from trl import SFTTrainer as TRLSFTTrainer
 
 from rto.data.formats import Skipped, read_pairs
-from rto.trainers.checkpoints import SealedCheckpoints
-from rto.trainers.logs import tell_quietly
+from rto.trainers.trl import FromTRL
 
 
-class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
+class SFTTrainer(FromTRL, TRLSFTTrainer):
     """`trl.SFTTrainer` with our checkpoints and log."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        tell_quietly(self)
 
-
-class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
+class RewardTrainer(FromTRL, TRLRewardTrainer):
     """`trl.RewardTrainer` with our checkpoints and log, on pairs read as every other stage here reads them.
 
     Raises:
@@ -57,4 +52,3 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        tell_quietly(self)
