@@ -193,13 +193,10 @@ def _overrides(args: list[str]) -> dict[str, Any]:
 
 def sft(args: list[str]) -> int:
     """`rto sft`."""
-    from trl import SFTConfig
+    from rto.trainers.supervised import SFTConfig, SFTTrainer
 
     data, config, model = _parse("sft", args, DataArguments, SFTConfig)
-    from rto.trainers.supervised import SFTTrainer
-
-    if model.load_in_4bit or model.load_in_8bit:
-        config.model_init_kwargs = {**_init(model), **(config.model_init_kwargs or {})}
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     trainer = SFTTrainer(
         model.model_name_or_path,
         config,
@@ -212,18 +209,15 @@ def sft(args: list[str]) -> int:
 
 def reward(args: list[str]) -> int:
     """`rto reward`."""
-    from trl import RewardConfig
+    from rto.trainers.supervised import RewardConfig, RewardTrainer
 
     data, config, model = _parse("reward", args, DataArguments, RewardConfig)
-    from rto.models.loading import load_scalar, load_tokenizer
-    from rto.trainers.supervised import RewardTrainer
-
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     trainer = RewardTrainer(
-        load_scalar(model.model_name_or_path, **_init(model)),
+        model.model_name_or_path,
         config,
         train_dataset=_train_rows(data),
         eval_dataset=_eval_rows(data),
-        processing_class=load_tokenizer(model.model_name_or_path),
         peft_config=_peft(model, task="SEQ_CLS"),
     )
     return _finish(trainer)
@@ -234,7 +228,7 @@ def prefer(args: list[str]) -> int:
     from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 
     data, others, config, model = _parse("prefer", args, DataArguments, ReferenceArguments, PreferenceConfig)
-    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,
@@ -252,7 +246,7 @@ def train(args: list[str]) -> int:
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
-    config.model_init_kwargs = {**_init(model), **config.init_kwargs}
+    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     rewards, token_rewards = (
         [resolve(f) if is_function(f) else f for f in names or []] for names in (others.reward_funcs, others.dpo_model)
     )
@@ -354,10 +348,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
-    """Flags and ``--config`` into ``kinds`` and TRL's ``ModelConfig``; an unknown key is an error."""
-    from trl import ModelConfig, TrlParser
+    """Flags and ``--config`` into ``kinds`` and `ModelArguments`; an unknown key is an error."""
+    from trl import TrlParser
 
-    every: list[Any] = [*kinds, ModelConfig]
+    from rto.trainers.precision import ModelArguments
+
+    every: list[Any] = [*kinds, ModelArguments]
     parser = TrlParser(every, prog=f"rto {command}")
     *parsed, model = parser.parse_args_and_config(args=args)
     if model.model_name_or_path is None:
@@ -379,16 +375,16 @@ def _eval_rows(data: DataArguments) -> Any:
     return load_rows(data.eval_dataset_name, name=data.dataset_config, split=data.dataset_test_split)
 
 
-def _init(model: Any) -> dict[str, Any]:
-    """Keyword arguments of ``from_pretrained`` from TRL's ``ModelConfig``."""
+def _init(model: Any, config: Any) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` from `ModelArguments`."""
     names = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
     found = {name: getattr(model, ours, None) for name, ours in names.items()}
     if model.load_in_4bit or model.load_in_8bit:
-        found |= _quantized(model)
+        found |= _quantized(model, config)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _quantized(model: Any) -> dict[str, Any]:
+def _quantized(model: Any, config: Any) -> dict[str, Any]:
     """``--load_in_4bit`` and ``--load_in_8bit``: a frozen base of few bits under adapters (QLoRA)."""
     from importlib.util import find_spec
 
@@ -399,7 +395,8 @@ def _quantized(model: Any) -> dict[str, Any]:
         raise ValueError(f"--{flag} freezes the base, so nothing could learn: add --use_peft")
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"--{flag} needs the package bitsandbytes: pip install bitsandbytes")
-    return {"quantization_config": get_quantization_config(model)}
+    compute = model.dtype or ("bfloat16" if config.bf16 else "float32")
+    return {"quantization_config": get_quantization_config(replace(model, dtype=compute))}
 
 
 def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:

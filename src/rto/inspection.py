@@ -13,11 +13,17 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_extract_prompt
 
 from rto.batches import collate
-from rto.data.chat import completion_ids, prompt_ids
-from rto.data.formats import DataError, Pair, load_rows, read_pairs
+from rto.data.chat import (
+    completion_ids,
+    completion_texts,
+    prompt_ids,
+    stop_ids,
+    template_options,
+    without_tail,
+)
+from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
 from rto.evaluation.inspection import (
     CreditReport,
     PairReport,
@@ -32,11 +38,12 @@ from rto.evaluation.inspection import (
 )
 from rto.models.loading import (
     check_same_vocabulary,
-    config_of_policy,
     eos_ids,
     find_config,
     load_policy,
     load_tokenizer,
+    pad_id,
+    shared_context,
 )
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
@@ -97,6 +104,10 @@ class InspectArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     output_dir: str = field(default="inspection", metadata={"help": "Where inspection.json and .html are written."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the models.", "choices": ["float32", "bfloat16", "float16"]},
+    )
 
     def __post_init__(self) -> None:
         for name in ("dpo_model", "completion"):  # a YAML file may hold one as text
@@ -175,7 +186,8 @@ def inspect(args: InspectArguments) -> Inspection:
     named = [*models, *([args.ref_model] if args.ref_model else [])]
     if not named:
         raise ValueError("a token reward function needs a tokenizer to cut text by: give --ref_model")
-    limit = _check_models(args, models)
+    context = _check_models(args, models)
+    limit = args.max_length if context is None else min(args.max_length, context)
     functions = {spec: _function("--dpo_model", spec) for spec in args.dpo_model if is_function(spec)}
     credit = None if args.credit is None else _function("--credit", args.credit)
     score: str | Callable[..., Any] | None = args.reward_model
@@ -188,7 +200,7 @@ def inspect(args: InspectArguments) -> Inspection:
         inspector = _inspector(args, models, functions, score, tokenizer)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
     rows = _head(_load(args, args.dataset_name), args.rows)
-    pairs, skipped = read_pairs(rows, tokenizer, max_length=limit, what=args.dataset_name)
+    pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=args.dataset_name)
     rewarded = _inspector(args, models, functions, score, tokenizer).pairs(pairs, rows)
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
     shown = [
@@ -224,6 +236,7 @@ class Inspector:
         device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.tokenizer, self.score, self.device = source.to(device), tokenizer, score, device
+        self.ends = {tokenizer.eos_token_id, *stop_ids(tokenizer)}
         if isinstance(score, RewardModel):
             score.model.to(device)
 
@@ -232,9 +245,11 @@ class Inspector:
         found: list[RewardedPair] = []
         for start in range(0, len(pairs), ROWS):
             part = pairs[start : start + ROWS]
-            raw = [_with_prompt(rows[p.row]) for p in part]
+            raw = [normalized(rows[p.row], ("chosen", "rejected"), self.tokenizer) for p in part]
             sides = [
-                self._reward([p.prompt for p in part], [getattr(p, side) for p in part], raw, side)
+                self._reward(
+                    [p.prompt for p in part], [without_tail(getattr(p, side), self.tokenizer) for p in part], raw, side
+                )
                 for side in ("chosen", "rejected")
             ]
             texts = [spoken(row["prompt"]) for row in raw]
@@ -266,7 +281,7 @@ class Inspector:
             ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
             columns=columns,
         )
-        sequences = collate(prompts, completions, pad=self.tokenizer.pad_token_id or 0, device=self.device)
+        sequences = collate(prompts, completions, pad=pad_id(self.tokenizer), device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
         for row, text in zip(rewards, completed.completions):
             if not np.isfinite(row).all():
@@ -278,6 +293,7 @@ class Inspector:
                 labels=tuple(self.tokenizer.convert_ids_to_tokens(ids)),
                 rewards=row[: len(ids)],
                 score=score,
+                ended=bool(ids) and ids[-1] in self.ends,
             )
             for ids, row, score in zip(completions, rewards, scores)
         ]
@@ -338,7 +354,7 @@ def _inspector(
     tokenizer: PreTrainedTokenizerBase,
 ) -> "Inspector":
     """Load what runs."""
-    init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
     source = token_source(
         [functions.get(spec, spec) for spec in args.dpo_model],
         _reference(args, models),
@@ -364,19 +380,18 @@ def _reference(args: InspectArguments, models: list[str]) -> str | None:
     return base
 
 
-def _check_models(args: InspectArguments, models: list[str]) -> int:
+def _check_models(args: InspectArguments, models: list[str]) -> int | None:
     """What can be told of models before they are loaded; the longest row that all of them can read."""
     reference, trust = _reference(args, models), args.trust_remote_code
     named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
-    configs = [config_of_policy(role, model, trust_remote_code=trust) for role, model in named]
+    context = shared_context(named, lambda _: {"trust_remote_code": trust})
     if args.reward_model is not None and not is_function(args.reward_model):
         find_config("--reward_model", args.reward_model, trust_remote_code=trust)
     if models:
         tokenizer = load_tokenizer(models[0], trust_remote_code=trust)
         for role, other in named[1:]:
             check_same_vocabulary(role, other, tokenizer, models[0], trust_remote_code=trust)
-    contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    return min([args.max_length, *(context for context in contexts if context is not None)])
+    return context
 
 
 def _function(flag: str, spec: str) -> Callable[..., Any]:
@@ -408,10 +423,6 @@ def _head(dataset: Dataset, rows: int | None) -> Dataset:
     return dataset if rows is None else dataset.select(range(min(rows, len(dataset))))
 
 
-def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **maybe_extract_prompt(dict(row))}
-
-
 def _what(args: InspectArguments) -> str:
     return f"the prompt {args.prompt!r}" if args.prompt is not None else str(args.completions)
 
@@ -420,7 +431,7 @@ def _rows_to_show(
     args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
 ) -> list[dict[str, Any]]:
     """Rows for `Inspector.show`, each with the names of its sides, each checked."""
-    rows = [_typed_in(args, tokenizer, models, limit)] if args.completions is None else _of_file(args)
+    rows = [_typed_in(args, tokenizer, models, limit)] if args.completions is None else _of_file(args, tokenizer)
     for i, row in enumerate(rows):
         where = f"{_what(args)}, row {i}" if args.completions is not None else "--prompt"
         if not row["prompt"]:
@@ -436,15 +447,16 @@ def _rows_to_show(
 
 def _ids_of(row: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Prompt and completion as tokens; a sampled completion as it was sampled, which its text need not give again."""
-    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=row.get(f"{side}_ended", True))
-    return prompt, row["sampled"].get(side, ids)
+    ended = row.get(f"{side}_ended", True)
+    prompt, ids = completion_ids(row["prompt"], row[side], tokenizer, ended=ended, **template_options(row))
+    return prompt, row["sampled"].get(side) or without_tail(ids, tokenizer)
 
 
 def _over(args: InspectArguments, limit: int) -> str:
     return f"over {'max_length' if limit == args.max_length else 'the context of a model'}, {limit}"
 
 
-def _of_file(args: InspectArguments) -> list[dict[str, Any]]:
+def _of_file(args: InspectArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     rows = _head(_load(args, str(args.completions)), args.show)
     sides = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
     if "prompt" not in rows.column_names or not sides:
@@ -454,7 +466,23 @@ def _of_file(args: InspectArguments) -> list[dict[str, Any]]:
         )
     if not len(rows):
         raise DataError(f"{args.completions} has no rows")
-    return [{**row, "sides": sides, "sampled": {}} for row in rows]
+    return [
+        {**_said(row, sides, tokenizer, f"{args.completions}, row {i}"), "sides": sides, "sampled": {}}
+        for i, row in enumerate(rows)
+    ]
+
+
+def _said(row: dict[str, Any], sides: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, Any]:
+    """A row with its prompt and completions as the other stages read them.
+
+    Raises:
+        DataError: something is missing or cannot be read.
+    """
+    try:
+        read = {side: normalized(row, (side,), tokenizer) for side in sides}
+    except DataError as error:
+        raise DataError(f"{where} is one {error}: to be shown it needs a prompt and {' and '.join(sides)}") from error
+    return {**read[sides[0]], **{side: read[side][side] for side in sides}}
 
 
 def _typed_in(
@@ -482,7 +510,9 @@ def _sample(
     ids = prompt_ids(args.prompt, tokenizer)
     if len(ids) + args.max_completion_length > limit:
         raise DataError(f"--prompt is {len(ids)} tokens: with max_completion_length it is {_over(args, limit)}")
-    policy = load_policy(models[0], trust_remote_code=args.trust_remote_code).to(PartialState().device)
+    policy = load_policy(models[0], trust_remote_code=args.trust_remote_code, dtype=args.dtype).to(
+        PartialState().device
+    )
     sampler = TransformersSampler(
         config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
         eos_ids=eos_ids(policy, tokenizer),
@@ -490,10 +520,5 @@ def _sample(
     )
     drawn = sampler(policy, [ids] * 2, args.seed)
     responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
-    before = str(
-        tokenizer.decode(ids, skip_special_tokens=True)
-    )  # some tokenizers drop a space that a text begins with
-    return [
-        (str(tokenizer.decode(ids + response, skip_special_tokens=True))[len(before) :], response, ended)
-        for response, ended in zip(responses, drawn.ended.tolist())
-    ]
+    texts = completion_texts(tokenizer, [ids] * 2, responses)
+    return list(zip(texts, responses, drawn.ended.tolist(), strict=True))

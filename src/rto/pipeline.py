@@ -22,7 +22,6 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl import RewardConfig, SFTConfig
 
 from rto.data.chat import completion_texts
 from rto.data.formats import load_rows, read_prompts
@@ -39,7 +38,7 @@ from rto.rollout.token_rewards import TokenReward
 from rto.trainers.checkpoints import last_checkpoint
 from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
 from rto.trainers.rto import RTOConfig, RTOTrainer
-from rto.trainers.supervised import RewardTrainer, SFTTrainer
+from rto.trainers.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
 SHOWN = 16  # completions whose token rewards are kept for the heat-map
@@ -53,12 +52,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.25,
     "save_total_limit": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),
-}
-TRL_DEFAULTS: dict[str, Any] = {
-    "bf16": False,
-    "gradient_checkpointing": None,
-    "use_cpu": not torch.accelerator.is_available(),
-    **TRAINING_DEFAULTS,
 }
 
 
@@ -117,16 +110,18 @@ class Pipeline:
                 return
             recipe = self.recipe
             set_seed(recipe.seed)
+            model: Any = recipe.model
             if is_function(recipe.model):
                 model, tokenizer = resolve(recipe.model)(recipe.seed)
             else:
-                model, tokenizer = load_policy(recipe.model), load_tokenizer(recipe.model)
+                tokenizer = load_tokenizer(recipe.model)
             if recipe.sft is None:
-                model.save_pretrained(folder)
+                start: Any = load_policy(model)
+                start.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
-            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**TRL_DEFAULTS, **recipe.sft})
+            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**TRAINING_DEFAULTS, **recipe.sft})
             rows = recipe.data.demonstrations.load(recipe.seed)
             trainer = SFTTrainer(
                 model, config, train_dataset=rows, processing_class=tokenizer, peft_config=recipe.lora()
@@ -198,9 +193,9 @@ class Pipeline:
             start = self.recipe.reward_model or str(self.folder / "sft")
             tokenizer = load_tokenizer(start)
             trainer = RewardTrainer(
-                model=load_scalar(start),
+                model=start,
                 args=RewardConfig(
-                    output_dir=str(folder), seed=self.recipe.seed, **{**TRL_DEFAULTS, **self.recipe.reward}
+                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.reward}
                 ),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),

@@ -258,10 +258,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     Raises:
         RecipeError: with the key and the remedy.
     """
-    from trl import RewardConfig, SFTConfig
-
     from rto.trainers.preference import PreferenceConfig
     from rto.trainers.rto import RTOConfig
+    from rto.trainers.supervised import RewardConfig, SFTConfig
 
     if recipe.sft is not None and recipe.data.demonstrations is None:
         raise RecipeError(f"{where}: sft needs data.demonstrations; give them, or set sft to null")

@@ -33,7 +33,7 @@ from rto.evaluation.generate import batch_seed, batches, draw, weights_digest
 from rto.evaluation.judges import Judge, ScoreJudge, hold, unread
 from rto.files import Row, check_settings, shown, write_atomically
 from rto.models.actor import Actor
-from rto.models.loading import Source, eos_ids, freeze, load_policy, max_positions, source_name, unwrap_peft
+from rto.models.loading import Source, eos_ids, freeze, load_policy, max_positions, pad_id, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.trainers.logs import keep_lines
@@ -72,7 +72,8 @@ class WinRateCallback(TrainerCallback):
 
     Raises:
         DataError: no prompt can be used, or a baseline file lacks an answer.
-        ValueError: the trainer trains no policy, or its model is sharded over processes.
+        ValueError: the trainer trains no policy, or its model is sharded over processes; when training or evaluation
+            begins, another `WinRateCallback` of the trainer has this name.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class WinRateCallback(TrainerCallback):
         own = getattr(trainer.args, "sampling", None)
         self.sampling = sampling or (own() if callable(own) else SamplingConfig())
         self.sampler: Sampler = sampler or TransformersSampler(
-            config=self.sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
+            config=self.sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
         )
         room = (max_positions(policy) or 2**31) - self.sampling.max_completion_length
         self.prompts, _ = read_prompts(prompts, tokenizer, max_length=room, what="prompts")
@@ -123,6 +124,7 @@ class WinRateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take down the baseline's answers before the first update, or take them up again."""
+        self._check_name()
         callbacks = self.trainer.callback_handler.callbacks
         if any(isinstance(c, EarlyStoppingCallback) for c in callbacks[: callbacks.index(self)]):
             raise ValueError(
@@ -146,6 +148,7 @@ class WinRateCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Answer, judge, log, and add the numbers to the trainer's metrics."""
+        self._check_name()
         if self._baseline is None:
             self._recall(state)
         answers = self._answers(self._policy())
@@ -153,6 +156,12 @@ class WinRateCallback(TrainerCallback):
         if metrics is not None:
             metrics.update(found)
         Trainer.log(self.trainer, dict(found))  # subclasses would mix in what training has recorded
+
+    def _check_name(self) -> None:
+        """Two win rates of one name would be one: the second judge's numbers and files in place of the first's."""
+        callbacks = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, WinRateCallback)]
+        if sum(c.name == self.name for c in callbacks) > 1:
+            raise ValueError(f"two WinRateCallbacks are called {self.name!r}: give each a name of its own, name=…")
 
     # --- answers
 

@@ -22,8 +22,9 @@ from rto.evaluation.files import (
     check_judged,
     read_match,
     read_questions,
+    write_judgments,
 )
-from rto.files import printable, safe_name, write_atomically
+from rto.files import printable, safe_name
 
 USAGE = """usage: rto evaluate COMMAND [options]
 
@@ -163,14 +164,14 @@ def judge(args: list[str]) -> int:
     judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, match, folder)
     name = safe_name(flags.annotator or (flags.judge_model if kind == "arena_hard" and endpoint else judging.name))
     path = match.benchmark.judgments_file(folder, name, match.model)
-    check_judged(path, match)
+    check_judged(path, match, judging.identity)
     try:
         contests = hold(judging, match.battles, seed=flags.seed)
     finally:
         if endpoint is not None:
             _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, match.benchmark.judgments(name, match.model, match.baseline, contests))
+    judgments = match.benchmark.judgments(name, match.model, match.baseline, contests)
+    write_judgments(path, judgments, judging.identity)
     games = sum(len(c.games) for c in contests)
     reasons = unread(contests)
     _say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")

@@ -483,12 +483,22 @@ def read_match(answers: Path, baseline: Path, questions: Path | None = None) -> 
     return Match(benchmark=ours.benchmark, model=ours.model, baseline=theirs.model, battles=battles)
 
 
-def check_judged(path: Path, match: Match) -> None:
-    """Refuse to replace judgments of another match, before anybody is asked.
+def check_judged(path: Path, match: Match, judge: str) -> None:
+    """Refuse to replace judgments of another match or by another judge, before anybody is asked.
+
+    Args:
+        path: where the judgments will go.
+        match: what is judged.
+        judge: who judges: a name alone does not tell two folders called ``checkpoint-100`` apart.
 
     Raises:
-        DataError: the file there is of another model or baseline.
+        DataError: the file there is of another model or baseline, or its folder is another judge's.
     """
+    note = path.with_name(JUDGE_FILE)
+    if note.is_file():
+        other = json.loads(note.read_text(encoding="utf-8"))["judge"]
+        if other != judge:
+            raise DataError(f"{path.parent} holds judgments by {other}, not by {judge}: choose another --annotator")
     if not path.exists():
         return
     for row in read_rows(path).rows[:1]:
@@ -499,6 +509,17 @@ def check_judged(path: Path, match: Match) -> None:
                 f"{path} holds judgments of {shown(model)} against {shown(baseline)}: choose another --output or "
                 "--annotator"
             )
+
+
+JUDGE_FILE = "judge.json"
+"""Beside judgments: who made them."""
+
+
+def write_judgments(path: Path, judgments: str, judge: str) -> None:
+    """Judgments, and who made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path.with_name(JUDGE_FILE), json.dumps({"judge": judge}))
+    write_atomically(path, judgments)
 
 
 # --- judgments, read

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import prompt_ids
+from rto.data.chat import completion_texts, prompt_ids
 from rto.data.formats import DataError, Skipped
 from rto.evaluation.files import Answer, Benchmark, Question
 from rto.files import Journal, Row, check_settings, write_atomically
@@ -189,7 +189,7 @@ def draw(
     """Answer the questions of one batch: rows of ``index`` and the fields of `Answer`."""
     samples = sampler(model, [ids[i] for i in batch], seed)
     written = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    texts = completion_texts(tokenizer, [ids[i] for i in batch], written)
     return [
         {"index": i, **asdict(Answer(text=text, tokens=len(row), ended=ended))}
         for i, text, row, ended in zip(batch, texts, written, samples.ended.tolist(), strict=True)

@@ -26,6 +26,8 @@ class Rewarded:
     """Raw token rewards, before the clip and β₁; nats for a log-ratio."""
     score: float | None = None
     """A sentence reward model's score of the completion."""
+    ended: bool = True
+    """Its last token is EOS or the end of turn."""
 
     @property
     def total(self) -> float:
@@ -281,10 +283,12 @@ def kind_of(piece: str) -> str:
 
 
 def carried_by_kind(completions: Sequence[Rewarded]) -> dict[str, Carried]:
-    """Share of Σ|r_t| by kind of token; the last token of a completion (EOS where it ended) is a kind of its own."""
+    """Share of Σ|r_t| by kind of token; the last token of a completion that ended is a kind of its own."""
     reward, tokens = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
     for completion in completions:
-        kinds = [kind_of(piece) for piece in completion.pieces[:-1]] + ["last token"]
+        kinds = [kind_of(piece) for piece in completion.pieces]
+        if completion.ended:
+            kinds[-1] = "last token"
         for kind, r in zip(kinds, completion.rewards, strict=True):
             reward[kind] += abs(float(r))
             tokens[kind] += 1

@@ -323,6 +323,7 @@ class ChatJudge:
     def __init__(self, endpoint: Endpoint, protocol: ChatProtocol) -> None:
         self.endpoint, self.protocol = endpoint, protocol
         self.name = f"{protocol.name}_{endpoint.model}"
+        self.identity = f"{endpoint.model} at {endpoint.url}"
         self.games = protocol.games
 
     def __call__(self, sights: Sequence[Sight]) -> list[Game]:
@@ -412,7 +413,7 @@ class ScoreJudge:
     def __init__(self, source: RewardModel | FunctionReward) -> None:
         if isinstance(source, FunctionReward) and "completion_ids" in asked_for(source.function):
             raise ValueError(f"{source.name} asks for completion_ids: a judge is given text only")
-        self.source, self.name = source, source.name
+        self.source, self.name, self.identity = source, source.name, source.identity
 
     def __call__(self, sights: Sequence[Sight]) -> list[Game]:
         """Score the first and the second text of each sight."""

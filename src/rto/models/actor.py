@@ -3,17 +3,21 @@
 Only positions that predict a response token reach a head, and only in chunks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from rto.batches import Sequences, micro_batches
+from rto.batches import Sequences, collate, micro_batches
 from rto.functional.logprobs import Head, logprobs_and_entropies, predicting, scatter, token_forward_kl, token_logprobs
-from rto.models.loading import backbone, scalar_head, unwrap_peft
+from rto.models.loading import backbone, unwrap_peft
 from rto.models.roles import Role, acting, own_parameters
+from rto.models.scalars import values_of
 
 
 class TokenOutputs(NamedTuple):
@@ -153,7 +157,7 @@ def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float =
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
     hidden = response_states(model, sequences)
-    return scatter(scalar_head(model)(hidden).squeeze(-1).float(), sequences.mask)
+    return scatter(values_of(model, hidden).float(), sequences.mask)
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -161,11 +165,23 @@ def vocab_size(model: nn.Module) -> int:
     return int(unwrap_peft(model).config.get_text_config().vocab_size)
 
 
-class output_layer:
-    """A policy's output layer with what its architecture does to logits after it.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+"""Settings that logits are multiplied by: Cohere; Falcon-H1."""
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""Settings that logits, or the hidden state before a head without bias, are divided by: Granite; Inkling."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Settings c of c · tanh(logits / c): Gemma; RecurrentGemma; xLSTM."""
 
-    Logits are multiplied by ``logit_scale`` (Cohere), divided by ``logits_scaling`` (Granite) and squashed to
-    ±``final_logit_softcapping`` (Gemma). `check_output_layer` tells when a model does something else.
+
+class output_layer:
+    """A policy's output layer with what its architecture does to logits after it: scales (×, /) and caps.
+
+    Logits are made in fp32 from the hidden state and the weights as they are, under autocast, too: in bfloat16 a logit
+    of 10 moves in steps of 1/16, a token reward is of that size or less. `check_output_layer` tells when a model does
+    something that is not known here.
+
+    Raises:
+        ValueError: the model has no output layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,15 +189,16 @@ class output_layer:
         config = inner.config.get_text_config()
         self.model = model
         self.head: Any = inner.get_output_embeddings()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        if self.head is None:
+            raise ValueError(f"a model of type {inner.config.model_type} has no output layer: it is no language model")
+        self.scale = math.prod(_settings(config, MULTIPLIERS)) / math.prod(_settings(config, DIVISORS))
+        self.softcap = next(iter(_settings(config, CAPS)), None)
 
     def __call__(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Logits, in the model's own precision."""
-        with acting(self.model):  # here and not around the call: a checkpointed head runs again in the backward pass
-            logits = self.head(hidden)
+        """Logits, in fp32."""
+        # Both contexts here and not around the call: a checkpointed head runs again in the backward pass.
+        with acting(self.model), torch.autocast(hidden.device.type, enabled=False), _LinearInFp32():
+            logits = self.head(hidden.float())
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -189,28 +206,88 @@ class output_layer:
         return logits
 
 
+def _settings(config: Any, names: Sequence[str]) -> list[float]:
+    """The values of those settings that a configuration has and that are not 0 or None."""
+    return [float(x) for x in (getattr(config, name, None) for name in names) if x]
+
+
+class _LinearInFp32(TorchFunctionMode):
+    """Within this context every linear map is computed in fp32, whatever its weights' precision.
+
+    The weights are read where the layer itself reads them, so adapters on it and hooks that gather them (sharding)
+    stay in place; a gradient comes back in the weight's own precision.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = [x.float() if isinstance(x, Tensor) else x for x in args]
+            kwargs = {name: x.float() if isinstance(x, Tensor) else x for name, x in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def check_output_layer(model: nn.Module) -> None:
-    """Compare our logits with the model's own on a short input.
+    """Compare the logits that training will read with the model's own, on short rows and on a batch of them.
 
     Raises:
-        ValueError: the architecture treats its logits in a way this project does not know.
+        ValueError: the model is not causal, its rows depend on each other, or it treats its logits in a way that this
+            project does not know.
     """
-    tokens = torch.arange(8, device=next(model.parameters()).device)[None]
+    inner, device = unwrap_peft(model), next(model.parameters()).device
+    name, kind = type(inner).__name__, inner.config.model_type
+    ids = torch.arange(CHECKED, device=device) % vocab_size(model)
+    lengths = (CHECKED, CHECKED // 2, 3)
     training, _ = model.training, model.eval()
     try:
-        theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
-        none = torch.zeros(1, 0, dtype=torch.bool, device=tokens.device)
-        sequences = Sequences(tokens=tokens, prompt_mask=none, mask=torch.ones_like(tokens, dtype=torch.bool))
-        ours = output_layer(model)(hidden_states(model, sequences)[0]).float()
+        theirs = [model(input_ids=ids[None, :n], use_cache=False).logits[0].float() for n in lengths]
+        seen = _gap(theirs[1], theirs[0][: lengths[1]])
+        if seen > _tolerance(model, theirs[0]):
+            raise ValueError(
+                f"{name} is not causal (model type {kind}): the log-probability of a token moves by {seen:.2g} with "
+                "what comes after it; take a causal model"
+            )
+        ours = _own_logits(model, ids, lengths)
     finally:
         model.train(training)
-    gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
-    if gap > 0.1:  # bf16 kernels may differ by rounding; a forgotten scale or cap differs by far more
+    gap = max(map(_gap, ours, theirs))
+    if gap > _tolerance(model, theirs[0]):
         raise ValueError(
-            f"{type(unwrap_peft(model)).__name__} does something to its logits after the output layer that is not "
-            f"known here (log-probabilities differ by {gap:.2g}): teach rto.models.actor.output_layer about it"
+            f"{name} does something to its logits after the output layer, or to the hidden states before it, that is "
+            f"not known here (model type {kind}, log-probabilities differ by {gap:.2g}): take a model of another "
+            "type, or teach rto.models.actor.output_layer about it"
         )
+
+
+CHECKED = 8
+"""Tokens of the longest row that `check_output_layer` reads."""
+
+
+def _own_logits(model: nn.Module, ids: Int[Tensor, " L"], lengths: Sequence[int]) -> list[Tensor]:
+    """Our logits at every position but the last of rows that begin alike, from one batch."""
+    x = collate([[int(ids[0])]] * len(lengths), [ids[1:n].tolist() for n in lengths], pad=0, device=ids.device)
+    try:
+        logits = output_layer(model)(response_states(model, x))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(
+            f"the hidden states of model type {unwrap_peft(model).config.model_type} cannot be read apart from its "
+            f"output layer ({why}): take a model of another type"
+        ) from error
+    return list(logits.split([n - 1 for n in lengths]))
+
+
+def _gap(ours: Float[Tensor, "N V"], theirs: Float[Tensor, "M W"]) -> float:
+    """The largest difference of log-probabilities at the positions that both have."""
+    if ours.shape[-1] != theirs.shape[-1]:
+        return math.inf
+    return (ours.log_softmax(-1) - theirs[: len(ours)].log_softmax(-1)).abs().max().item()
+
+
+def _tolerance(model: nn.Module, logits: Float[Tensor, "N V"]) -> float:
+    """What rounding explains: a model's own logits are as exact as its precision; a forgotten scale is far more."""
+    dtype = next(model.parameters()).dtype
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps
+    return max(0.01, eps * logits.abs().max().item())
 
 
 @torch.no_grad()

@@ -4,12 +4,15 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
+
+from rto.data.chat import stop_ids
+from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
 
 Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
@@ -29,39 +35,40 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
         ValueError: it is a reward model, weights are missing, or an adapter is of a kind that is not read here.
     """
     if isinstance(source, nn.Module):
-        return source
+        return keep_derivative(source)
     if is_adapter(source):
         config = adapter_config(source)
         if is_scorer(config):
             raise ValueError(f"{source} is an adapter that scores completions, not a language model")
-        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), init_kwargs), source)
-    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs)))
+        kwargs = _of_base(config, init_kwargs)
+        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), kwargs), source)
+    _refuse_scorer(str(source), _config_of(source, trusts(init_kwargs), init_kwargs.get("revision")))
     model, missing = _load_and_report(AutoModelForCausalLM, source, init_kwargs)
     if missing:
         raise ValueError(f"{source} is not a whole causal language model: it lacks {', '.join(sorted(missing)[:3])}")
     return model
 
 
-def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def find_config(role: str, source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The configuration of a folder or hub id, the base model's for an adapter.
 
     Raises:
         ValueError: there is no such folder, and no such model on the hub.
     """
     try:
-        return _config_of(source, trust_remote_code)
+        return _config_of(source, trust_remote_code, revision)
     except (OSError, ValueError) as error:
         why = str(error).split("\n")[0]
         raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
 
 
-def config_of_policy(role: str, source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def config_of_policy(role: str, source: str | Path, **hub: Any) -> Any:
     """The configuration of a language model, before it is loaded.
 
     Raises:
         ValueError: there is no such model, or it is one that scores.
     """
-    config = find_config(role, source, trust_remote_code=trust_remote_code)
+    config = find_config(role, source, **hub)
     _refuse_scorer(f"{role} {source}", config)
     return config
 
@@ -89,10 +96,10 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         labels = getattr(source, "num_labels", getattr(source.config, "num_labels", None))
         if labels != 1:
             raise ValueError(f"a reward or value model has one output, {source_name(source)} has num_labels={labels}")
-        return source
+        return keep_derivative(source)
     if is_adapter(source):
         return _load_scalar_adapter(source, new_head, init_kwargs)
-    config = _config_of(source, trusts(init_kwargs))
+    config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
     if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
     model, missing = _load_and_report(AutoModelForSequenceClassification, source, {**init_kwargs, "num_labels": 1})
@@ -100,8 +107,9 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    if missing:
-        nn.init.zeros_(scalar_head(model).weight)
+    head = getattr(model, "score", getattr(model, "classifier", None))
+    if missing and isinstance(head, nn.Linear):  # an encoder's head of several layers starts small and random
+        nn.init.zeros_(head.weight)
     return model
 
 
@@ -114,8 +122,22 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
-    base = load_scalar(_base_of(source, config), **init_kwargs)
-    return _load_adapter(base, source, config)
+    base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
+    base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config)
+    model: Any = _load_adapter(base, source, config)
+    model.source = str(source)
+    return model
+
+
+def pad_of_adapter(source: str | Path, base_config: Any) -> int | None:
+    """The padding id that an adapter which scores was trained with: that of the tokenizer in its folder.
+
+    Trainers set it in the configuration of the base model, which an adapter's folder does not hold. A sequence
+    classifier reads its head at the last token that is not padding, so a score depends on it.
+    """
+    saved = Path(source) / "tokenizer_config.json"
+    pad = AutoTokenizer.from_pretrained(source).pad_token_id if saved.is_file() else None
+    return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
 # --- adapters
@@ -182,6 +204,11 @@ def _base_of(source: str | Path, config: Any) -> str:
     return str(base)
 
 
+def _of_base(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for an adapter's base: the revision that the adapter was trained on, where it knows it."""
+    return init_kwargs if config.revision is None else {**init_kwargs, "revision": config.revision}
+
+
 def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
     from peft import PeftModel
 
@@ -208,22 +235,43 @@ def zero_head(width: int, *, bias: bool = False) -> nn.Linear:
     return head
 
 
-def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, needs_eos: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a padding token.
 
-    pad = EOS is allowed: padding is told by position in this project, never by id.
+    pad = EOS is allowed: padding is told by position in this project, never by id. A tokenizer that only serves a
+    model which scores needs no EOS: an encoder's ends a text in a way of its own.
+
+    Raises:
+        ValueError: an EOS token is needed and there is none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token is None:
+    tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
+    if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill up rows with: padding, EOS or 0. Which one never matters, since padding is told by position."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+
+
 def trusts(init_kwargs: dict[str, Any]) -> bool:
     """Whether code that comes with a model may run."""
     return bool(init_kwargs.get("trust_remote_code", False))
+
+
+def tokenizer_kwargs(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of the keyword arguments that a model is loaded with is about its tokenizer, too."""
+    return {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+
+
+def _hub(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    """A revision is named only where there is one: None is not the default of every version of transformers."""
+    return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
 
 
 def _load_and_report(auto: Any, source: str | Path, init_kwargs: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -241,14 +289,25 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
     if isinstance(source, nn.Module):
         return source
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-    return auto.from_pretrained(str(source), **kwargs)
+    kwargs["dtype"] = as_dtype(kwargs["dtype"])
+    loaded = auto.from_pretrained(str(source), **kwargs)
+    keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    return loaded
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """An independent copy of a model's weights."""
-    return copy.deepcopy(model)
+def clone(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """An independent copy of a model's weights, in another precision where one is named.
+
+    Weights are cast one by one as they are copied. Those that the architecture keeps in fp32 are, and buffers (the
+    frequencies of rotary embeddings) are copied as they are.
+    """
+    kept = () if dtype is None else kept_in_fp32(model, dtype)
+    copies: dict[int, Any] = {}
+    for name, weight in model.named_parameters():
+        target = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
+        target = torch.float32 if any(part in name for part in kept) else target
+        copies[id(weight)] = nn.Parameter(weight.detach().to(target, copy=True), requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -263,7 +322,9 @@ def unwrap_peft(model: Any) -> Any:
 
 def backbone(model: nn.Module) -> Any:
     """The part of a model that ends in hidden states."""
-    return unwrap_peft(model).base_model
+    inner = unwrap_peft(model)
+    # Llama 4's language model calls its backbone by a name that it does not have, and is then its own base model.
+    return inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
 
 
 def scalar_head(model: nn.Module) -> Any:
@@ -280,24 +341,69 @@ def scalar_head(model: nn.Module) -> Any:
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's EOS and what the generation config adds to it."""
+    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn."""
     config = getattr(model, "generation_config", None)
     extra = getattr(config, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
-    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None}))
+    return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The longest sequence a model can read, where its configuration says so."""
-    config = unwrap_peft(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The longest sequence a model can read, where its configuration says so; see `positions_of`."""
+    return positions_of(unwrap_peft(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model of this configuration can read.
+
+    None for a model without a limit (ALiBi, relative positions, recurrent layers). A window of attention is no limit.
+    """
+    config = config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITIONS]
+    limit = next((n for n in found if isinstance(n, int) and n > 0), None)
+    unlimited = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    if limit is None or unlimited:
+        return None
+    return limit - _positions_before_text(config)
+
+
+def shared_context(models: Iterable[tuple[str, Source]], hub: Callable[[Source], dict[str, Any]]) -> int | None:
+    """The longest sequence that all of some language models can read, told before any is loaded.
+
+    Args:
+        models: each with its role, for messages.
+        hub: ``trust_remote_code`` and ``revision`` of each.
+
+    Raises:
+        ValueError: there is no such model, or it is one that scores.
+    """
+    found = [
+        max_positions(model)
+        if isinstance(model, nn.Module)
+        else positions_of(config_of_policy(role, model, **hub(model)))
+        for role, model in models
+    ]
+    return min((n for n in found if n is not None), default=None)
+
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "max_sequence_length", "seq_length")
+"""What configurations call it; most others (``n_positions``, …) answer to the first name."""
+
+
+def _positions_before_text(config: Any) -> int:
+    """Entries of a position table that no token of a text uses: RoBERTa and its kind count from padding on."""
+    family = MODEL_MAPPING.get(type(config), None)
+    module = sys.modules[(family[0] if isinstance(family, tuple) else family).__module__] if family else None
+    owners = [module, *(x for x in vars(module or object).values() if isinstance(x, type))]
+    counts_from_padding = any("create_position_ids_from_input_ids" in vars(owner) for owner in owners if owner)
+    return (getattr(config, "pad_token_id", None) or 0) + 1 if counts_from_padding else 0
 
 
 def source_name(source: Any) -> str:
     """How messages call a model."""
     if isinstance(source, str | Path):
         return str(source)
-    folder = getattr(source, "source", "")  # a role on a shared base knows its own
+    folder = getattr(source, "source", "")  # a role, or an adapter that scores, knows its own
     return str(folder or getattr(unwrap_peft(source).config, "_name_or_path", "") or type(source).__name__)
 
 
@@ -310,7 +416,7 @@ def check_same_vocabulary(
         ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
     """
     name = source_name(source)
-    expected, found = (_vocab_size(x, trusts(init_kwargs)) for x in (policy, source))
+    expected, found = _vocab_size(policy, trusts(init_kwargs)), _vocab_size(source, **tokenizer_kwargs(init_kwargs))
     if found != expected:
         raise ValueError(
             f"{role} {name} has a vocabulary of {found} tokens, the policy one of {expected}: a token reward compares "
@@ -319,7 +425,8 @@ def check_same_vocabulary(
     folder = Path(str(source))
     if isinstance(source, nn.Module) or not (folder / "tokenizer_config.json").is_file():
         return
-    theirs, ours = AutoTokenizer.from_pretrained(folder).get_vocab(), tokenizer.get_vocab()
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
+    theirs, ours = loaded.get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         token = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))
         raise ValueError(
@@ -328,14 +435,18 @@ def check_same_vocabulary(
         )
 
 
-def _vocab_size(source: Source, trust_remote_code: bool) -> int:
-    live = isinstance(source, nn.Module)
-    config: Any = unwrap_peft(source).config if live else _config_of(source, trust_remote_code)  # type: ignore[arg-type]
+def _vocab_size(source: Source, trust_remote_code: bool = False, revision: str | None = None) -> int:
+    config: Any
+    if isinstance(source, nn.Module):
+        config = unwrap_peft(source).config
+    else:
+        config = _config_of(source, trust_remote_code, revision)
     return int(config.get_text_config().vocab_size)
 
 
-def _config_of(source: str | Path, trust_remote_code: bool) -> Any:
+def _config_of(source: str | Path, trust_remote_code: bool, revision: str | None = None) -> Any:
     """The configuration of a folder or hub id; of the base model where it is an adapter."""
     if is_adapter(source):
-        source = _base_of(source, adapter_config(source))
-    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = adapter_config(source)
+        source, revision = _base_of(source, config), config.revision or revision
+    return AutoConfig.from_pretrained(source, **_hub(trust_remote_code, revision))

@@ -22,22 +22,27 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rto.models.loading import (
     Source,
     adapter_config,
+    backbone,
     check_adapter,
     is_adapter,
     is_scorer,
     is_shareable,
     load_policy,
     load_tokenizer,
+    pad_of_adapter,
     source_name,
     split_head,
     unwrap_peft,
     zero_head,
 )
+from rto.models.scalars import last_scored, values_of
 
 HEAD_NAMES = ["classifier", "score"]
 """What PEFT calls the heads of its sequence classification models in ``modules_to_save``."""
@@ -48,13 +53,36 @@ class Role(nn.Module):
 
     The base is no child of this module: moving, freezing or counting the parameters of a role touches its own
     adapter and head only.
+
+    Args:
+        base: what it shares.
+        adapter: its adapter on the base; None for the base itself.
+        source: the folder it comes from.
+        head: its scalar head.
+        pad_token_id: the id behind which a score is read (`last_scored`); the base's configuration does not decide
+            it, since trainers change that.
     """
 
     def __init__(
-        self, base: "SharedBase", adapter: str | None, *, source: str = "", head: nn.Linear | None = None
+        self,
+        base: "SharedBase",
+        adapter: str | None,
+        *,
+        source: str = "",
+        head: nn.Linear | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
         self.base, self.adapter, self.source, self.score = base, adapter, source, head
+        self.pad_token_id = pad_token_id
+
+    def forward(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> SequenceClassifierOutput:
+        """Scores [B, 1] of right-padded rows, as PEFT's sequence classifier gives them for the folder of this role."""
+        with self.acting():
+            hidden = backbone(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        at = last_scored(input_ids, attention_mask, self.pad_token_id)
+        states = hidden.last_hidden_state[torch.arange(len(at), device=at.device), at]
+        return SequenceClassifierOutput(logits=values_of(self, states)[:, None])
 
     @property
     def config(self) -> Any:
@@ -161,7 +189,10 @@ class SharedBase:
             )
         name = self._add(name, self._without_heads(config))
         _fill(self.model, name, state, str(source))
-        return Role(self, name, source=str(source), head=self._head(head) if scalar else None)
+        if not scalar:
+            return Role(self, name, source=str(source))
+        pad = pad_of_adapter(source, self.model.config)
+        return Role(self, name, source=str(source), head=self._head(head), pad_token_id=pad)
 
     def copy(self, role: Role | None, name: str) -> Role:
         """A second, frozen copy of a role; of the policy for None."""
@@ -170,16 +201,29 @@ class SharedBase:
         with torch.no_grad():
             for new, old in zip(self.parameters_of(name), self.parameters_of(source), strict=True):
                 new.copy_(old)
-        head = None if role is None else copy.deepcopy(role.score)
-        return Role(self, name, source="" if role is None else role.source, head=head)
+        if role is None:
+            return Role(self, name)
+        head = copy.deepcopy(role.score)
+        return Role(self, name, source=role.source, head=head, pad_token_id=role.pad_token_id)
 
-    def new_critic(self, name: str) -> Role:
-        """A new adapter like the policy's with a head that starts at zero: V = 0."""
+    def new_critic(self, name: str, *, from_policy: bool = False) -> Role:
+        """A new adapter like the policy's with a head that starts at zero: V = 0.
+
+        Args:
+            name: what the adapter is called.
+            from_policy: whether it starts from the policy's adapter as it is now, else as one that does nothing yet.
+        """
         config = self._without_heads(self.model.peft_config[self.policy])
-        config.modules_to_save = None
+        kept = set(config.modules_to_save or []) - {self._output_name()} if from_policy else None
+        config.modules_to_save = list(kept) if kept else None
         if not isinstance(config.target_modules, str):
             config.target_modules = set(config.target_modules) - {self._output_name()}
-        return Role(self, self._add(name, config), head=self._head(None))
+        name = self._add(name, config)
+        if from_policy:
+            with torch.no_grad():
+                for new, old in _both(self._layers, name, self.policy):
+                    new.copy_(old)
+        return Role(self, name, head=self._head(None), pad_token_id=self.model.config.get_text_config().pad_token_id)
 
     def without_adapter(self) -> Role:
         """The base itself."""
@@ -238,9 +282,11 @@ class SharedBase:
         return config
 
     def _head(self, state: dict[str, Tensor] | None) -> nn.Linear:
+        """A scalar head where the base is, in fp32 whatever the base is in."""
         inner = self.model.get_base_model()
         parameter = next(inner.get_input_embeddings().parameters())
-        head = zero_head(inner.config.get_text_config().hidden_size, bias="bias" in (state or {}))
+        width = inner.get_output_embeddings().in_features if state is None else state["weight"].shape[1]
+        head = zero_head(width, bias="bias" in (state or {}))
         if state is not None:
             head.load_state_dict(state)
         return head.to(parameter.device).requires_grad_(False)
@@ -294,8 +340,8 @@ def place(base: SharedBase | None, source: Any, name: str, **kwargs: Any) -> Any
     return source if base is None or not base.carries(source) else base.load(source, name, **kwargs)
 
 
-def adapt(model: nn.Module, peft_config: Any) -> nn.Module:
-    """A model under a new adapter.
+def adapt(model: nn.Module, peft_config: Any, *, revision: str | None = None) -> nn.Module:
+    """A model under a new adapter, which remembers the ``revision`` of its base.
 
     Raises:
         ValueError: there is an adapter already, or the new one cannot share a base.
@@ -308,7 +354,7 @@ def adapt(model: nn.Module, peft_config: Any) -> nn.Module:
             "or merge it first with `rto export`"
         )
     check_adapter("peft_config", peft_config)
-    return get_peft_model(model, copy.deepcopy(peft_config))
+    return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
 
 
 def shared_base(model: nn.Module) -> SharedBase | None:
@@ -419,6 +465,13 @@ def _adapter_layers(model: nn.Module) -> list[Any]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _both(layers: list[Any], new: str, old: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Parameters of two adapters side by side, in the layers that the new one has."""
+    for layer in layers:
+        if theirs := _parameters_of([layer], new):
+            yield from zip(theirs, _parameters_of([layer], old), strict=True)
 
 
 def _parameters_of(layers: list[Any], adapter: str) -> list[nn.Parameter]:

@@ -4,25 +4,27 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
 from rto.batches import collate, micro_batches
-from rto.models.actor import hidden_states
+from rto.data.chat import template_options, whole_ids
 from rto.models.loading import (
     freeze,
     load_scalar,
     load_tokenizer,
-    scalar_head,
+    max_positions,
     source_name,
-    trusts,
+    tokenizer_kwargs,
     unwrap_peft,
 )
+from rto.models.roles import Role
 
 RewardFunc = str | Path | nn.Module | Callable[..., list[float]]
 """As in TRL's GRPO: a folder or hub id of a reward model, such a model, or a Python function."""
@@ -42,10 +44,9 @@ class Completed:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """The data set's other columns."""
 
-    @property
-    def conversational(self) -> bool:
-        """Prompts are lists of messages."""
-        return not isinstance(self.prompts[0], str)
+    def row(self, i: int) -> dict[str, Any]:
+        """The data set's other columns of one completion."""
+        return {name: column[i] for name, column in self.columns.items()}
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:
@@ -75,43 +76,110 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 class RewardModel:
-    """r_MLE(x, y): the scalar head of a sequence classification model at the last token of prompt + completion.
+    """r_MLE(x, y): what a sequence classification model's own ``model(...).logits`` gives for prompt + completion.
 
-    The model is given text through its own tokenizer, so it may be of another family and size than the policy.
-    EOS is appended only to completions that sampled one, as in its training data.
+    The model is given text through its own tokenizer, so it may be of another family and size than the policy. EOS
+    is appended only to completions that sampled one, as in its training data. It gets ``input_ids`` and
+    ``attention_mask`` and nothing else, as in TRL's training: a text is one segment, which is also what
+    ``token_type_ids`` says by default.
+
+    Rows are padded on the right with the padding id of the *model's* configuration: the last token of another id,
+    where decoders read their head, is then that of the row alone. Where padding changes a score all the same (Fourier
+    layers, convolutions, landmarks), where there is no such id, and in encoder-decoders, rows go one by one.
+
+    Attributes:
+        identity: its folder (an adapter's own), hub id or class: what tells it from another model.
+        name: what logs, files and messages call it: the last part of that.
+        context: tokens it can read; None without a limit.
+
+    Raises:
+        ValueError: the model cannot score token ids alone.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 2**14) -> None:
         self.model, self.tokenizer, self.max_tokens = freeze(model), tokenizer, max_tokens
-        self.name = Path(source_name(model)).name
+        folder = Path(source_name(model))
+        self.identity = str(folder.resolve() if folder.is_dir() else folder)
+        self.name = folder.name or folder.resolve().name
+        self.context = max_positions(model)
+        caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
+        self._kwargs = {"use_cache": False} if caches else {}
+        self._pad = self._inert_padding()
 
     @torch.no_grad()
     def __call__(self, batch: Completed) -> list[float]:
-        """One score a completion."""
+        """One score a completion.
+
+        Raises:
+            ValueError: a row is longer than the model's context or empty, or a score is not finite.
+        """
         ids = self._encode(batch)
+        self._check_lengths(ids, batch)
+        scores = torch.zeros(len(ids))
+        lengths = torch.tensor([len(row) for row in ids])
+        cuts = torch.arange(len(ids)).split(1) if self._pad is None else micro_batches(lengths, self.max_tokens)
+        for rows in cuts:
+            scores[rows] = self._score([ids[i] for i in rows], pad=self._pad or 0)
+        return finite(f"reward model {self.name}", scores.tolist(), batch.completions)
+
+    def prompt_lengths(self, prompts: list[Any]) -> list[int]:
+        """Tokens of each prompt as this model reads it."""
+        nothing = "" if isinstance(prompts[0], str) else [{"role": "assistant", "content": ""}]
+        n = len(prompts)
+        empty = Completed(prompts=prompts, completions=[nothing] * n, completion_ids=[[]] * n, ended=[False] * n)
+        return [len(ids) for ids in self._encode(empty)]
+
+    def _score(self, ids: list[list[int]], *, pad: int) -> Float[Tensor, " b"]:
         device = next(unwrap_peft(self.model).parameters()).device
-        sequences = collate([[]] * len(ids), ids, pad=self.tokenizer.pad_token_id, device=device)
-        out = torch.zeros(len(ids))
-        for rows in micro_batches(sequences.lengths.cpu(), self.max_tokens):
-            part = sequences.rows(rows).trim()
-            last = hidden_states(self.model, part)[torch.arange(len(rows)), part.lengths - 1]
-            out[rows] = scalar_head(self.model)(last).squeeze(-1).float().cpu()
-        return out.tolist()
+        rows = collate([[]] * len(ids), ids, pad=pad, device=device)
+        logits = self.model(input_ids=rows.tokens, attention_mask=rows.mask.long(), **self._kwargs).logits
+        return logits.float().cpu().view(len(ids))
+
+    def _check_lengths(self, ids: list[list[int]], batch: Completed) -> None:
+        for i, row in enumerate(ids):
+            where = f"prompt and completion {i} ({batch.completions[i]!r:.200})"
+            if not row:
+                raise ValueError(f"reward model {self.name}: its tokenizer reads no token in {where}")
+            if self.context is not None and len(row) > self.context:
+                raise ValueError(
+                    f"reward model {self.name} reads at most {self.context} tokens, and {where} have {len(row)}: "
+                    "lower max_prompt_length or max_completion_length, or take a reward model of a longer context"
+                )
+
+    @torch.no_grad()
+    def _inert_padding(self) -> int | None:
+        """The id that rows are padded with; None where they must go one by one.
+
+        A few tokens are scored with and without padding: whatever an architecture does with padded rows shows here.
+        """
+        inner: Any = unwrap_peft(self.model)
+        config = inner.config.get_text_config()
+        pad = (self.model.pad_token_id or 0) if isinstance(self.model, Role) else getattr(config, "pad_token_id", None)
+        eos = getattr(config, "eos_token_id", None)
+        ends = [eos] if isinstance(eos, int) else []
+        size = getattr(config, "vocab_size", 256)
+        known = [i for i in range(min(size, 64)) if i not in (pad, *ends)]
+        short, long = ([known[i % len(known)] for i in range(3, 3 + n)] + ends for n in (5, 14))
+        try:
+            alone = torch.cat([self._score([row], pad=0) for row in (short, long)])
+        except Exception as error:  # whatever a model that needs more than text says of it
+            raise ValueError(
+                f"reward model {self.name}, a {type(inner).__name__}, cannot score token ids alone "
+                f"({str(error).strip().splitlines()[0]}): take a model of text with one output"
+            ) from error
+        if inner.config.is_encoder_decoder or pad is None or not 0 <= pad < size:
+            return None
+        gap = (self._score([short, long], pad=pad) - alone).abs().max()
+        rounding = 1e-5 if next(inner.parameters()).dtype == torch.float32 else 0.05
+        return pad if gap <= rounding * alone.abs().max().clamp(min=1.0) else None
 
     def _encode(self, batch: Completed) -> list[list[int]]:
-        if batch.conversational:
-            texts = [self._spoken(*row) for row in zip(batch.prompts, batch.completions, batch.ended)]
-            return self.tokenizer(text=texts, add_special_tokens=False).input_ids
-        eos = self.tokenizer.eos_token
-        ends = [eos if ended else "" for ended in batch.ended]
-        texts = [x + y + end for x, y, end in zip(batch.prompts, batch.completions, ends)]
-        return self.tokenizer(text=texts).input_ids
-
-    def _spoken(self, prompt: list[Any], completion: list[Any], ended: bool) -> str:
-        """A conversation as text; an answer that was cut off gets no end of turn."""
-        if ended:
-            return apply_chat_template({"messages": prompt + completion}, self.tokenizer)["text"]
-        return apply_chat_template({"prompt": prompt}, self.tokenizer)["prompt"] + completion[0]["content"]
+        """Prompt and completion as the reward stage reads a row of these columns."""
+        rows = zip(batch.prompts, batch.completions, batch.ended, strict=True)
+        return [
+            whole_ids(x, y, self.tokenizer, ended=ended, **template_options(batch.row(i)))
+            for i, (x, y, ended) in enumerate(rows)
+        ]
 
 
 class FunctionReward:
@@ -120,6 +188,7 @@ class FunctionReward:
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
         self.function = function
         self.name = function_name(function)
+        self.identity = f"{getattr(function, '__module__', type(function).__module__)}:{self.name}"
 
     def __call__(self, batch: Completed) -> list[float]:
         """One score a completion.
@@ -133,13 +202,30 @@ class FunctionReward:
                 f"reward function {self.name} returned {len(scores)} scores for {len(batch.completions)} completions: "
                 "it must return one for each"
             )
-        for i, score in enumerate(scores):
-            if score is None or not math.isfinite(score):
-                raise ValueError(
-                    f"reward function {self.name} returned {score} for completion {i} "
-                    f"({batch.completions[i]!r:.200}): scores must be finite numbers"
-                )
-        return [float(score) for score in scores]
+        return finite(f"reward function {self.name}", scores, batch.completions)
+
+
+def finite(who: str, scores: Sequence[float | None], completions: Sequence[Any]) -> list[float]:
+    """The scores, if all are numbers.
+
+    Raises:
+        ValueError: one is not; the message names the source and the completion.
+    """
+    for i, score in enumerate(scores):
+        if score is None or not math.isfinite(score):
+            raise ValueError(
+                f"{who} returned {score} for completion {i} ({completions[i]!r:.200}): scores must be finite numbers"
+            )
+    return [float(score) for score in scores]  # type: ignore[arg-type]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of which no two are the same: one that is taken gets a number."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{i}" for i in count(1))
+        found.append(name if name not in found else next(n for n in numbered if n not in found))
+    return found
 
 
 def reward_source(
@@ -156,5 +242,5 @@ def reward_source(
         name = source_name(source)
         if isinstance(source, nn.Module) and not getattr(source.config, "_name_or_path", ""):
             raise ValueError("a reward model object needs its tokenizer: pass reward_processing_classes")
-        tokenizer = load_tokenizer(name, trust_remote_code=trusts(init_kwargs))
+        tokenizer = load_tokenizer(name, **tokenizer_kwargs(init_kwargs), needs_eos=False)
     return RewardModel(load_scalar(source, new_head=False, **init_kwargs), tokenizer, max_tokens=max_tokens)

@@ -1,5 +1,7 @@
 """What the trainers over an `Actor` share: arguments, backward over micro-batches, metrics, weights."""
 
+import difflib
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
@@ -20,6 +22,7 @@ from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.logs import tell_quietly
+from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 
 _Part = TypeVar("_Part")
 
@@ -27,21 +30,17 @@ VALUE_MODEL = "value_model"
 
 
 @dataclass
-class TokenTrainingArguments(TrainingArguments):
-    """Arguments that every trainer here has, on top of `transformers.TrainingArguments`.
+class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
+    """Arguments that every trainer here has, on top of `transformers.TrainingArguments` and `PrecisionArguments`.
 
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows
             this, results do not: losses are summed over micro-batches under one global denominator.
-        model_init_kwargs: passed to ``from_pretrained`` of every model given as a folder or hub id.
         disable_dropout: set dropout to zero, so that a model's log-probabilities are a function of its input.
     """
 
     max_tokens_per_micro_batch: int = field(
         default=16384, metadata={"help": "Padded tokens in one forward and backward pass, per process."}
-    )
-    model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained for models given as folder or hub id."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to zero in the trained models."})
     remove_unused_columns: bool = field(
@@ -56,15 +55,36 @@ class TokenTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # or else bf16 is refused, which processors have, too
+        on_this_machine(self)
         super().__post_init__()
 
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """``model_init_kwargs`` as a dictionary."""
-        given = self.model_init_kwargs
-        return dict(json.loads(given) if isinstance(given, str) else given or {})
+
+NO_MEANING = {
+    "compute_metrics": "evaluate computes this trainer's own metrics and keeps no logits: override evaluate, or log a "
+    "number of your own from a TrainerCallback's on_evaluate",
+    "preprocess_logits_for_metrics": "evaluate keeps no logits",
+    "compute_loss_func": "the loss is what this trainer is for: see its own arguments",
+    "data_collator": "rows stay token lists until their micro-batch is cut",
+    "model_init": "give the model itself",
+}
+"""Arguments of `transformers.Trainer` that the trainers here would not use, and what to do instead."""
+
+
+def check_trainer_arguments(trainer: type, given: Mapping[str, Any]) -> None:
+    """Refuse what `transformers.Trainer` would keep and nobody would read, before any model is loaded.
+
+    Raises:
+        ValueError: an argument has no meaning here.
+        TypeError: there is no such argument.
+    """
+    known = inspect.signature(Trainer.__init__).parameters
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, [*inspect.signature(trainer).parameters, *known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{trainer.__name__} has no argument {name!r}{hint}")
+        if name in NO_MEANING and value is not None:
+            raise ValueError(f"{trainer.__name__} does not use {name}: {NO_MEANING[name]}")
 
 
 class TokenTrainer(SealedCheckpoints):
@@ -79,16 +99,59 @@ class TokenTrainer(SealedCheckpoints):
     processing_class: PreTrainedTokenizerBase
     train_dataset: Any
     eval_dataset: Any
+    row_type: ClassVar[type]
+    """What a row of its data sets is once it has been read."""
 
     def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        kwargs.pop("data_collator", None)
+        prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer, model)
         self.model_accepts_loss_kwargs = False
         self._metrics: dict[str, list[float]] = defaultdict(list)
         tell_quietly(self)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on held-out rows; of a dictionary of data sets on each, as ``eval_NAME_…``.
+
+        Args:
+            eval_dataset: rows as the trainer's own data sets have them, a dictionary of such, or the name of one in
+                the trainer's dictionary; None evaluates on what the trainer was given.
+            ignore_keys: of `transformers.Trainer`; not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Raises:
+            DataError: the rows cannot be used.
+            ValueError: there is nothing to evaluate on.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = self.eval_dataset[data]
+        if data is None:
+            raise ValueError("evaluate has no rows: pass eval_dataset, here or when the trainer is made")
+        if isinstance(data, dict):
+            found: dict[str, float] = {}
+            for name, part in data.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if not (isinstance(data, list) and data and isinstance(data[0], self.row_type)):
+            data, _ = self._read(data, "eval_dataset")
+        return self.evaluate_rows(data, metric_key_prefix)
+
+    def evaluate_rows(self, rows: Any, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics on rows that have been read, logged."""
+        raise NotImplementedError
+
+    def _read(self, dataset: Any, what: str) -> tuple[list[Any], Any]:
+        """A data set as rows of ``row_type``, and what was left out."""
+        raise NotImplementedError
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
@@ -191,6 +254,17 @@ class TokenTrainer(SealedCheckpoints):
         for part, where in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_MODEL)):
             if part is not None:
                 load_weights(part, where)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse one that was made before the trainer and so does not know its critic or a new adapter."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"the optimizer in optimizers does not hold {name}, which is trained: set optim and learning_rate in "
+                "the arguments, or pass optimizer_cls_and_kwargs"
+            )
 
 
 def _as_it_is(rows: list[Any]) -> Any:

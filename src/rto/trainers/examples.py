@@ -10,12 +10,22 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Sequences, collate
-from rto.data.formats import DataError, Labelled, Pair, Skipped, read_labelled, read_pairs
+from rto.data.chat import without_tail
+from rto.data.formats import (
+    DataError,
+    Labelled,
+    Pair,
+    Rows,
+    Skipped,
+    column_names,
+    listed,
+    read_labelled,
+    read_pairs,
+)
 from rto.models.roles import weights_of
 
 
@@ -40,24 +50,38 @@ class Example:
 
 
 def read_examples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, unpaired: bool, max_length: int, what: str
+    dataset: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    unpaired: bool,
+    max_length: int,
+    context: int | None = None,
+    what: str,
 ) -> tuple[list[Example], Skipped]:
     """Examples of a data set of pairs or, for an unpaired loss, of labelled completions; that loss reads pairs, too.
 
     Raises:
         DataError: the data cannot be used; the message names the column or counts the rows.
     """
-    labelled = unpaired and "label" in (dataset.column_names or ())
+    if unpaired:
+        dataset = listed(dataset, what)
+    labelled = unpaired and "label" in column_names(dataset)
     read: Callable[..., tuple[list[Any], Skipped]] = read_labelled if labelled else read_pairs
-    rows, skipped = read(dataset, tokenizer, max_length=max_length, what=what)
-    examples = [_example(row) for row in rows]
-    return (mismatch(examples, max_length, what) if unpaired else examples), skipped
+    rows, skipped = read(dataset, tokenizer, max_length=max_length, context=context, what=what)
+    examples = [_example(row, tokenizer) for row in rows]
+    limit = max_length if context is None else min(max_length, context)
+    return (mismatch(examples, limit, what) if unpaired else examples), skipped
 
 
-def _example(row: Pair | Labelled) -> Example:
+def _example(row: Pair | Labelled, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """What is learned of a row: each completion up to its end of turn."""
+    sides: tuple[list[int], ...]
+    labels: tuple[bool, ...]
     if isinstance(row, Pair):
-        return Example(prompt=row.prompt, completions=(row.chosen, row.rejected), labels=(True, False))
-    return Example(prompt=row.prompt, completions=(row.completion,), labels=(row.desirable,))
+        sides, labels = (row.chosen, row.rejected), (True, False)
+    else:
+        sides, labels = (row.completion,), (row.desirable,)
+    return Example(prompt=row.prompt, completions=tuple(without_tail(ids, tokenizer) for ids in sides), labels=labels)
 
 
 def mismatch(examples: list[Example], max_length: int, what: str) -> list[Example]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Sequences, collate, micro_batches
+from rto.data.formats import Rows, Skipped, read_sets
 from rto.files import shown
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
@@ -25,11 +25,12 @@ from rto.models.loading import (
     freeze,
     load_policy,
     load_tokenizer,
+    pad_id,
+    shared_context,
     source_name,
-    trusts,
 )
 from rto.models.roles import adapt, place, shared_base
-from rto.trainers.base import TokenTrainer, TokenTrainingArguments
+from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
     Example,
     load_reference,
@@ -39,6 +40,7 @@ from rto.trainers.examples import (
     sequences_of,
     with_reference,
 )
+from rto.trainers.precision import Reading
 
 
 @dataclass
@@ -123,10 +125,11 @@ class PreferenceTrainer(TokenTrainer):
 
     Raises:
         DataError: the data cannot be used; the message names the column or counts the rows.
-        ValueError: ``ref_model`` has another vocabulary.
+        ValueError: ``ref_model`` has another vocabulary, or an argument of `transformers.Trainer` has no meaning here.
     """
 
     args: PreferenceConfig
+    row_type = Example
 
     def __init__(
         self,
@@ -134,40 +137,41 @@ class PreferenceTrainer(TokenTrainer):
         args: PreferenceConfig | None = None,
         *,
         ref_model: Source | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         loss: PreferenceLoss | UnpairedLoss | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_trainer_arguments(type(self), kwargs)
         args = args or PreferenceConfig(output_dir="preference")
-        init = dict(args.init_kwargs)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
+        reading = Reading.of(args, model)
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
         self.loss = loss or args.make_loss()
-        self.processing_class = tokenizer
-        self.skipped = {}
-        examples: dict[str, list[Example] | None] = {"train": None, "eval": None}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if dataset is not None:
-                examples[name], self.skipped[name] = self._read(dataset, f"{name}_dataset", args.max_length)
-        policy = load_policy(model, **init)
+        self.args, self.processing_class = args, tokenizer
+        readers = [("model", model)] + ([("ref_model", ref_model)] if ref_model is not None else [])
+        self._context = shared_context(readers, reading.tokenizer)
+        examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         if ref_model is not None:
-            check_same_vocabulary("ref_model", ref_model, tokenizer, policy)
+            check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
         check_output_layer(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if peft_config is not None:
             set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         self._base = shared_base(policy)
+        self._frozen_dtype = reading.frozen_dtype
         if ref_model is not None and self.loss.needs_reference:
-            self.reference = freeze(load_policy(place(self._base, ref_model, "ref_model"), **init))
+            placed = place(self._base, ref_model, "ref_model")
+            self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
         super().__init__(
             Actor(policy),
             args,
-            train_dataset=examples["train"],
-            eval_dataset=examples["eval"],
+            train_dataset=examples,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             **kwargs,
         )
@@ -183,7 +187,8 @@ class PreferenceTrainer(TokenTrainer):
             self.reference = None
         elif self.reference is None and not self._new_adapter:
             policy = self.model.policy
-            self.reference = freeze(clone(policy) if self._base is None else self._base.copy(None, "ref_model"))
+            base, dtype = self._base, self._frozen_dtype
+            self.reference = freeze(clone(policy, dtype) if base is None else base.copy(None, "ref_model"))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""
@@ -205,17 +210,12 @@ class PreferenceTrainer(TokenTrainer):
         return total
 
     @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate_rows(self, data: Sequence[Example], metric_key_prefix: str) -> dict[str, float]:
         """Means on held-out examples, with standard errors: loss, accuracy, margin, implicit rewards.
 
         Raises:
             ValueError: the data came after π_ref was let go.
         """
-        data = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(data, Dataset):
-            data, _ = self._read(data, "eval_dataset", self.args.max_length)
         if self.loss.needs_reference and not self._has_reference and not data[0].ref_logp:
             raise ValueError(
                 "π_ref has been let go after it read the data: give eval_dataset to the trainer when it is made, or "
@@ -273,9 +273,7 @@ class PreferenceTrainer(TokenTrainer):
         self, model: nn.Module, examples: Sequence[Example], completions: Sequence[tuple[list[int], ...]]
     ) -> Completions:
         """The policy's and the reference's numbers on completions of the examples."""
-        sequences = sequences_of(
-            examples, completions, pad=self.processing_class.pad_token_id, device=self.args.device
-        )
+        sequences = sequences_of(examples, completions, pad=pad_id(self.processing_class), device=self.args.device)
         if self.loss.needs_ref_kl:
             return self._score_with_kl(model, sequences)
         out: TokenOutputs = model(sequences.tokens, sequences.prompt_mask, sequences.mask)
@@ -342,8 +340,10 @@ class PreferenceTrainer(TokenTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             yield self.accelerator.unwrap_model(self.model).policy if reference is None else reference
 
-    def _precomputed(self, examples: list[Example] | None) -> list[Example] | None:
+    def _precomputed(self, examples: Any) -> Any:
         """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref."""
+        if isinstance(examples, dict):
+            return {name: self._precomputed(part) for name, part in examples.items()}
         if not examples:
             return examples
         with self._as_reference() as reference:
@@ -373,7 +373,7 @@ class PreferenceTrainer(TokenTrainer):
             sequences = collate(
                 [every[i][0] for i in rows],
                 [every[i][1] for i in rows],
-                pad=self.processing_class.pad_token_id,
+                pad=pad_id(self.processing_class),
                 device=self.args.device,
             )
             scored = policy_logprobs(reference, sequences)
@@ -384,9 +384,15 @@ class PreferenceTrainer(TokenTrainer):
 
     # --- help
 
-    def _read(self, dataset: Dataset, what: str, max_length: int) -> tuple[list[Example], Any]:
-        unpaired = isinstance(self.loss, UnpairedLoss)
-        return read_examples(dataset, self.processing_class, unpaired=unpaired, max_length=max_length, what=what)
+    def _read(self, dataset: Rows, what: str) -> tuple[list[Example], Skipped]:
+        return read_examples(
+            dataset,
+            self.processing_class,
+            unpaired=isinstance(self.loss, UnpairedLoss),
+            max_length=self.args.max_length,
+            context=self._context,
+            what=what,
+        )
 
     def _cuts(self, examples: Sequence[Example], *, mismatched: bool = False) -> list[Tensor]:
         """Micro-batches of whole examples."""

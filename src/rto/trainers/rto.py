@@ -6,10 +6,11 @@ rollouts never do: they are drawn when their turn has come, with the weights of 
 """
 
 import json
+import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, ClassVar, cast
 
 import safetensors.torch
 import torch
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
-from rto.data.formats import Prompt, read_prompts
+from rto.data.errors import DataError
+from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
 from rto.files import shown, write_atomically
 from rto.finite import NotFiniteError, together
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
@@ -40,21 +41,31 @@ from rto.models.loading import (
     clone,
     eos_ids,
     freeze,
+    is_adapter,
     load_policy,
     load_scalar,
     load_tokenizer,
-    max_positions,
+    pad_id,
+    shared_context,
     source_name,
-    trusts,
 )
+from rto.models.precision import hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
+from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
-from rto.rollout.rewards import Completed, RewardFunc, RewardModel, reward_source
+from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
-from rto.trainers.base import VALUE_MODEL, TokenTrainer, TokenTrainingArguments
+from rto.trainers.base import (
+    VALUE_MODEL,
+    TokenTrainer,
+    TokenTrainingArguments,
+    check_trainer_arguments,
+)
 from rto.trainers.checkpoints import CheckpointError
+from rto.trainers.precision import Reading
 
+logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
 
 
@@ -229,14 +240,15 @@ class RTOTrainer(TokenTrainer):
             `TokenRewardSpec`: a token source, a Python function; a list of them counts as their mean.
         dpo_ref_model: π_dpo's own reference; None means ``ref_model``.
         ref_model: π_ref; None means the starting policy itself, or the base model under a new adapter.
-        value_model: what the critic starts from; None means the first reward model that shares the policy's
-            tokenizer, or else the policy's backbone with a head that starts at zero. On a shared base: the first
-            reward model that shares it, or else a new adapter like the policy's.
+        value_model: what the critic starts from, a causal model with one linear head; None means the first such
+            reward model that shares the policy's tokenizer, or else the policy's backbone as it is now, with a head
+            that starts at zero. On a shared base: the first reward model that shares it, or else an adapter that
+            starts as the policy's.
         reward_funcs: as in TRL's GRPO: a reward model (folder, hub id, object), a Python function, or a list of
             these. Needed unless β₃ = 0.
         reward_processing_classes: tokenizers of reward models given as objects, in the order of ``reward_funcs``.
         train_dataset: prompts in TRL's prompt-only format; other columns are handed to reward functions.
-        eval_dataset: prompts for ``evaluate``.
+        eval_dataset: prompts for ``evaluate``, or a dictionary of such data sets.
         processing_class: the tokenizer; None loads the model's.
         sampler: draws completions; None decodes with transformers.
         peft_config: train a new PEFT adapter on the policy instead of the whole model. Where the policy is an
@@ -245,10 +257,12 @@ class RTOTrainer(TokenTrainer):
 
     Raises:
         DataError: the prompts cannot be used.
-        ValueError: models, rewards and coefficients do not fit together; checked before any model runs.
+        ValueError: models, rewards and coefficients do not fit together, checked before any model runs; or an
+            argument of `transformers.Trainer` has no meaning here.
     """
 
     args: RTOConfig
+    row_type = Prompt
 
     def __init__(
         self,
@@ -261,72 +275,82 @@ class RTOTrainer(TokenTrainer):
         value_model: Source | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         sampler: Sampler | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_trainer_arguments(type(self), kwargs)
         args = args or RTOConfig(output_dir="rto")
-        init = dict(args.init_kwargs)
+        reading = Reading.of(args, model)
         functions = _listed(reward_funcs)
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
-        tokenizer = processing_class or load_tokenizer(source_name(model), trust_remote_code=trusts(init))
-        policy = load_policy(model, **init)
-        roles: list[tuple[str, Any]] = [("ref_model", ref_model)]
+        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        roles: list[tuple[str, Any]] = [("model", model), ("ref_model", ref_model)]
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
-        for role, other in roles:
-            if isinstance(other, str | Path | nn.Module):
-                check_same_vocabulary(role, other, tokenizer, policy, **init)
+        readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
+        for role, other in readers[1:]:
+            check_same_vocabulary(role, other, tokenizer, model, **reading.frozen(other))
+        self.args, self.processing_class = args, tokenizer
+        self._context = _room(args, shared_context(readers, reading.tokenizer))
+        prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
+        _fit_batch(args, prompts)
+
+        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         check_output_layer(policy)
-
-        self.skipped = {}
-        prompts: dict[str, list[Prompt] | None] = {"train": None, "eval": None}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if dataset is not None:
-                prompts[name], self.skipped[name] = read_prompts(
-                    dataset, tokenizer, max_length=_room(args, policy), what=f"{name}_dataset"
-                )
-
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
-            policy = adapt(policy, peft_config)
+            policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
         base = shared_base(policy)
         budget = args.max_tokens_per_micro_batch
         tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
+        self.estimator = args.estimator()
+        seeds_critic = self.estimator.needs_values and value_model is None and base is None
         scorers = [place(base, f, "reward_model", scalar=True) for f in functions]
         self.score_sources = [
-            reward_source(f, t or _tokenizer_on_base(f, tokenizer), max_tokens=budget, **init)
-            for f, t in zip(scorers, tokenizers, strict=True)
+            reward_source(
+                placed,
+                t or _tokenizer_on_base(placed, tokenizer),
+                max_tokens=budget,
+                **(reading.trained(f) if seeds_critic and _is_whole(f) else reading.frozen(f)),
+            )
+            for f, placed, t in zip(functions, scorers, tokenizers, strict=True)
         ]
+        self.score_names = distinct([source.name for source in self.score_sources])
         self.score_weights = args.reward_weights or [1.0] * len(functions)
-        self.estimator = args.estimator()
+        prompts, held_out, _ = read_sets(self._with_room, prompts, held_out)
+        _fit_batch(args, prompts)
         critic = None
         if self.estimator.needs_values:
-            critic = self._critic(base, value_model, model, tokenizer, init)
+            critic = self._critic(base, value_model, policy, tokenizer, reading, new_adapter=peft_config is not None)
+        for f, source in zip(functions, self.score_sources):
+            if isinstance(source, RewardModel) and _is_whole(f):  # the critic has copied its weights as they were read
+                hold(source.model, reading.frozen_dtype)
         if ref_model is not None:
-            reference = load_policy(place(base, ref_model, "ref_model"), **init)
+            reference = load_policy(place(base, ref_model, "ref_model"), **reading.frozen(ref_model))
         elif base is None:
-            reference = clone(policy)
+            reference = clone(policy, reading.frozen_dtype)
         else:
             reference = base.without_adapter() if peft_config is not None else base.copy(None, "ref_model")
         self.reference = freeze(reference)
         self.token_reward: TokenSource | None = None
         if args.dpo_coef != 0:
+            learners = [place(base, spec, "dpo_model") for spec in token_rewards]
             self.token_reward = token_source(
-                [place(base, spec, "dpo_model") for spec in token_rewards],
+                [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in learners],
                 place(base, dpo_ref_model, "dpo_ref_model"),
                 kind=args.token_reward,
                 pessimism=args.token_reward_pessimism,
                 temperature=args.temperature,
                 max_tokens=budget,
-                **init,
+                **reading.frozen(dpo_ref_model),
             )
         self.sampler: Sampler = sampler or TransformersSampler(
-            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id
+            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
         )
         self.reward = args.reward()
         self.kl_control = None
@@ -336,12 +360,11 @@ class RTOTrainer(TokenTrainer):
         self._targets: Targets | None = None
         self._seconds: dict[str, float] = {}
 
-        _set_max_steps(args, prompts["train"])
         super().__init__(
             Actor(policy, critic),
             args,
-            train_dataset=prompts["train"],
-            eval_dataset=prompts["eval"],
+            train_dataset=prompts,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             **kwargs,
         )
@@ -534,11 +557,9 @@ class RTOTrainer(TokenTrainer):
         if not self.score_sources:
             return total
         logged: dict[str, list[float]] = {}
-        for source, weight in zip(self.score_sources, self.score_weights):
+        for name, source, weight in zip(self.score_names, self.score_sources, self.score_weights):
             with together(self.accelerator), self.accelerator.autocast():
-                scores = source(batch)
-            name = source.name if source.name not in logged else f"{source.name}_{len(logged)}"
-            logged[name] = scores
+                scores = logged[name] = source(batch)
             as_float32 = torch.tensor(scores, dtype=torch.float32, device=total.device)
             self.watch.see(as_float32, f"score of {name} (as float32)", tell=lambda row: shown(batch.completions[row]))
             total += weight * as_float32
@@ -551,12 +572,13 @@ class RTOTrainer(TokenTrainer):
     def _completed(self, samples: Samples, prompts: Sequence[Prompt]) -> Completed:
         ids = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
         texts = completion_texts(self.processing_class, [p.ids for p in prompts], ids)
-        raw = [p.raw for p in prompts]
-        plain = isinstance(raw[0], str)
         names = prompts[0].columns
         return Completed(
-            prompts=raw,
-            completions=texts if plain else [[{"role": "assistant", "content": text}] for text in texts],
+            prompts=[p.raw for p in prompts],
+            completions=[
+                text if isinstance(p.raw, str) else [{"role": "assistant", "content": text}]
+                for p, text in zip(prompts, texts, strict=True)
+            ],
             completion_ids=ids,
             ended=samples.ended.tolist(),
             columns={name: [p.columns[name] for p in prompts] for name in names},
@@ -568,26 +590,58 @@ class RTOTrainer(TokenTrainer):
     def _reward_models(self) -> list[RewardModel]:
         return [s for s in self.score_sources if isinstance(s, RewardModel)]
 
+    def _with_room(self, prompts: Iterable[Prompt], what: str) -> tuple[list[Prompt], Skipped]:
+        """Prompts that leave room for a completion in the context of every reward model; others are counted.
+
+        A completion counts as ``max_completion_length`` tokens. Where a reward model's tokenizer makes more of one
+        than that, the reward model says so when it is given it.
+
+        Raises:
+            DataError: none is left.
+        """
+        prompts, reasons = list(prompts), dict[int, str]()
+        skipped = Skipped(total=len(prompts))
+        for model in self._reward_models():
+            if model.context is not None:
+                room = model.context - self.args.max_completion_length
+                reason = f"with no room for a completion in the {model.context} tokens that {model.name} reads"
+                for i, n in enumerate(model.prompt_lengths([p.raw for p in prompts])):
+                    if n > room:
+                        reasons.setdefault(i, reason)
+        for i, reason in reasons.items():
+            skipped.add(reason, i)
+        kept = [p for i, p in enumerate(prompts) if i not in reasons]
+        if not kept:
+            remedy = "lower max_completion_length, or take a reward model of a longer context"
+            raise DataError(f"{skipped.report(what)}. Nothing is left to train on: {remedy}.")
+        if reasons:
+            logger.warning(skipped.report(what))
+        return kept, skipped
+
     def _critic(
         self,
         base: SharedBase | None,
         value_model: Source | None,
-        model: Source,
+        policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        init: dict[str, Any],
+        reading: Reading,
+        *,
+        new_adapter: bool,
     ) -> nn.Module:
+        """V's start: the given model, a reward model that can be read at every token, or the policy's backbone."""
         if value_model is not None:
-            return trainable(load_scalar(place(base, value_model, VALUE_MODEL, scalar=True, new_head=True), **init))
+            placed = place(base, value_model, VALUE_MODEL, scalar=True, new_head=True)
+            given = load_scalar(placed, **reading.trained(value_model))
+            return trainable(given if isinstance(given, Role) else check_critic(given))
         if base is not None:
             shared = next((s.model for s in self._reward_models() if isinstance(s.model, Role)), None)
-            return trainable(base.new_critic(VALUE_MODEL) if shared is None else base.copy(shared, VALUE_MODEL))
-        for reward_model in self._reward_models():
-            if reward_model.tokenizer.get_vocab() == tokenizer.get_vocab():
-                return trainable(clone(reward_model.model))
-        name = source_name(model)
-        if not Path(name).is_dir() and isinstance(model, nn.Module):
-            raise ValueError("a policy given as an object needs a value_model, or a reward model with its tokenizer")
-        return load_scalar(name, **init)
+            if shared is None:
+                return trainable(base.new_critic(VALUE_MODEL, from_policy=not new_adapter))
+            return trainable(base.copy(shared, VALUE_MODEL))
+        for scorer in self._reward_models():
+            if scorer.tokenizer.get_vocab() == tokenizer.get_vocab() and why_no_critic(scorer.model) is None:
+                return trainable(clone(scorer.model))
+        return critic_of(policy)
 
     # --- optimizer
 
@@ -603,8 +657,11 @@ class RTOTrainer(TokenTrainer):
                     lr = self.args.value_learning_rate if id(parameter) in critic else self.args.learning_rate
                     decay = self.args.weight_decay if name in decayed else 0.0
                     groups.setdefault((lr, decay), []).append(parameter)
-            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, acting))
-            kwargs.pop("lr", None)
+            kind: Any
+            kind, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(Any, acting)
+            )
+            kwargs = {name: x for name, x in kwargs.items() if name != "lr"}
             self.optimizer = kind(
                 [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
                 lr=self.args.learning_rate,
@@ -617,9 +674,10 @@ class RTOTrainer(TokenTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         actor: Actor = self.accelerator.unwrap_model(model)
-        norm = self.accelerator.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()  # under fp16; once, for one optimizer has the weights of both
+        norm = nn.utils.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
-            value_norm = self.accelerator.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
+            value_norm = nn.utils.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
             self.watch.see(value_norm, "gradient norm of the critic")
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
@@ -646,14 +704,12 @@ class RTOTrainer(TokenTrainer):
 
     # --- evaluation
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def _read(self, dataset: Any, what: str) -> tuple[list[Prompt], Skipped]:
+        longest = self.args.max_prompt_length or 2**31
+        return read_prompts(dataset, self.processing_class, max_length=longest, context=self._context, what=what)
+
+    def evaluate_rows(self, prompts: Sequence[Prompt], metric_key_prefix: str) -> dict[str, float]:
         """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
-        prompts = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if isinstance(prompts, Dataset):
-            room = _room(self.args, self.model.policy)
-            prompts, _ = read_prompts(prompts, self.processing_class, max_length=room, what="eval_dataset")
         mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
         kept, self._metrics = self._metrics, defaultdict(list)
         moments, self.score_moments = self.score_moments, replace(self.score_moments)
@@ -830,6 +886,11 @@ def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTra
     return None
 
 
+def _is_whole(source: Any) -> bool:
+    """A whole model's folder or hub id: not an adapter, and no object."""
+    return isinstance(source, str | Path) and not is_adapter(source)
+
+
 def _listed(x: Any) -> list[Any]:
     if x is None:
         return []
@@ -849,30 +910,43 @@ def _check_rewards(args: RTOConfig, token_rewards: list[TokenRewardSpec], functi
         raise ValueError(f"reward_weights has {len(args.reward_weights)} entries for {len(functions)} reward_funcs")
 
 
-def _room(args: RTOConfig, policy: nn.Module) -> int:
+def _room(args: RTOConfig, context: int | None) -> int | None:
     """The longest prompt that leaves room for a completion.
 
     Raises:
-        ValueError: a completion alone fills the model's context.
+        ValueError: a completion alone fills the models' context.
     """
-    context = max_positions(policy)
-    room = None if context is None else context - args.max_completion_length
-    if room is not None and room < 1:
+    if context is not None and context <= args.max_completion_length:
         raise ValueError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's context "
             f"of {context} tokens"
         )
-    return min(x for x in (room, args.max_prompt_length, 2**31) if x is not None)
+    return None if context is None else context - args.max_completion_length
 
 
-def _set_max_steps(args: RTOConfig, prompts: list[Prompt] | None) -> None:
-    """Turn ``total_episodes`` into updates, and check that the prompts fill a rollout batch."""
-    batch = args.per_device_train_batch_size * args.world_size
-    if prompts is not None and len(prompts) < batch:
-        raise ValueError(
-            f"{len(prompts)} prompts do not fill one batch of {batch} rollouts "
-            f"({args.per_device_train_batch_size} on each of {args.world_size} processes): lower "
-            "per_device_train_batch_size or bring more prompts"
+def _fit_batch(args: RTOConfig, prompts: list[Prompt] | None) -> None:
+    """Check that the prompts fill a batch of rollouts, and turn ``total_episodes`` into updates.
+
+    A batch size that nobody chose is lowered to what the prompts fill.
+
+    Raises:
+        ValueError: the prompts do not fill one batch.
+    """
+    size, world = args.per_device_train_batch_size, args.world_size
+    if prompts is not None and len(prompts) < size * world:
+        fits = len(prompts) // world // args.num_mini_batches * args.num_mini_batches
+        if fits == 0 or size != RTOConfig.per_device_train_batch_size:
+            raise ValueError(
+                f"{len(prompts)} prompts do not fill one batch of {size * world} rollouts ({size} on each of {world} "
+                "processes): lower per_device_train_batch_size or bring more prompts"
+            )
+        logger.warning(
+            "%d prompts do not fill a batch of %d rollouts: per_device_train_batch_size is %d in this run",
+            len(prompts),
+            size * world,
+            fits,
         )
+        args.per_device_train_batch_size = fits
     if args.total_episodes is not None:
+        batch = args.per_device_train_batch_size * world
         args.max_steps = math.ceil(args.total_episodes / batch) * args.updates_per_rollout

@@ -8,24 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from rto.files import shown, write_atomically
-from rto.ranges import check_arguments
 from rto.trainers.checkpoints import SealedCheckpoints
 from rto.trainers.logs import tell_quietly
 
 
 class FromTRL(SealedCheckpoints):
-    """Stands before one of TRL's trainers among the bases of a class.
-
-    Raises:
-        ValueError: a number of the configuration is out of its range.
-    """
+    """Stands before one of TRL's trainers among the bases of a class."""
 
     _metrics: dict[str, Any]
     _total_train_tokens: int
     processing_class: Any
 
     def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
-        check_arguments(args)
         super().__init__(model, args, **kwargs)
         self._texts: list[Tensor] = []  # of the rows of an update
         cast(nn.Module, self.model).register_forward_hook(self._see_outputs, with_kwargs=True)

@@ -1,0 +1,135 @@
+"""In which precision weights are held: wide where they are trained, as the compute precision where they are only read.
+
+AdamW moves a weight by about the learning rate. bf16 keeps 8 bits of a weight, so that near 0.01 its neighbours are
+3·10⁻⁵ apart: at a learning rate of 5·10⁻⁷ almost every update is rounded away. Trained weights are fp32 for that
+reason, whatever a model was loaded in; what they are multiplied in is autocast's to say.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils.operations import recursively_apply
+from torch import Tensor, nn
+
+NARROW = (torch.float16, torch.bfloat16)
+"""Precisions in which a weight does not move at the learning rates of reinforcement learning."""
+
+
+def as_dtype(name: str | torch.dtype) -> Any:
+    """A precision by its name; ``auto``, the one that a checkpoint was written in, stays a word.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    if isinstance(name, torch.dtype) or name == "auto":
+        return name
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not known; choose from auto, float32, bfloat16, float16")
+    return found
+
+
+def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of parameter names that an architecture keeps in fp32 when it is loaded in ``dtype``."""
+    lists = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
+    return tuple(part for kind in lists for part in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ())
+
+
+@torch.no_grad()
+def hold(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the weights of a whole model that is only read, in place and one by one; buffers stay as they are."""
+    kept = kept_in_fp32(model, dtype)
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not any(part in name for part in kept):
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def widen(model: nn.Module) -> int:
+    """Cast the trained weights of a model to fp32, in place, where they are narrower; the number of those that were.
+
+    A model that is trained whole becomes fp32 altogether. Of a PEFT model only what is trained does: adapters, and
+    modules that are trained beside them (``modules_to_save``), which still take and give what the layers around do.
+    """
+    adapters = hasattr(model, "peft_config")
+    weights = [w for w in model.parameters() if w.dtype in NARROW and (w.requires_grad or not adapters)]
+    if adapters:
+        _join_saved_modules(model)
+    for weight in weights:
+        weight.data = weight.data.float()
+    for buffer in () if adapters else model.buffers():
+        if buffer.dtype in NARROW:
+            buffer.data = buffer.data.float()
+    return sum(weight.numel() for weight in weights)
+
+
+def _join_saved_modules(model: Any) -> None:
+    """Let modules that are about to be wider than the layers around them cast what they take and what they give.
+
+    What the output layer or the scalar head gives goes to no layer, and stays in fp32.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    heads = [getattr(model, name, None) for name in ("score", "classifier")]
+    heads.append(model.get_base_model().get_output_embeddings())
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            around = {w.dtype for w in module.parameters() if w.requires_grad and w.dtype in NARROW}
+            if around:
+                module.register_forward_pre_hook(_take(torch.float32), with_kwargs=True)
+            if around and not any(wrapper is head for head in heads):
+                module.register_forward_hook(_give(around.pop()))
+
+
+def _take(dtype: torch.dtype) -> Callable[..., Any]:
+    return lambda module, args, kwargs: (_cast(args, dtype), _cast(kwargs, dtype))
+
+
+def _give(dtype: torch.dtype) -> Callable[..., Any]:
+    return lambda module, args, output: _cast(output, dtype)
+
+
+def _cast(data: Any, dtype: torch.dtype) -> Any:
+    """The same data with its floating-point tensors in another precision."""
+    return recursively_apply(lambda x: x.to(dtype), data, test_type=_is_floating)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+# --- bases of four bits
+
+REARRANGES = "support_avx512bf16_for_cpu"
+"""By this attribute a layer of bitsandbytes says that it may rearrange its weights for inference."""
+
+
+def keep_derivative(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes' layers of four bits in the layout whose product has a derivative.
+
+    On processors with avx512_bf16 a pass without gradients in eval mode rearranges their weights for a kernel that
+    has none, and every later backward pass goes through it: gradients are wrong, and nothing fails.
+    """
+    for module in model.modules():
+        if REARRANGES in vars(module):
+            vars(module)[REARRANGES] = False
+    return model
+
+
+def check_derivative(name: str, model: nn.Module) -> None:
+    """Refuse to train on layers that were rearranged before they came here; that loses bits and is not undone.
+
+    Raises:
+        ValueError: a layer of four bits has no derivative any more.
+    """
+    for where, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: {where} was rearranged by bitsandbytes for a kernel that has no derivative, as the first "
+                "pass without gradients does on this processor: load the model anew and hand it over before it is run"
+            )

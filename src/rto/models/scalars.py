@@ -1,0 +1,132 @@
+"""Scalar heads: V(s_t) and scores from hidden states, in fp32, and which models may be read at every token."""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForSequenceClassification
+
+from rto.models.loading import backbone, scalar_head, source_name, unwrap_peft
+
+
+def values_of(model: nn.Module, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+    """A model's scalar head on hidden states, in fp32 whatever the precision of the states, the head and autocast.
+
+    bf16 numbers around 3 are 1/64 apart, and a token reward is at most 0.05: a value rounded to bf16 does not see it.
+    """
+    head, precision = scalar_head(model), torch.promote_types(hidden.dtype, torch.float32)
+    weights = {name: p for name, p in head.named_parameters() if p.is_floating_point() and p.dtype != precision}
+    with torch.autocast(hidden.device.type, enabled=False):
+        states = hidden.to(precision)
+        if weights:
+            values = functional_call(head, {name: p.to(precision) for name, p in weights.items()}, (states,))
+        else:
+            values = head(states)
+    return values.squeeze(-1)
+
+
+def last_scored(tokens: Int[Tensor, "B L"], attention: Int[Tensor, "B L"], pad_id: int | None) -> Int[Tensor, " B"]:
+    """Where a sequence classifier of `transformers` reads its head: at the last token that is not ``pad_id``.
+
+    Where padding is EOS, that is the token before EOS, in training as in use. Without a ``pad_id`` it is the last
+    token.
+    """
+    exists = attention.bool() if pad_id is None else attention.bool() & (tokens != pad_id)
+    return (exists * torch.arange(tokens.shape[1], device=tokens.device)).argmax(1)
+
+
+# --- critics: a linear head at every token of a causal model
+
+
+def critic_of(policy: Any) -> nn.Module:
+    """A copy of a policy's backbone, with the weights that it has now, under a new head that starts at zero: V = 0.
+
+    Raises:
+        ValueError: `transformers` has no sequence classification model of this type, or one that is no critic.
+    """
+    config, name = copy.deepcopy(policy.config), type(policy).__name__
+    config.num_labels = 1
+    remedy = "pass value_model, or set advantage_estimator='reinforce++', which needs no critic"
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(f"no critic can start from a {name}: transformers has no such model that scores: {remedy}")
+    critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    backbone(critic).load_state_dict(backbone(policy).state_dict())
+    for parameter in scalar_head(critic).parameters():
+        nn.init.zeros_(parameter)
+    why = why_no_critic(critic)
+    if why is not None:
+        raise ValueError(f"no critic can start from a {name}: {why}: {remedy}")
+    return critic
+
+
+def check_critic(model: nn.Module) -> nn.Module:
+    """The model, if it can be a critic.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    why = why_no_critic(model)
+    if why is not None:
+        raise ValueError(
+            f"value_model {source_name(model)}, a {type(unwrap_peft(model)).__name__}, cannot be a critic: {why}: "
+            "leave value_model out, or give a causal model with one linear head (`rto reward` trains one)"
+        )
+    return model
+
+
+@torch.no_grad()
+def why_no_critic(model: nn.Module) -> str | None:
+    """Why V(s_t) cannot be read from a model at every token; None where it can.
+
+    One forward pass of a few tokens shows what reaches the head (the backbone's last hidden states, as they are) and
+    a second one whether a token changes what stands before it.
+    """
+    try:
+        head = scalar_head(model)
+    except ValueError as error:
+        return str(error)
+    linear = unwrapped(head)
+    if not isinstance(linear, nn.Linear) or linear.out_features != 1:
+        return f"its head is a {type(linear).__name__}, not one linear layer"
+    seen: list[Any] = []
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    training, _ = model.training, model.eval()
+    try:
+        config = unwrap_peft(model).config.get_text_config()
+        tokens = torch.arange(1, 9, device=next(model.parameters()).device)[None] % config.vocab_size
+        other = tokens.index_fill(1, tokens.new_tensor([7]), 0)
+        own = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, 0]
+        states, changed = (backbone(model)(input_ids=x, use_cache=False).last_hidden_state for x in (tokens, other))
+    except Exception as error:  # whatever an architecture that is read in another way says of it
+        return f"it cannot be read token by token ({str(error).strip().splitlines()[0]})"
+    finally:
+        hook.remove()
+        model.train(training)
+    if len(seen) != 1 or seen[0].shape != states.shape or not _close(seen[0], states):
+        return "its head does not read the last hidden state of each token"
+    if not _close(changed[:, :-1], states[:, :-1]):
+        return "it is no causal model: a token changes what is read before it"
+    at = last_scored(tokens, torch.ones_like(tokens), config.pad_token_id)
+    if not _close(own, values_of(model, states)[0, at]):
+        return "its score is not what its head gives"
+    return None
+
+
+def unwrapped(head: Any) -> Any:
+    """The layer itself under PEFT's wrappers: the active copy of ``modules_to_save``, the base of a LoRA layer."""
+    while True:
+        if hasattr(head, "modules_to_save"):
+            head = head.modules_to_save[head.active_adapters[0]] if head.active_adapters else head.original_module
+        elif hasattr(head, "get_base_layer"):
+            head = head.get_base_layer()
+        else:
+            return head
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of kernels in their precision."""
+    gap = (a.float() - b.float()).abs().max()
+    return bool(gap <= (1e-4 if a.dtype == torch.float32 else 0.05) * b.float().abs().max().clamp(min=1.0))
