@@ -1,4 +1,4 @@
-"""A run stops at the first number that is not finite: it names the number, keeps its checkpoint and writes no model."""
+"""A run stops at the first number that is not finite: it names it, keeps its checkpoint and writes no model."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_training_stops_and_keeps_the_last_checkpoint(
     assert [row["step"] for row in rows] in ([1], [])  # no loss of 0 where there was none
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     check_files(tmp_path / "checkpoint-1")
-    with pytest.raises(NotFiniteError, match="weight .* is not finite: no model is written"):
+    with pytest.raises(NotFiniteError, match=r"weight .* is not finite: no model is written"):
         run.save_model()
     assert not list(tmp_path.glob("*.safetensors"))
 

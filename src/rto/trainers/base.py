@@ -211,10 +211,12 @@ class TokenTrainer(SealedCheckpoints):
         super().log({**logs, **means}, start_time)
 
     def _save_state(self, folder: Path) -> None:
+        super()._save_state(folder)
         if self.is_world_process_zero():
             write_atomically(folder / "metrics.json", json.dumps(self._metrics))
 
     def _load_state(self, folder: Path) -> None:
+        super()._load_state(folder)
         self._metrics.update(json.loads((folder / "metrics.json").read_text()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What a run tells while it trains: ``log.jsonl``, and a progress bar."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +18,25 @@ from transformers import (
 
 from rto.files import write_atomically
 
+logger = logging.getLogger(__name__)
+
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop rows of a JSON-lines file, and a last line that a kill cut off."""
+    """Drop rows of a JSON-lines file, a last line that a kill cut off, and damaged lines, which are told."""
     if not path.exists():
         return
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
-    write_atomically(path, "".join(line + "\n" for line in whole if keep(json.loads(line))))
+    kept, damaged = [], []
+    for i, line in enumerate(path.read_bytes().split(b"\n")[:-1]):  # what follows the last line break is half a line
+        try:
+            text = line.decode()
+            if keep(json.loads(text)):
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            damaged.append(i + 1)
+    if damaged:
+        what = "%s: %d damaged lines are dropped, the first is line %d: they hold no JSON row with a step"
+        logger.warning(what, path, len(damaged), damaged[0])
+    write_atomically(path, "".join(kept))
 
 
 def tell_quietly(trainer: Trainer) -> None:
@@ -44,8 +57,9 @@ class JsonLines(TrainerCallback):
         """Cut the run's logs back to the step that training starts from: what follows is written again."""
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
-            keep_lines(folder / "log.jsonl", lambda row: row["step"] <= state.global_step)
-            keep_lines(folder / "completions.jsonl", lambda row: row["step"] < state.global_step)
+            step = state.global_step  # an attempt that was stopped has written its summary
+            keep_lines(folder / "log.jsonl", lambda row: row["step"] <= step and "train_runtime" not in row)
+            keep_lines(folder / "completions.jsonl", lambda row: row["step"] < step + (row.get("split") == "eval"))
 
     def on_log(
         self,

@@ -55,7 +55,7 @@ from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
-from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
+from rto.rollout.token_rewards import TOKEN_REWARDS, Ensemble, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import (
     VALUE_MODEL,
     TokenTrainer,
@@ -374,6 +374,16 @@ class RTOTrainer(TokenTrainer):
                 scorer.to(self.args.device)
 
     # --- the algorithm
+
+    def models(self) -> dict[str, nn.Module]:
+        """Policy, critic, reference, and what token rewards and scores come from."""
+        found = {**super().models(), "reference": self.reference}
+        sources = self.token_reward.members if isinstance(self.token_reward, Ensemble) else [self.token_reward]
+        for i, source in enumerate(sources):
+            model = getattr(source, "dpo_model", getattr(source, "model", None))
+            if isinstance(model, nn.Module):
+                found[f"dpo_model {i}"] = model
+        return found | {f"reward model {i}": s.model for i, s in enumerate(self._reward_models())}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One update on the rollouts of a list of `Prompt`; on the first of them: sample → score → credit."""
@@ -816,6 +826,7 @@ class RTOTrainer(TokenTrainer):
                 "kl_control": None if self.kl_control is None else self.kl_control.state_dict(),
                 "score_moments": self.score_moments.state_dict(),
                 "processes": self.accelerator.num_processes,
+                "seconds": self._seconds,
             }
             write_atomically(folder / "rto_state.json", json.dumps(state))
         if self.state.global_step % self.args.updates_per_rollout:
@@ -831,6 +842,7 @@ class RTOTrainer(TokenTrainer):
                 f"{folder} was written by {state['processes']} processes, this run has "
                 f"{self.accelerator.num_processes}: resume with as many"
             )
+        self._seconds = state.get("seconds", {})
         self.score_moments.load_state_dict(state["score_moments"])
         if self.kl_control is not None and state["kl_control"] is not None:
             self.kl_control.load_state_dict(state["kl_control"])
