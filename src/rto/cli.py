@@ -6,11 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rto import signals
 
 USAGE = """usage: rto COMMAND [options]
 
@@ -86,6 +89,7 @@ class RewardArguments:
     )
 
 
+@signals.in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -407,8 +411,11 @@ def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
 
 
 def _finish(trainer: Any) -> int:
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
+    from rto.files import alone
+
+    with alone(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.accelerator.print(trainer.evaluate())
     if trainer.args.push_to_hub:

@@ -196,6 +196,16 @@ class Recipe:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
+def resolved(path: Path) -> dict[str, Any]:
+    """The mapping of a saved recipe with the defaults of what it does not say: it may be of an earlier version.
+
+    Raises:
+        RecipeError: it is no recipe that this version knows.
+    """
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml.safe_load(_build(Recipe, tree, str(path), "").to_yaml())
+
+
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe (the embedded one when none is named) and apply dotted overrides, ``train.gamma: 0.9``.
 

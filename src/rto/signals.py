@@ -3,9 +3,11 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import FrameType
+from typing import Any
 
 _asked: int | None = None
 _patient = False
@@ -56,3 +58,18 @@ def patiently() -> Iterator[None]:
         yield
     finally:
         _patient = before
+
+
+def in_one_line(command: Callable[..., int]) -> Callable[..., int]:
+    """A command of the terminal that ends in one line when a signal stops it, with the exit code shells expect."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> int:
+        listen()
+        try:
+            return command(*args, **kwargs)
+        except Interrupted as stop:
+            print(f"rto: {stop}", file=sys.stderr)  # noqa: T201
+            return 128 + stop.signum
+
+    return run
