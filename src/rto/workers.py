@@ -24,10 +24,8 @@ def begin_worker(parent: int, devices: Any) -> None:
     end_with(parent)
     device = devices.get()
     if device is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            visible[int(device)] if len(visible) > int(device) and visible[0] else device
-        )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # what the parent sees; its devices count from 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(device)] if visible else device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -167,6 +167,8 @@ class PreferenceTrainer(TokenTrainer):
         if ref_model is not None and self.loss.needs_reference:
             placed = place(self._base, ref_model, "ref_model")
             self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
+        self._update: list[Example] = []
+        self._baseline: Tensor | None = None  # z₀ of the update
         super().__init__(
             Actor(policy),
             args,
@@ -194,7 +196,9 @@ class PreferenceTrainer(TokenTrainer):
         """Gradients of the mean loss over the examples of one update, on all processes."""
         model.train()
         assert num_items_in_batch is not None
-        kl = self._kl(model, inputs)
+        if self._baseline is None:  # of the whole update, before its first gradient
+            self._baseline = self._kl(model, self._update)
+        kl = self._baseline
         outcomes: list[Outcome] = []
 
         def loss(rows: Tensor) -> Tensor:
@@ -404,6 +408,7 @@ class PreferenceTrainer(TokenTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Examples in one update, on all processes: the denominator of the loss."""
+        self._update, self._baseline = [example for batch in batch_samples for example in batch], None
         return self.all_reduce(torch.tensor(float(sum(map(len, batch_samples))), device=device))
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Sampler as IndexSampler
@@ -422,8 +422,24 @@ class RTOTrainer(TokenTrainer):
                 raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
 
     @torch.no_grad()
-    def score(self, model: nn.Module, samples: Samples, prompts: Sequence[Prompt]) -> Rollout:
-        """Everything the reward needs, each number from one forward pass of the model it belongs to."""
+    def score(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        prompts: Sequence[Prompt],
+        counted: Bool[Tensor, " B"] | None = None,
+    ) -> Rollout:
+        """Everything the reward needs, each number from one forward pass of the model it belongs to.
+
+        Args:
+            model: policy and critic, as they are wrapped.
+            samples: what was drawn.
+            prompts: what for.
+            counted: which rows the metrics are of; None: all.
+
+        Raises:
+            NotFiniteError: a number is NaN or infinite; the message names model and row.
+        """
         model.eval()
         acting, completed = self._act(model, samples), self._completed(samples, prompts)
         with self.accelerator.autocast():
@@ -439,10 +455,11 @@ class RTOTrainer(TokenTrainer):
             ref_logp=ref_logp,
             token_logratio=logratio,
             values=acting.values,
-            scores=self._scores(samples, completed),
+            scores=self._scores(samples, completed, counted),
         )
         self._check(rollout, prompts)
-        self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
+        mask = samples.mask if counted is None else samples.mask & counted[:, None]
+        self.record(entropy=masked_mean(acting.entropy, mask, all_reduce=self.all_reduce))
         return rollout
 
     def _check(self, rollout: Rollout, prompts: Sequence[Prompt]) -> None:
@@ -561,10 +578,13 @@ class RTOTrainer(TokenTrainer):
             self.reference, samples, temperature=args.temperature, max_tokens=args.max_tokens_per_micro_batch
         )
 
-    def _scores(self, samples: Samples, batch: Completed) -> Float[Tensor, " B"]:
+    def _scores(
+        self, samples: Samples, batch: Completed, counted: Bool[Tensor, " B"] | None = None
+    ) -> Float[Tensor, " B"]:
         """Σ weight · score over the reward functions, standardized if asked for."""
         total = torch.zeros(len(samples), device=samples.tokens.device)
         if not self.score_sources:
+            self._keep_completions(batch, {}, counted)
             return total
         logged: dict[str, list[float]] = {}
         for name, source, weight in zip(self.score_names, self.score_sources, self.score_weights):
@@ -573,7 +593,10 @@ class RTOTrainer(TokenTrainer):
             as_float32 = torch.tensor(scores, dtype=torch.float32, device=total.device)
             self.watch.see(as_float32, f"score of {name} (as float32)", tell=lambda row: shown(batch.completions[row]))
             total += weight * as_float32
-        self._record_scores(batch, {**logged, "": total.tolist()})
+        self.watch.check(self.state.global_step + 1)
+        logged[""] = total.tolist()
+        self._record_scores(logged, counted)
+        self._keep_completions(batch, logged, counted)
         if self.args.normalize_scores:
             self.score_moments.update(total, all_reduce=self.all_reduce)
             total = self.score_moments.normalize(total)
@@ -697,6 +720,10 @@ class RTOTrainer(TokenTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Prompts of this process, the same batch for every update of a rollout."""
+        batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        if tail := len(self.train_dataset) % batch:
+            total = len(self.train_dataset)
+            logger.warning("each pass over %d prompts leaves out %d, which fill no batch of %d", total, tail, batch)
         sampler = RolloutSampler(
             size=len(self.train_dataset),
             rollouts=self.args.per_device_train_batch_size,
@@ -720,13 +747,17 @@ class RTOTrainer(TokenTrainer):
 
     def evaluate_rows(self, prompts: Sequence[Prompt], metric_key_prefix: str) -> dict[str, float]:
         """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
-        mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        at = range(rank, math.ceil(len(prompts) / world) * world, world)  # as many on every process
+        mine = [prompts[i % len(prompts)] for i in at]
+        counted = torch.tensor([i < len(prompts) for i in at], device=self.args.device)
         kept, self._metrics = self._metrics, defaultdict(list)
         moments, self.score_moments = self.score_moments, replace(self.score_moments)
         samples = self.sample(self.model, mine, seed=self.args.seed)
-        rollout = self.score(self.model, samples, mine)
-        self._record_lengths(rollout)
-        self.record(kl=self._mean(masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)))
+        rollout = self.score(self.model, samples, mine, counted)
+        self._record_lengths(rollout, counted)
+        kl = masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)
+        self.record(kl=self._mean(kl, counted))
         found = {f"{metric_key_prefix}_{name}": values[-1] for name, values in self._metrics.items()}
         self._metrics, self.score_moments = kept, moments
         super(TokenTrainer, self).log(dict(found))
@@ -735,8 +766,9 @@ class RTOTrainer(TokenTrainer):
 
     # --- metrics
 
-    def _mean(self, x: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-        return masked_mean(x, torch.ones_like(x, dtype=torch.bool), all_reduce=self.all_reduce)
+    def _mean(self, x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
+        every = torch.ones_like(x, dtype=torch.bool) if counted is None else counted
+        return masked_mean(x, every, all_reduce=self.all_reduce)
 
     def _record_rollout(self, rollout: Rollout, terms: RewardTerms, returns: Tensor, reward: RTOReward) -> None:
         """What a rollout tells: per source, per completion; everything over all processes."""
@@ -769,24 +801,31 @@ class RTOTrainer(TokenTrainer):
         if self.kl_control is not None:
             self.kl_control.update(float(kl), int(self.all_reduce(torch.tensor(float(len(mask)), device=mask.device))))
 
-    def _record_lengths(self, rollout: Rollout) -> None:
+    def _record_lengths(self, rollout: Rollout, counted: Bool[Tensor, " B"] | None = None) -> None:
         lengths = rollout.mask.sum(1).float()
         everywhere = self.accelerator.gather(lengths)
+        if counted is not None:
+            everywhere = everywhere[self.accelerator.gather(counted)]
         self.record(
             **{
-                "completions/mean_length": self._mean(lengths),
+                "completions/mean_length": self._mean(lengths, counted),
                 "completions/min_length": everywhere.min(),
                 "completions/max_length": everywhere.max(),
-                "completions/eos_rate": self._mean(rollout.ended.float()),
+                "completions/eos_rate": self._mean(rollout.ended.float(), counted),
             }
         )
 
-    def _record_scores(self, batch: Completed, scores: dict[str, list[float]]) -> None:
+    def _record_scores(self, scores: dict[str, list[float]], counted: Bool[Tensor, " B"] | None) -> None:
         for name, values in scores.items():
             x = torch.tensor(values, device=self.args.device)
             key = f"score/{name}" if name else "score"
-            mean = self._mean(x)
-            self.record(**{key: mean, f"{key}_std": self._mean((x - mean).square()).sqrt()})
+            mean = self._mean(x, counted)
+            self.record(**{key: mean, f"{key}_std": self._mean((x - mean).square(), counted).sqrt()})
+
+    def _keep_completions(
+        self, batch: Completed, scores: dict[str, list[float]], counted: Bool[Tensor, " B"] | None
+    ) -> None:
+        """A few completions of a rollout, or of an evaluation within training, which say so."""
         if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
             path = Path(str(self.args.output_dir)) / "completions.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -796,6 +835,7 @@ class RTOTrainer(TokenTrainer):
                         "step": self.state.global_step,
                         "prompt": batch.prompts[i],
                         "completion": batch.completions[i],
+                        **({} if counted is None else {"split": "eval"}),
                     }
                     row |= {f"score/{name}" if name else "score": values[i] for name, values in scores.items()}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
