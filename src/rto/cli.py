@@ -1,19 +1,21 @@
 """`rto run | reproduce | sft | reward | prefer | train | evaluate | inspect`: the whole method, or one stage of it."""
 
-import argparse
 import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rto import signals
+from rto.errors import make_folder, told
+from rto.flags import OneLine, overrides
+from rto.values import as_flag, nearest
 
 USAGE = """usage: rto COMMAND [options]
 
@@ -43,6 +45,7 @@ and:
   report DIR          write report.html of a run again
 
 rto COMMAND --help tells the options of a command."""
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -62,7 +65,10 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder of a policy adapter."})
     output_dir: str = field(metadata={"help": "A new folder for the whole model."})
-    dtype: str = field(default="auto", metadata={"help": "Precision to merge in: auto (the base's), float32, ..."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Precision to merge in; auto: the base's.", "choices": ("auto", *PRECISIONS)},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base."})
 
 
@@ -95,15 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         if args and args[0] not in ("-h", "--help"):
-            print(f"rto: no such command: {args[0]}\n", file=sys.stderr)
+            print(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", file=sys.stderr)
+            return 2
         print(USAGE)
-        return 0 if args and args[0] in ("-h", "--help") else 2
+        return 0 if args else 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
     _keep_freed_memory()
     try:
-        return COMMANDS[args[0]](args[1:])
-    except ValueError as error:  # RecipeError, DataError, CheckpointError and the checks of the configurations
-        print(f"rto {args[0]}: {error}", file=sys.stderr)
+        with warnings.catch_warnings():
+            for library in ("transformers", "trl", "peft"):  # what one deprecates and another uses
+                warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+            return COMMANDS[args[0]](args[1:])
+    except Exception as error:
+        if (line := told(error)) is None:
+            raise
+        print(f"rto {args[0]}: {line}", file=sys.stderr)
         return 2
 
 
@@ -136,18 +149,18 @@ def run(args: list[str]) -> int:
     hf_logging.disable_progress_bar()  # one for each weight file; the stages have their own
     named = args and not args[0].startswith("--")
     path, rest = (Path(args[0]), args[1:]) if named else (None, args)
-    overrides = _overrides(rest)
-    folder = overrides.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
     from rto.pipeline import run as run_recipe
-    from rto.recipe import load_recipe
+    from rto.recipe import Recipe, load_recipe
 
-    run_recipe(load_recipe(path, overrides), Path(folder))
+    values = overrides(rest, ["output_dir", *(f.name for f in fields(Recipe))])
+    folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
+    run_recipe(load_recipe(path, values), Path(str(folder)))
     return 0
 
 
 def reproduce(args: list[str]) -> int:
     """`rto reproduce`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="rto reproduce",
         description="Run the methods of a study over seeds; the same command continues after a kill. Keys of the "
         "recipe are overridden by their dotted names, as in rto run.",
@@ -164,6 +177,7 @@ def reproduce(args: list[str]) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     from transformers.utils import logging as hf_logging
 
+    from rto.recipe import Recipe
     from rto.report.study import write_study
     from rto.reproduce import reproduce as run_study
     from rto.reproduce import task_recipe
@@ -175,24 +189,12 @@ def reproduce(args: list[str]) -> int:
         if not results.is_file():
             raise ValueError(f"{results} is not there: run rto reproduce without --report first")
     else:
-        recipe = task_recipe(flags.task, _overrides(rest))
+        recipe = task_recipe(flags.task, overrides(rest, [f.name for f in fields(Recipe)], parser.flags))
         results = run_study(recipe, folder, methods=flags.methods, seeds=flags.seeds, jobs=flags.jobs)
     page = write_study(results)
     print(page.read_text(encoding="utf-8"))
     print(f"results: {results}\nreport: {page}")
     return 0
-
-
-def _overrides(args: list[str]) -> dict[str, Any]:
-    """``--a.b VALUE`` pairs; values are YAML."""
-    found = {}
-    pairs = iter(args)
-    for key in pairs:
-        value = next(pairs, None)
-        if not key.startswith("--") or value is None:
-            raise ValueError(f"{key}: expected --KEY VALUE, with KEY the dotted name of a key of the recipe")
-        found[key[2:]] = yaml.safe_load(value)
-    return found
 
 
 def sft(args: list[str]) -> int:
@@ -201,11 +203,13 @@ def sft(args: list[str]) -> int:
 
     data, config, model = _parse("sft", args, DataArguments, SFTConfig)
     config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
+    _check_models(config, model, {})
+    rows, held_out = _rows(data, config)
     trainer = SFTTrainer(
         model.model_name_or_path,
         config,
-        train_dataset=_train_rows(data),
-        eval_dataset=_eval_rows(data),
+        train_dataset=rows,
+        eval_dataset=held_out,
         peft_config=_peft(model),
     )
     return _finish(trainer)
@@ -217,11 +221,13 @@ def reward(args: list[str]) -> int:
 
     data, config, model = _parse("reward", args, DataArguments, RewardConfig)
     config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
+    _check_models(config, model, {})
+    rows, held_out = _rows(data, config)
     trainer = RewardTrainer(
         model.model_name_or_path,
         config,
-        train_dataset=_train_rows(data),
-        eval_dataset=_eval_rows(data),
+        train_dataset=rows,
+        eval_dataset=held_out,
         peft_config=_peft(model, task="SEQ_CLS"),
     )
     return _finish(trainer)
@@ -233,12 +239,14 @@ def prefer(args: list[str]) -> int:
 
     data, others, config, model = _parse("prefer", args, DataArguments, ReferenceArguments, PreferenceConfig)
     config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
+    _check_models(config, model, {"ref_model": others.ref_model})
+    rows, held_out = _rows(data, config)
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,
         ref_model=others.ref_model,
-        train_dataset=_train_rows(data),
-        eval_dataset=_eval_rows(data),
+        train_dataset=rows,
+        eval_dataset=held_out,
         peft_config=_peft(model),
     )
     return _finish(trainer)
@@ -252,8 +260,12 @@ def train(args: list[str]) -> int:
     data, others, config, model = _parse("train", args, DataArguments, RewardArguments, RTOConfig)
     config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     rewards, token_rewards = (
-        [resolve(f) if is_function(f) else f for f in names or []] for names in (others.reward_funcs, others.dpo_model)
+        [resolve(name, f"--{flag}") if is_function(name) else name for name in getattr(others, flag) or []]
+        for flag in ("reward_funcs", "dpo_model")
     )
+    used = dict(vars(others)) if config.dpo_coef else {**vars(others), "dpo_model": None, "dpo_ref_model": None}
+    _check_models(config, model, used)
+    rows, held_out = _rows(data, config)
     trainer = RTOTrainer(
         model.model_name_or_path,
         config,
@@ -262,8 +274,8 @@ def train(args: list[str]) -> int:
         ref_model=others.ref_model,
         value_model=others.value_model,
         reward_funcs=rewards,
-        train_dataset=_train_rows(data),
-        eval_dataset=_eval_rows(data),
+        train_dataset=rows,
+        eval_dataset=held_out,
         peft_config=_peft(model),
     )
     return _finish(trainer)
@@ -271,13 +283,15 @@ def train(args: list[str]) -> int:
 
 def export(args: list[str]) -> int:
     """`rto export`."""
-    from trl import TrlParser
+    from rto.stage_parser import StageParser
 
-    kinds: list[Any] = [ExportArguments]
-    (parsed,) = TrlParser(kinds, prog="rto export").parse_args_and_config(args=args)
+    (parsed,) = StageParser([ExportArguments], "rto export").read(args)
+    from rto.models.loading import check_weights, find_config
     from rto.models.roles import export as write
 
     trust = parsed.trust_remote_code
+    find_config("--model_name_or_path", parsed.model_name_or_path, trust_remote_code=trust)
+    check_weights("--model_name_or_path", parsed.model_name_or_path)
     print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
     return 0
 
@@ -286,18 +300,13 @@ def inspect(args: list[str]) -> int:
     """`rto inspect`."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as hf_logging
-    from trl import TrlParser
 
     from rto.inspection import InspectArguments
     from rto.inspection import inspect as look
+    from rto.stage_parser import StageParser
 
-    kinds: list[Any] = [InspectArguments]
-    try:
-        (parsed,) = TrlParser(kinds, prog="rto inspect").parse_args_and_config(args=args)
-        folder = Path(parsed.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is told before any model runs
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from error
+    (parsed,) = StageParser([InspectArguments], "rto inspect").read(args)
+    folder = make_folder(parsed.output_dir, "--output_dir")
     hf_logging.disable_progress_bar()  # one for each weight file
     disable_progress_bar()
     inspection = look(parsed)
@@ -321,7 +330,7 @@ def evaluate(args: list[str]) -> int:
 
 def report(args: list[str]) -> int:
     """`rto report`."""
-    parser = argparse.ArgumentParser(prog="rto report", description="Write report.html of a run folder again.")
+    parser = OneLine(prog="rto report", description="Write report.html of a run folder again.")
     parser.add_argument("folder", type=Path)
     from rto.report.page import write_report
 
@@ -352,31 +361,60 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
-    """Flags and ``--config`` into ``kinds`` and `ModelArguments`; an unknown key is an error."""
-    from trl import TrlParser
-
+    """Flags and ``--config`` into ``kinds`` and `ModelArguments`, all that can be checked without a model."""
+    from rto.stage_parser import StageParser
+    from rto.trainers.base import check_training
+    from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
-    every: list[Any] = [*kinds, ModelArguments]
-    parser = TrlParser(every, prog=f"rto {command}")
-    *parsed, model = parser.parse_args_and_config(args=args)
+    *parsed, config, model = StageParser([*kinds, ModelArguments], f"rto {command}").read(args)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")
-    return (*parsed, model)
+    check_training(config)
+    resume = as_flag(config.resume_from_checkpoint)
+    config.resume_from_checkpoint = True if str(resume).lower() == "last" else resume
+    if isinstance(config.resume_from_checkpoint, str):
+        try:
+            check_seal(Path(config.resume_from_checkpoint))
+        except CheckpointError as error:
+            raise CheckpointError(f"--resume_from_checkpoint {error}") from error
+    if model.use_peft and find_spec("peft") is None:
+        raise ValueError("--use_peft needs the package peft: pip install peft")
+    make_folder(config.output_dir, "--output_dir")
+    return (*parsed, config, model)
 
 
-def _train_rows(data: DataArguments) -> Any:
+def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] | None]) -> None:
+    """That every model is there, before the first of them is loaded.
+
+    Raises:
+        ValueError: one is not; the message names its flag.
+    """
+    from rto.models.loading import check_weights, find_config, is_adapter, load_tokenizer, trusts
+    from rto.recipe import is_function
+    from rto.trainers.base import json_mapping
+
+    named = {"model_name_or_path": model.model_name_or_path, **others}
+    trust = trusts(json_mapping("model_init_kwargs", config.model_init_kwargs))
+    for flag, sources in named.items():
+        for source in [sources] if isinstance(sources, str) else sources or ():
+            if not is_function(source):
+                find_config(f"--{flag}", source, trust_remote_code=trust)
+                check_weights(f"--{flag}", source)
+    if not is_adapter(model.model_name_or_path):
+        load_tokenizer(model.model_name_or_path, trust_remote_code=trust)
+
+
+def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:
+    """Rows to train on, and held-out ones where there are some."""
     from rto.data.formats import load_rows
 
-    return load_rows(data.dataset_name, name=data.dataset_config, split=data.dataset_train_split)
-
-
-def _eval_rows(data: DataArguments) -> Any:
-    from rto.data.formats import load_rows
-
+    if config.eval_strategy != "no" and data.eval_dataset_name is None:
+        raise ValueError("--eval_strategy needs rows to evaluate on: give --eval_dataset_name")
+    rows = load_rows(data.dataset_name, name=data.dataset_config, split=data.dataset_train_split)
     if data.eval_dataset_name is None:
-        return None
-    return load_rows(data.eval_dataset_name, name=data.dataset_config, split=data.dataset_test_split)
+        return rows, None
+    return rows, load_rows(data.eval_dataset_name, name=data.dataset_config, split=data.dataset_test_split)
 
 
 def _init(model: Any, config: Any) -> dict[str, Any]:
@@ -390,8 +428,6 @@ def _init(model: Any, config: Any) -> dict[str, Any]:
 
 def _quantized(model: Any, config: Any) -> dict[str, Any]:
     """``--load_in_4bit`` and ``--load_in_8bit``: a frozen base of few bits under adapters (QLoRA)."""
-    from importlib.util import find_spec
-
     from trl import get_quantization_config
 
     flag = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"

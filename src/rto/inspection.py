@@ -24,6 +24,7 @@ from rto.data.chat import (
     without_tail,
 )
 from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
+from rto.errors import users_code
 from rto.evaluation.inspection import (
     CreditReport,
     PairReport,
@@ -38,7 +39,7 @@ from rto.evaluation.inspection import (
 )
 from rto.models.loading import (
     check_same_vocabulary,
-    eos_ids,
+    check_weights,
     find_config,
     load_policy,
     load_tokenizer,
@@ -46,9 +47,10 @@ from rto.models.loading import (
     shared_context,
 )
 from rto.recipe import is_function, resolve
-from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
+from rto.values import check_choice
 
 ROWS = 256  # pairs scored at a time
 WINDOW = 6  # tokens before a token that its text may depend on
@@ -121,9 +123,7 @@ class InspectArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.show < 0 or (self.show == 0 and self.completions is not None):
             raise ValueError(f"show={self.show} leaves nothing to look at")
-        if self.token_reward not in TOKEN_REWARDS:
-            known = ", ".join(TOKEN_REWARDS)
-            raise ValueError(f"token_reward={self.token_reward!r} is not known; choose from {known}")
+        check_choice("token_reward", self.token_reward, TOKEN_REWARDS)
         looked_at = [name for name in ("dataset_name", "prompt", "completions") if getattr(self, name) is not None]
         if len(looked_at) != 1:
             raise ValueError(
@@ -188,11 +188,11 @@ def inspect(args: InspectArguments) -> Inspection:
         raise ValueError("a token reward function needs a tokenizer to cut text by: give --ref_model")
     context = _check_models(args, models)
     limit = args.max_length if context is None else min(args.max_length, context)
-    functions = {spec: _function("--dpo_model", spec) for spec in args.dpo_model if is_function(spec)}
-    credit = None if args.credit is None else _function("--credit", args.credit)
+    functions = {spec: resolve(spec, "--dpo_model") for spec in args.dpo_model if is_function(spec)}
+    credit = None if args.credit is None else resolve(args.credit, "--credit")
     score: str | Callable[..., Any] | None = args.reward_model
     if args.reward_model is not None and is_function(args.reward_model):
-        score = _function("--reward_model", args.reward_model)
+        score = resolve(args.reward_model, "--reward_model")
     tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
     source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
     if args.dataset_name is None:
@@ -328,7 +328,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 def credit_report(pairs: Sequence[RewardedPair], credit: Credit) -> CreditReport:
     """How well token rewards follow the truth, word by word, on both sides of the pairs."""
     sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-    spans = credit(prompts=[prompt for prompt, _ in sides], completions=["".join(side.pieces) for _, side in sides])
+    with users_code(function_name(credit)):
+        spans = credit(prompts=[p for p, _ in sides], completions=["".join(side.pieces) for _, side in sides])
     if len(spans) != len(sides):
         raise ValueError(f"the credit has {len(spans)} lists of spans for {len(sides)} completions: one for each")
     groups = [words(side.pieces) for _, side in sides]
@@ -355,9 +356,14 @@ def _inspector(
 ) -> "Inspector":
     """Load what runs."""
     init: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype}
+    reference = _reference(args, models)
+    named = [*(("--dpo_model", model) for model in models), ("--ref_model", reference), ("--reward_model", score)]
+    for flag, model in named:
+        if isinstance(model, str):
+            check_weights(flag, model)
     source = token_source(
         [functions.get(spec, spec) for spec in args.dpo_model],
-        _reference(args, models),
+        reference,
         kind=args.token_reward,
         pessimism=args.token_reward_pessimism,
         temperature=args.temperature,
@@ -382,7 +388,10 @@ def _reference(args: InspectArguments, models: list[str]) -> str | None:
 
 def _check_models(args: InspectArguments, models: list[str]) -> int | None:
     """What can be told of models before they are loaded; the longest row that all of them can read."""
-    reference, trust = _reference(args, models), args.trust_remote_code
+    trust = args.trust_remote_code
+    for model in models:
+        find_config("--dpo_model", model, trust_remote_code=trust)
+    reference = _reference(args, models)
     named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
     context = shared_context(named, lambda _: {"trust_remote_code": trust})
     if args.reward_model is not None and not is_function(args.reward_model):
@@ -392,21 +401,6 @@ def _check_models(args: InspectArguments, models: list[str]) -> int | None:
         for role, other in named[1:]:
             check_same_vocabulary(role, other, tokenizer, models[0], trust_remote_code=trust)
     return context
-
-
-def _function(flag: str, spec: str) -> Callable[..., Any]:
-    """What ``module:function`` names.
-
-    Raises:
-        ValueError: it names nothing that can be called.
-    """
-    try:
-        function = resolve(spec)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{flag} {spec} cannot be imported as module:function: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{flag} {spec} is not a function")
-    return function
 
 
 def base_of_adapter(source: str) -> str | None:
@@ -513,11 +507,8 @@ def _sample(
     policy = load_policy(models[0], trust_remote_code=args.trust_remote_code, dtype=args.dtype).to(
         PartialState().device
     )
-    sampler = TransformersSampler(
-        config=SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature),
-        eos_ids=eos_ids(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-    )
+    config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
+    sampler = TransformersSampler.of(policy, tokenizer, config)
     drawn = sampler(policy, [ids] * 2, args.seed)
     responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
     texts = completion_texts(tokenizer, [ids] * 2, responses)

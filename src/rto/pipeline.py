@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -23,46 +22,48 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import completion_texts
-from rto.data.formats import load_rows, read_prompts
+from rto.data.formats import DataError, load_rows, read_prompts
+from rto.errors import make_folder, users_code
 from rto.evaluation.comparison import Answers, answer, summary
 from rto.files import alone, write_atomically
 from rto.inspection import pieces, spoken
-from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, max_positions
-from rto.recipe import METHOD_KEYS, Recipe, RecipeError, folder_of, is_function, resolve, resolved
+from rto.models.actor import check_output_layer
+from rto.models.loading import (
+    check_weights,
+    find_config,
+    load_policy,
+    load_scalar,
+    load_tokenizer,
+    max_positions,
+)
+from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, resolved, stage_config
 from rto.report.page import write_report
-from rto.report.table import results_table
-from rto.rollout.rewards import Completed, RewardModel
+from rto.report.table import REWARD_MODEL, results_table
+from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
-from rto.trainers.preference import PreferenceConfig, PreferenceTrainer
-from rto.trainers.rto import RTOConfig, RTOTrainer
-from rto.trainers.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rto.trainers.preference import PreferenceTrainer
+from rto.trainers.rto import RTOTrainer
+from rto.trainers.supervised import RewardTrainer, SFTTrainer
+from rto.values import read_yaml
 
 logger = logging.getLogger(__name__)
 SHOWN = 16  # completions whose token rewards are kept for the heat-map
 MAX_TOKENS = 2**15
 SIDE_BY_SIDE = 512
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1,
-    "report_to": "none",
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 0.25,
-    "save_total_limit": 1,
-    "dataloader_pin_memory": torch.accelerator.is_available(),
-}
 
 
 def run(recipe: Recipe, output_dir: str | Path) -> Path:
     """Run what is not done yet, print the results, and return the path of the report.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe.
+        RecipeError: the folder holds a run of another recipe, or a model cannot be had.
         DataError: an input cannot be used.
     """
     pipeline = Pipeline(recipe, Path(output_dir), Console())
     with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
+        pipeline.check()
         pipeline.claim()
         pipeline.sft()
         pipeline.pairs()
@@ -82,6 +83,41 @@ class Pipeline:
     folder: Path
     console: Console
 
+    def check(self) -> None:
+        """That every model and every file that a stage with work left reads can be had, before any work.
+
+        Raises:
+            RecipeError: a model cannot; the message names the key.
+            DataError: rows cannot.
+        """
+        recipe = self.recipe
+        learning = [*map(folder_of, recipe.learners), *(["reward"] if recipe.reward is not None else [])]
+        models = {"model": (recipe.model, ["sft"])}
+        if recipe.reward_model is not None and recipe.reward is not None:
+            models["reward_model"] = (recipe.reward_model, ["reward"])
+        rows = {
+            "demonstrations": ["sft"] if recipe.sft is not None else [],
+            "pair_prompts": ["pairs"] if recipe.data.pairs is None else [],
+            "pairs": learning,
+            "eval_pairs": learning,
+            "prompts": [folder_of(name) for name in recipe.methods],
+            "test_prompts": ["evaluation"],
+        }
+        for key, (source, stages) in models.items():
+            if self._left(stages) and not is_function(source):
+                find_config(key, source)
+                check_weights(key, source)
+        for key, stages in rows.items():
+            found = getattr(recipe.data, key)
+            if found is not None and self._left(stages) and not is_function(found.path):
+                try:
+                    found.load(recipe.seed)
+                except DataError as error:
+                    raise DataError(f"data.{key}: {error}") from error
+
+    def _left(self, stages: list[str]) -> bool:
+        return not all((self.folder / stage / "done.json").is_file() for stage in stages)
+
     def claim(self) -> None:
         """Make the folder this recipe's own.
 
@@ -90,14 +126,14 @@ class Pipeline:
         """
         saved = self.folder / "recipe.yaml"
         if saved.is_file():
-            theirs, ours = resolved(saved), yaml.safe_load(self.recipe.to_yaml())
+            theirs, ours = resolved(saved), read_yaml(self.recipe.to_yaml())
             if theirs != ours:
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
                 )
         elif PartialState().is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, "--output_dir")
             write_atomically(saved, self.recipe.to_yaml())
         PartialState().wait_for_everyone()
 
@@ -105,27 +141,34 @@ class Pipeline:
 
     def sft(self) -> None:
         """The starting policy: fine-tuned on demonstrations, or as it comes."""
-        with self._stage("sft", "SFT: the starting policy") as folder:
+        recipe = self.recipe
+        with self._stage("sft", f"{recipe.start}: the starting policy") as folder:
             if folder is None:
                 return
-            recipe = self.recipe
             set_seed(recipe.seed)
             model: Any = recipe.model
             if is_function(recipe.model):
-                model, tokenizer = resolve(recipe.model)(recipe.seed)
+                function = resolve(recipe.model, "model:")
+                with users_code(recipe.model):
+                    model, tokenizer = function(recipe.seed)
             else:
                 tokenizer = load_tokenizer(recipe.model)
             if recipe.sft is None:
                 start: Any = load_policy(model)
+                _check_policy(start, tokenizer)
                 start.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
-            config = SFTConfig(output_dir=str(folder), seed=recipe.seed, **{**TRAINING_DEFAULTS, **recipe.sft})
             rows = recipe.data.demonstrations.load(recipe.seed)
             trainer = SFTTrainer(
-                model, config, train_dataset=rows, processing_class=tokenizer, peft_config=recipe.lora()
+                model,
+                stage_config(recipe, "sft", folder),
+                train_dataset=rows,
+                processing_class=tokenizer,
+                peft_config=recipe.lora(),
             )
+            _check_policy(trainer.model, tokenizer)
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
@@ -145,9 +188,8 @@ class Pipeline:
             recipe = self.recipe
             assert recipe.gold is not None
             assert recipe.data.pair_prompts is not None
-            gold = resolve(recipe.gold)
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
-            scores = [gold(prompts=prompts, completions=[said for said, _ in side]) for side in sides]
+            scores = [scores_by(recipe.gold, prompts, [said for said, _ in side]) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
             first = (draw < torch.sigmoid(gap / recipe.label_temperature)).tolist()
@@ -161,8 +203,7 @@ class Pipeline:
 
     def prefer(self, name: str) -> None:
         """A direct preference learner, from the starting policy; with DPO it is π_dpo."""
-        own = dict(self.recipe.learners[name])
-        bootstrap = own.pop("bootstrap", None)
+        bootstrap = self.recipe.learners[name].get("bootstrap")
         with self._stage(folder_of(name), f"{name}: the policy that carries the token reward") as folder:
             if folder is None:
                 return
@@ -172,9 +213,7 @@ class Pipeline:
                 pairs = pairs.select(torch.randint(len(pairs), (len(pairs),), generator=draw).tolist())
             trainer = PreferenceTrainer(
                 str(self.folder / "sft"),
-                PreferenceConfig(
-                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.prefer, **own}
-                ),
+                stage_config(self.recipe, name, folder),
                 train_dataset=pairs,
                 eval_dataset=self._eval_pairs(),
                 peft_config=self.recipe.lora(),
@@ -194,9 +233,7 @@ class Pipeline:
             tokenizer = load_tokenizer(start)
             trainer = RewardTrainer(
                 model=start,
-                args=RewardConfig(
-                    output_dir=str(folder), seed=self.recipe.seed, **{**TRAINING_DEFAULTS, **self.recipe.reward}
-                ),
+                args=stage_config(self.recipe, "reward", folder),
                 train_dataset=self._pairs(),
                 eval_dataset=self._eval_pairs(),
                 processing_class=tokenizer,
@@ -209,32 +246,18 @@ class Pipeline:
     def train(self, name: str) -> None:
         """One on-line method, from the starting policy, on the same prompts as every other."""
         recipe = self.recipe
-        own = {key: value for key, value in recipe.methods[name].items() if key not in METHOD_KEYS}
-        kwargs = {**TRAINING_DEFAULTS, "logging_steps": 0, **recipe.train, **own}
         with self._stage(folder_of(name), f"{name}: on-line, from the starting policy") as folder:
             if folder is None:
                 return
-            args = RTOConfig(
-                output_dir=str(folder),
-                seed=recipe.seed,
-                max_completion_length=recipe.completion_length,
-                **kwargs,
-            )
-            paid_by = recipe.methods[name].get("paid_by", "reward")
-            rewards: list[tuple[Any, float]] = []  # with a weight of 0 they are logged beside the score
-            if recipe.reward is not None:
-                rewards.append((str(self.folder / "reward"), float(paid_by == "reward")))
-            if recipe.gold is not None:
-                rewards.append((resolve(recipe.gold), float(paid_by == "gold") / recipe.label_temperature))
-            rewards += [(resolve(f), 0.0) for f in recipe.logged]
-            if len(rewards) > 1:
-                args.reward_weights = [weight for _, weight in rewards]
+            rewards: list[Any] = [
+                str(self.folder / source) if source == "reward" else resolve(source) for source in recipe.rewards(name)
+            ]
             learners: list[Any] = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
             trainer = RTOTrainer(
                 str(self.folder / "sft"),
-                args,
+                stage_config(recipe, name, folder),
                 dpo_model=learners or None,
-                reward_funcs=[function for function, _ in rewards],
+                reward_funcs=rewards,
                 train_dataset=recipe.data.prompts.load(recipe.seed),
                 peft_config=recipe.lora(),
             )
@@ -263,7 +286,7 @@ class Pipeline:
         examiner = self._examiner(prompts)
         found = examiner.answer(str(folder))
         said = list(map(_said, examiner.raw, found.completions))
-        logged = {f: list(resolve(f)(prompts=examiner.raw, completions=said)) for f in self.recipe.logged}
+        logged = {f: scores_by(f, examiner.raw, said) for f in self.recipe.logged}
         shown = [{"prompt": spoken(x), "completion": y} for x, y in zip(examiner.raw[:SHOWN], found.completions)]
         row = {"gold": found.gold, "kl": found.kl, "length": found.lengths, "ended": found.ended}
         write_atomically(path, json.dumps({**row, "logged": logged, "shown": shown}))
@@ -277,7 +300,9 @@ class Pipeline:
         for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
             answers[name] = examiner.answer(str(self.folder / where))
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
-            methods[name] = summary(answers[name], None if name == "SFT" else answers["SFT"], seconds, where)
+            methods[name] = summary(
+                answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
+            )
         self._write_token_rewards(folder, raw, answers, examiner.tokenizer)
         lines = [
             {
@@ -288,7 +313,7 @@ class Pipeline:
             for i, prompt in enumerate(raw)
         ]
         _write_lines(folder / "completions.jsonl", lines)
-        results = {"gold": examiner.judged_by, "baseline": "SFT", "prompts": len(raw), "methods": methods}
+        results = {"gold": examiner.judged_by, "baseline": recipe.start, "prompts": len(raw), "methods": methods}
         write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
     def _examiner(self, prompts: str) -> "Examiner":
@@ -337,12 +362,12 @@ class Pipeline:
     def _judge(self, raw: list[Any]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
         """The gold reward where the task has one, else the learned reward model; and what to call it."""
         if self.recipe.gold is not None:
-            gold = resolve(self.recipe.gold)
+            gold = self.recipe.gold
 
             def true(texts: list[str], ended: list[bool]) -> list[float]:
-                return list(gold(prompts=raw, completions=list(map(_said, raw, texts))))
+                return scores_by(gold, raw, list(map(_said, raw, texts)))
 
-            return true, gold.__name__
+            return true, function_name(resolve(gold))
         where = self.folder / "reward"
         model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
 
@@ -350,7 +375,7 @@ class Pipeline:
             said = list(map(_said, raw, texts))
             return model(Completed(prompts=raw, completions=said, completion_ids=[[]] * len(texts), ended=ended))
 
-        return learned, "reward model"
+        return learned, REWARD_MODEL
 
     # --- help
 
@@ -360,11 +385,7 @@ class Pipeline:
         tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
-        sampler = TransformersSampler(
-            config=SamplingConfig(max_completion_length=length),
-            eos_ids=eos_ids(policy, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-        )
+        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
         drawn: list[tuple[str, bool]] = []
         for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
@@ -454,6 +475,25 @@ class Examiner:
     raw: list[Any]
     tokenizer: PreTrainedTokenizerBase
     judged_by: str
+
+
+def scores_by(function: str, prompts: list[Any], completions: list[Any]) -> list[float]:
+    """What a recipe's ``module:function`` gives completions, checked like every reward function's scores.
+
+    Raises:
+        ValueError: the function returns another number of scores, or one that is not finite.
+    """
+    several: list[list[int]] = [[] for _ in completions]
+    batch = Completed(
+        prompts=prompts, completions=completions, completion_ids=several, ended=[True] * len(completions)
+    )
+    return FunctionReward(resolve(function))(batch)
+
+
+def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the later stages will do with a policy, tried before hours are spent on it."""
+    check_output_layer(policy)
+    TransformersSampler.of(policy, tokenizer, SamplingConfig())
 
 
 def _said(prompt: Any, text: str) -> Any:

@@ -5,18 +5,39 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+import torch
 from datasets import Dataset
+from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
+from rto.errors import users_code
+from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, yaml_text
 
 STAGES = ("sft", "pairs", "reward", "evaluation")
-LEARNER_KEYS, METHOD_KEYS = {"bootstrap"}, {"dpo_model", "paid_by"}
+LEARNER_KEYS: dict[str, Any] = {"bootstrap": int}
+METHOD_KEYS: dict[str, Any] = {"dpo_model": str | list[str], "paid_by": Literal["reward", "gold"]}
+SET_BY_RECIPE = {"output_dir", "seed", "max_completion_length", "resume_from_checkpoint"}
+SET_BY_STAGES = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
 EMBEDDED = Path(__file__).parent / "recipes" / "embedded.yaml"
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.25,
+    "save_total_limit": 1,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+"""Of every stage; a recipe's own values win."""
 
 
 class RecipeError(ValueError):
@@ -38,7 +59,7 @@ class Rows:
     path: str
     split: str = "train"
     name: str | None = None
-    rows: int | None = None
+    rows: Count | None = None
 
     def load(self, seed: int) -> Dataset:
         """The rows.
@@ -49,7 +70,9 @@ class Rows:
         if is_function(self.path):
             if self.rows is None:
                 raise DataError(f"{self.path}: say how many rows a function is to make (rows: N)")
-            made = resolve(self.path)(self.rows, seed, self.split)
+            function = resolve(self.path)
+            with users_code(self.path):
+                made = list(function(self.rows, seed, self.split))
             return Dataset.from_list([{"prompt": row} if isinstance(row, str) else row for row in made])
         dataset = load_rows(self.path, name=self.name, split=self.split)
         if self.rows is None:
@@ -95,8 +118,8 @@ class Tuning:
             from what they are compared with in one thing.
     """
 
-    factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
-    seed: int = 1000
+    factors: list[Positive] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    seed: Seed = 1000
     max_kl: float | None = None
     like: dict[str, str] = field(default_factory=dict)
 
@@ -115,7 +138,7 @@ class Study:
     """
 
     baseline: str = "PPO"
-    seeds: int = 3
+    seeds: Count = 3
     fractions: list[float] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)
     comparisons: dict[str, list[str]] = field(default_factory=dict)
@@ -154,11 +177,11 @@ class Recipe:
 
     model: str
     data: Data
-    seed: int = 0
+    seed: Seed = 0
     gold: str | None = None
     logged: list[str] = field(default_factory=list)
-    label_temperature: float = 1.0
-    completion_length: int = 256
+    label_temperature: Positive = 1.0
+    completion_length: Count = 256
     sft: dict[str, Any] | None = None
     prefer: dict[str, Any] = field(default_factory=dict)
     learners: dict[str, dict[str, Any]] = field(default_factory=lambda: {"DPO": {}})
@@ -166,15 +189,20 @@ class Recipe:
     reward_model: str | None = None
     train: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
-    evaluate_temperature: float = 1.0
+    evaluate_temperature: Annotated[float, Field(ge=0)] = 1.0
     peft: dict[str, Any] | None = None
     study: Study = field(default_factory=Study)
+
+    @property
+    def start(self) -> str:
+        """What the starting policy, in the folder ``sft``, is called: SFT only where it was fine-tuned."""
+        return "start" if self.sft is None else "SFT"
 
     @property
     def policies(self) -> dict[str, str]:
         """What is evaluated, and its folder: the start, the learners but bootstrapped ones, and the methods."""
         learners = [name for name, own in self.learners.items() if "bootstrap" not in own]
-        return {"SFT": "sft", **{name: folder_of(name) for name in (*learners, *self.methods)}}
+        return {self.start: "sft", **{name: folder_of(name) for name in (*learners, *self.methods)}}
 
     def token_rewards(self, method: str) -> list[str]:
         """The learners whose token rewards a method is paid; none where β₁ = 0."""
@@ -182,6 +210,19 @@ class Recipe:
             return []
         named = self.methods[method].get("dpo_model", next(iter(self.learners)))
         return [named] if isinstance(named, str) else list(named)
+
+    def rewards(self, method: str) -> dict[str, float]:
+        """What scores a method's completions, and its weight: the reward stage, gold, what is logged.
+
+        A weight of 0 only logs.
+        """
+        paid_by = self.methods[method].get("paid_by", "reward")
+        found: dict[str, float] = {}
+        if self.reward is not None:
+            found["reward"] = float(paid_by == "reward")
+        if self.gold is not None:
+            found[self.gold] = float(paid_by == "gold") / self.label_temperature
+        return found | {f: 0.0 for f in self.logged if f != self.gold}
 
     def lora(self, task: str = "CAUSAL_LM") -> Any:
         """A new ``LoraConfig`` for a language model, or for one that scores (``SEQ_CLS``); None without ``peft``."""
@@ -193,7 +234,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The resolved recipe."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return write_yaml(asdict(self))
 
 
 def resolved(path: Path) -> dict[str, Any]:
@@ -202,8 +243,11 @@ def resolved(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: it is no recipe that this version knows.
     """
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return yaml.safe_load(_build(Recipe, tree, str(path), "").to_yaml())
+    try:
+        recipe = _with_typed_stages(build(Recipe, read_yaml(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return read_yaml(recipe.to_yaml())
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -213,32 +257,38 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     but ``learners`` and ``methods``, where the one here takes the place of the other's.
 
     Raises:
-        RecipeError: the file is missing or no mapping, a key is unknown or missing, or keys contradict each other.
+        RecipeError: the file is missing or no mapping, a key is unknown or missing, a value is of the wrong type or
+            out of range, the configuration of a stage cannot be built, or keys contradict each other.
     """
     path = EMBEDDED if path is None else Path(path)
     tree = _read(path)
     for key, value in (overrides or {}).items():
         _set(tree, key.split("."), value)
-    if not isinstance(tree.get("peft"), dict | None):
-        raise RecipeError(f"{path}: peft must be a mapping of LoraConfig's arguments, not {tree['peft']!r}")
-    recipe = _build(Recipe, tree, str(path), "")
-    check_recipe(recipe, str(path))
+    try:
+        recipe = _with_typed_stages(build(Recipe, tree))
+        check_recipe(recipe)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
     return recipe
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a recipe on top of those of its bases."""
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe" + (f" (the base of {seen[-1]})" if seen else ""))
     if path.resolve() in seen:
         raise RecipeError(f"{path}: its base leads back to itself")
     try:
-        tree = yaml.safe_load(_expand(path.read_text(encoding="utf-8"), path))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        text = yaml_text(path, what="recipe")
+    except ValueError as error:
+        raise RecipeError(f"{error}" + (f" (the base of {seen[-1]})" if seen else "")) from error
+    try:
+        tree = read_yaml(_expand(text))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(tree).__name__}")
     base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise RecipeError(f"{path}: base must be the path of a recipe, not {base!r}")
     return tree if base is None else _merged(_read(path.parent / base, (*seen, path.resolve())), tree)
 
 
@@ -250,129 +300,188 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _expand(text: str, path: Path) -> str:
+def _expand(text: str) -> str:
     """Put environment variables in the place of ``${NAME}``."""
 
     def value(match: re.Match[str]) -> str:
         found = os.environ.get(match[1])
         if found is None:
-            raise RecipeError(f"{path}: it reads the environment variable {match[1]}, which is not set")
+            raise ValueError(f"it reads the environment variable {match[1]}, which is not set")
         return found
 
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def check_recipe(recipe: Recipe, where: str) -> None:
+def _with_typed_stages(recipe: Recipe) -> Recipe:
+    """The recipe with every argument of a stage as its configuration wants it."""
+    from rto.trainers.preference import PreferenceConfig
+    from rto.trainers.rto import RTOConfig
+    from rto.trainers.supervised import RewardConfig, SFTConfig
+
+    def of(kind: Any, key: str, values: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        _check_keys(kind, key, values, SET_BY_RECIPE, "the recipe itself", more or {})
+        return typed(kind, values, key, more=more)
+
+    learners = {n: of(PreferenceConfig, f"learners.{n}", own, LEARNER_KEYS) for n, own in recipe.learners.items()}
+    methods = {n: of(RTOConfig, f"methods.{n}", own, METHOD_KEYS) for n, own in recipe.methods.items()}
+    return replace(
+        recipe,
+        sft=None if recipe.sft is None else of(SFTConfig, "sft", recipe.sft),
+        prefer=of(PreferenceConfig, "prefer", recipe.prefer),
+        learners=learners,
+        reward=None if recipe.reward is None else of(RewardConfig, "reward", recipe.reward),
+        train=of(RTOConfig, "train", recipe.train),
+        methods=methods,
+        peft=_typed_peft(recipe),
+    )
+
+
+def _check_keys(kind: Any, key: str, values: Any, ours: set[str], who: str, more: Mapping[str, Any]) -> None:
+    known = ({f.name for f in fields(kind) if f.init} - ours) | more.keys()
+    for name in values if isinstance(values, Mapping) else ():
+        if name not in known:
+            why = f"is set by {who}" if name in ours else f"is not known{nearest(name, known)}"
+            raise RecipeError(f"{key}.{name} {why}")
+
+
+def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
+    """What a stage trains with: the configuration of ``sft``, ``reward``, or the learner or method of that name.
+
+    Raises:
+        RecipeError: it cannot be built; the message names the key that is to blame.
+    """
+    from rto.trainers.base import check_training
+    from rto.trainers.preference import PreferenceConfig
+    from rto.trainers.rto import RTOConfig
+    from rto.trainers.supervised import RewardConfig, SFTConfig
+
+    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
+    if stage in recipe.learners:
+        kind: Any = PreferenceConfig
+        defaults, sections = TRAINING_DEFAULTS, {"prefer": recipe.prefer, f"learners.{stage}": recipe.learners[stage]}
+    elif stage in recipe.methods:
+        kind = RTOConfig
+        defaults = {**TRAINING_DEFAULTS, "logging_steps": 0}
+        sections = {"train": recipe.train, f"methods.{stage}": recipe.methods[stage]}
+        fixed["max_completion_length"] = recipe.completion_length
+        if len(paid := recipe.rewards(stage)) > 1:
+            fixed["reward_weights"] = list(paid.values())
+    else:
+        kind = {"sft": SFTConfig, "reward": RewardConfig}[stage]
+        defaults, sections = TRAINING_DEFAULTS, {stage: getattr(recipe, stage)}
+    own = LEARNER_KEYS.keys() | METHOD_KEYS.keys()
+    given = {name: f"{key}.{name}" for key, values in sections.items() for name in values if name not in own}
+    values = {name: value for section in sections.values() for name, value in section.items() if name in given}
+    if both := values.keys() & fixed.keys():
+        raise RecipeError(f"{given[min(both)]} is set by the recipe itself: paid_by says what a method is paid")
+    try:
+        config = kind(**{**defaults, **values}, **fixed)
+        check_training(config)
+        if config.eval_strategy != "no" and (recipe.data.eval_pairs is None or stage in ("sft", *recipe.methods)):
+            raise ValueError("eval_strategy: the stage has no held-out rows (data.eval_pairs): leave it out")
+    except (ValueError, TypeError, ImportError) as error:
+        name = culprit(error, given)
+        key = list(sections)[-1] if name is None else given[name]
+        raise RecipeError(f"{key}: {' '.join(str(error).split())}") from error
+    return config
+
+
+def check_recipe(recipe: Recipe) -> None:
     """Everything that can be wrong in a recipe and seen without loading a model.
 
     Raises:
         RecipeError: with the key and the remedy.
     """
-    from rto.trainers.preference import PreferenceConfig
-    from rto.trainers.rto import RTOConfig
-    from rto.trainers.supervised import RewardConfig, SFTConfig
-
     if recipe.sft is not None and recipe.data.demonstrations is None:
-        raise RecipeError(f"{where}: sft needs data.demonstrations; give them, or set sft to null")
+        raise RecipeError("sft needs data.demonstrations; give them, or set sft to null")
     if recipe.data.pairs is None and (recipe.gold is None or recipe.data.pair_prompts is None):
-        raise RecipeError(
-            f"{where}: without data.pairs, pairs are sampled and labelled: give gold and data.pair_prompts"
-        )
-    stages: list[tuple[str, Any, dict[str, Any] | None, set[str]]] = [
-        ("sft", SFTConfig, recipe.sft, set()),
-        ("prefer", PreferenceConfig, recipe.prefer, set()),
-        ("reward", RewardConfig, recipe.reward, set()),
-        ("train", RTOConfig, recipe.train, set()),
-        *((f"learners.{name}", PreferenceConfig, own, LEARNER_KEYS) for name, own in recipe.learners.items()),
-        *((f"methods.{name}", RTOConfig, own, METHOD_KEYS) for name, own in recipe.methods.items()),
-    ]
-    ours = {"output_dir", "seed", "max_completion_length"}
-    for key, config, kwargs, more in stages:
-        known = ({f.name for f in fields(config)} - ours) | more
-        for name in kwargs or {}:
-            if name not in known:
-                why = "is set by the recipe itself" if name in ours else "is not known"
-                raise RecipeError(f"{where}: {key}.{name} {why}{_nearest(name, known)}")
-    _check_peft(recipe, where)
-    _check_names(recipe, where)
+        raise RecipeError("without data.pairs, pairs are sampled and labelled: give gold and data.pair_prompts")
+    _check_names(recipe)
     if recipe.reward is None:
         for name, own in recipe.methods.items():
             if {**recipe.train, **own}.get("score_coef", 1.0) != 0 and own.get("paid_by") != "gold":
                 raise RecipeError(
-                    f"{where}: methods.{name} has a score_coef but reward is null: give reward: {{}}, or score_coef: 0"
+                    f"methods.{name} has a score_coef but reward is null: give reward: {{}}, or score_coef: 0"
                 )
-    for key, value in (("gold", recipe.gold), ("model", recipe.model), *(("logged", f) for f in recipe.logged)):
-        if value is not None and is_function(value):
-            try:
-                resolve(value)
-            except (ImportError, AttributeError) as error:
-                raise RecipeError(f"{where}: {key}: {value} cannot be imported: {error}") from error
+    for stage in ("sft", "reward"):
+        if getattr(recipe, stage) is not None:
+            stage_config(recipe, stage, "run")
+    for stage in (*recipe.learners, *recipe.methods):
+        stage_config(recipe, stage, "run")
+    _check_peft(recipe)
+    functions = [("gold", recipe.gold), ("model", recipe.model), *(("logged", f) for f in recipe.logged)]
+    rows = {f.name: getattr(recipe.data, f.name) for f in fields(Data)}
+    functions += [(f"data.{name}.path", found.path) for name, found in rows.items() if found is not None]
+    for key, value in functions:
+        if value is not None and (is_function(value) or key in ("gold", "logged")):
+            resolve(value, f"{key}:")
+    for name, found in rows.items():
+        if found is not None and is_function(found.path) and found.rows is None:
+            raise RecipeError(f"data.{name}.rows: say how many rows the function {found.path} is to make")
 
 
-def _check_peft(recipe: Recipe, where: str) -> None:
+def _typed_peft(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.peft is None:
-        return
+        return None
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise RecipeError(f"{where}: peft needs the package peft: pip install peft") from error
+        raise RecipeError("peft needs the package peft: pip install peft") from error
+    _check_keys(LoraConfig, "peft", recipe.peft, SET_BY_STAGES, "the stages themselves", {})
+    return typed(LoraConfig, recipe.peft, "peft")
+
+
+def _check_peft(recipe: Recipe) -> None:
     from rto.models.loading import check_adapter
 
-    ours = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
-    known = {f.name for f in fields(LoraConfig)} - ours
-    for name in recipe.peft:
-        if name not in known:
-            why = "is set by the stages themselves" if name in ours else "is not known"
-            raise RecipeError(f"{where}: peft.{name} {why}{_nearest(name, known)}")
-    try:
-        check_adapter("peft", recipe.lora())
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: peft: {error}") from error
+    if recipe.peft is not None:
+        try:
+            check_adapter("peft", recipe.lora())
+        except (TypeError, ValueError, ImportError) as error:
+            raise RecipeError(f"peft: {' '.join(str(error).split())}") from error
 
 
-def _check_names(recipe: Recipe, where: str) -> None:
+def _check_names(recipe: Recipe) -> None:
     """Every name that a method, or the study, refers to is there, and no two of them share a folder."""
     if not recipe.learners:
-        raise RecipeError(f"{where}: learners is empty: leave the key out for DPO alone")
+        raise RecipeError("learners is empty: leave the key out for DPO alone")
     folders = {stage: stage for stage in STAGES}
     for name in (*recipe.learners, *recipe.methods):
         if (taken := folders.setdefault(folder_of(name), name)) != name or name in STAGES:
-            raise RecipeError(f"{where}: {name} and {taken} would share the folder {folder_of(name)}: rename one")
+            raise RecipeError(f"{name} and {taken} would share the folder {folder_of(name)}: rename one")
+    if recipe.start in (*recipe.learners, *recipe.methods):
+        raise RecipeError(f"{recipe.start} is the name of the starting policy: rename the learner or method")
     if both := recipe.learners.keys() & recipe.methods.keys():
-        raise RecipeError(f"{where}: {min(both)} is the name of a learner and of a method: rename one")
+        raise RecipeError(f"{min(both)} is the name of a learner and of a method: rename one")
     for name, own in recipe.methods.items():
         for learner in recipe.token_rewards(name):
             if learner not in recipe.learners:
                 raise RecipeError(
-                    f"{where}: methods.{name}.dpo_model: no learner {learner!r}{_nearest(learner, recipe.learners)}"
+                    f"methods.{name}.dpo_model: no learner {learner!r}{nearest(learner, recipe.learners)}"
                 )
-        if own.get("paid_by", "reward") not in ("reward", "gold"):
-            raise RecipeError(f"{where}: methods.{name}.paid_by is {own['paid_by']!r}: reward or gold")
         if own.get("paid_by") == "gold" and recipe.gold is None:
-            raise RecipeError(f"{where}: methods.{name} is paid_by gold, but the recipe has no gold")
+            raise RecipeError(f"methods.{name} is paid_by gold, but the recipe has no gold")
     study = recipe.study
     for key, names in (("scaled", study.scaled), *(("comparisons", pair) for pair in study.comparisons.values())):
         for name in names:
             if name not in recipe.policies:
-                raise RecipeError(f"{where}: study.{key}: no method {name!r}{_nearest(name, recipe.policies)}")
+                raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, recipe.policies)}")
     like = {} if study.tune is None else study.tune.like
     for name, other in like.items():
         for named in (name, other):
             if named not in recipe.methods:
-                raise RecipeError(f"{where}: study.tune.like: no method {named!r}{_nearest(named, recipe.methods)}")
+                raise RecipeError(f"study.tune.like: no method {named!r}{nearest(named, recipe.methods)}")
         if other in like:
-            raise RecipeError(f"{where}: study.tune.like: {name} is like {other}, which is not searched itself")
+            raise RecipeError(f"study.tune.like: {name} is like {other}, which is not searched itself")
     for question, pair in study.comparisons.items():
         if len(pair) != 2:
-            raise RecipeError(f"{where}: study.comparisons: {question}: give two methods, not {len(pair)}")
+            raise RecipeError(f"study.comparisons: {question}: give two methods, not {len(pair)}")
     if study.fractions and recipe.data.prompts.rows is None:
-        raise RecipeError(f"{where}: study.fractions are shares of data.prompts.rows: give that number")
+        raise RecipeError("study.fractions are shares of data.prompts.rows: give that number")
     if not all(0 < fraction < 1 for fraction in study.fractions):
-        raise RecipeError(f"{where}: study.fractions are shares of the prompts between 0 and 1")
+        raise RecipeError("study.fractions are shares of the prompts between 0 and 1")
     if study.tune is not None and recipe.data.validation_prompts is None:
-        raise RecipeError(
-            f"{where}: study.tune chooses on data.validation_prompts: give them, or set study.tune to null"
-        )
+        raise RecipeError("study.tune chooses on data.validation_prompts: give them, or set study.tune to null")
 
 
 def folder_of(name: str) -> str:
@@ -386,12 +495,33 @@ def is_function(path: str) -> bool:
     return bool(name) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def resolve(path: str) -> Callable[..., Any]:
-    """Import ``module:function``; modules beside the present folder count."""
+def resolve(path: str, role: str = "") -> Callable[..., Any]:
+    """Import ``module:function``; modules beside the present folder count.
+
+    An error within the user's module is the user's own and keeps its traceback.
+
+    Raises:
+        ValueError: there is no such module, or no such function in it; ``role`` says what it was to be.
+    """
     module, _, name = path.partition(":")
+    failed = f"{role} {path} cannot be imported:".lstrip()
+    if not is_function(path):
+        raise ValueError(f"{failed} expected module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    return getattr(importlib.import_module(module), name)
+    try:
+        with users_code(f"the module {module}"):
+            found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a module that the user's module needs
+        raise ValueError(f"{failed} there is no module {error.name} here or on the Python path") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        known = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")]
+        what = f"there is no {name} in {module}" if function is None else f"{name} in {module} is not a function"
+        raise ValueError(f"{failed} {what}{nearest(name, known)}")
+    return function
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -401,35 +531,3 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             child = tree[key] = {}
         tree = child
     tree[keys[-1]] = value
-
-
-def _build(kind: Any, tree: Any, where: str, prefix: str) -> Any:
-    """A (nested) dataclass from a mapping; unknown and missing keys are errors."""
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a mapping, not {tree!r}")
-    known = {f.name: f for f in fields(kind)}
-    for key in tree:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown key {prefix}{key}{_nearest(key, known)}")
-    values = {}
-    for key, value in tree.items():
-        nested = Rows if kind is Data else NESTED.get((kind, key))
-        is_nested = nested is not None and is_dataclass(nested) and value is not None
-        values[key] = _build(nested, value, where, f"{prefix}{key}.") if is_nested else value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        missing = str(error).partition("argument")[2].lstrip("s: ")
-        raise RecipeError(f"{where}: {prefix or 'the recipe '}lacks {missing or error}") from error
-
-
-NESTED: dict[tuple[type, str], type] = {(Recipe, "data"): Data, (Recipe, "study"): Study, (Study, "tune"): Tuning}
-
-
-def _nearest(name: str, known: Any) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return (
-        f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}" if len(known) < 30 else ""
-    )

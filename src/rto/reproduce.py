@@ -29,9 +29,12 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from rto.errors import told
 from rto.files import write_atomically
 from rto.pipeline import Pipeline
 from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
+from rto.report.table import REWARD_MODEL
+from rto.rollout.rewards import function_name
 from rto.workers import begin_worker
 
 VERSIONS = ("torch", "transformers", "trl", "numpy")
@@ -47,7 +50,7 @@ class Job:
         recipe: with the seed.
         folder: of the seed.
         stage: sft, pairs, reward, learner or method.
-        policy: which one a learner or a method trains; SFT for sft.
+        policy: which one a learner or a method trains; the starting one for sft.
         prompts: where the policy is measured, test_prompts or validation_prompts; None measures nothing.
         needs: folders that must be done before.
     """
@@ -126,7 +129,9 @@ def reproduce(
         )
     with _locked(folder):
         study = replace(recipe.study, comparisons={}, fractions=[], scaled=[], seeds=0)  # may change in a begun folder
-        Pipeline(replace(recipe, study=study), folder, console).claim()
+        pipeline = Pipeline(replace(recipe, study=study), folder, console)
+        replace(pipeline, folder=folder / f"seed-{recipe.seed}").check()
+        pipeline.claim()
         tuned = recipe
         trials: dict[str, list[Trial]] = {}
         if recipe.study.tune is not None:
@@ -171,14 +176,14 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) ->
     """The jobs of one seed in an order that they can be run in: what several policies need stands there once."""
 
     def job(stage: str, *needs: str, policy: str | None = None) -> Job:
-        measured = prompts if policy in policies or policy == "SFT" else None
+        measured = prompts if policy in policies or policy == recipe.start else None
         after = frozenset(folder / name for name in needs)
         return Job(recipe=recipe, folder=folder, stage=stage, policy=policy, prompts=measured, needs=after)
 
     methods = [name for name in policies if name in recipe.methods]
     rewarding = {learner for name in methods for learner in recipe.token_rewards(name)}
     learners = [name for name in recipe.learners if name in policies or name in rewarding]
-    found = [job("sft", policy="SFT")]
+    found = [job("sft", policy=recipe.start)]
     labelled = "sft"
     if recipe.data.pairs is None:
         found.append(job("pairs", "sft"))
@@ -216,8 +221,8 @@ def _base(name: str, recipe: Recipe) -> str:
 def _chosen(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
     for name in methods or ():
         if name not in recipe.policies:
-            raise RecipeError(f"no method {name!r}; known: {', '.join(recipe.policies)}")
-    return [name for name in recipe.policies if methods is None or name in methods or name == "SFT"]
+            raise RecipeError(f"--methods: no method {name!r}; known: {', '.join(recipe.policies)}")
+    return [name for name in recipe.policies if methods is None or name in methods or name == recipe.start]
 
 
 # --- run
@@ -253,6 +258,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
                     seconds = future.result()
                 except Exception as error:
                     pool.shutdown(cancel_futures=True)
+                    if (line := told(error)) is not None:
+                        raise RecipeError(f"{job.path} failed: {line} (its log is {_log(job)})") from error
                     raise RuntimeError(f"{job.path} failed ({error}); its log is {_log(job)}") from error
                 pending.discard(job.path)
                 console.print(f"{job.path}: {seconds:.0f} s, {len(pending)} jobs left")
@@ -399,7 +406,7 @@ def _trial(folder: Path, search: Recipe, key: str, name: str, factor: float) -> 
 
 def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Everything the report is made from: a row a policy and seed, with its training curve."""
-    gold = "reward model" if recipe.gold is None else resolve(recipe.gold).__name__
+    gold = REWARD_MODEL if recipe.gold is None else function_name(resolve(recipe.gold))
     kind = dict.fromkeys(recipe.learners, "learner") | dict.fromkeys(recipe.methods, "method")
     runs = {
         name: {

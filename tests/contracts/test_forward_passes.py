@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from architectures import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from rto.batches import micro_batches
+from rto.functional.logprobs import token_logprobs
 from rto.models.actor import (
     Actor,
     check_output_layer,
     output_layer,
     policy_logprobs,
+    response_states,
     score_logprobs,
     token_values,
 )
@@ -167,3 +170,99 @@ def test_gradients_of_micro_batches_add_up(tiny_model, batch):
     for name in grads[0]:
         torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-4, atol=1e-4)
         assert grads[0][name].abs().sum() > 0
+
+
+def float64_logprobs(model, hidden, tokens, temperature=1.0):
+    """log p of the tokens from given hidden states, by the model's head in float64."""
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.double()
+    logits = nn.functional.linear(hidden.double(), head.weight.double(), bias) / temperature
+    return logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("max_logits", [2**24, 500], ids=["one cut", "many cuts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_layer_works_in_fp32_under_autocast(tiny_model, batch, dtype, max_logits):
+    """Log-probabilities and gradients are those of a head in float64 on the hidden states as they come."""
+    model = tiny_model(tie_word_embeddings=False, initializer_range=1.0).to(dtype)
+    x = batch(model.config.vocab_size)
+    tokens, head = x.responses[x.mask], model.get_output_embeddings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = response_states(model, x).detach().requires_grad_()
+        settings = {"vocab_size": model.config.vocab_size, "max_logits": max_logits}
+        logp = token_logprobs(hidden, output_layer(model), tokens, **settings)
+    ours = torch.autograd.grad(logp.sum(), [hidden, head.weight])
+    expected = float64_logprobs(model, hidden, tokens)
+    theirs = torch.autograd.grad(expected.sum(), [hidden, head.weight])
+    assert expected.min() < -20  # logits at which bfloat16 moves in large steps
+    torch.testing.assert_close(logp.double(), expected, rtol=0, atol=2e-5)
+    precision = 1e-5 if dtype == torch.float32 else 1e-2  # a gradient comes back in its own weight's precision
+    for gradient, right in zip(ours, theirs):
+        assert gradient.dtype == right.dtype
+        torch.testing.assert_close(gradient, right, rtol=precision, atol=precision * right.abs().max().item())
+
+
+@torch.no_grad()
+def test_whole_passes_under_autocast_have_their_heads_in_fp32(tiny_model, batch):
+    """Through the actor, as training runs them: log-probability and entropy."""
+    model = tiny_model(tie_word_embeddings=False, initializer_range=1.0)
+    x = batch(model.config.vocab_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = Actor(model)(x.tokens, x.prompt_mask, x.mask, 0.7, with_entropy=True).logp
+        hidden = response_states(model, x)
+    expected = float64_logprobs(model, hidden, x.responses[x.mask], 0.7)
+    torch.testing.assert_close(logp[x.mask].double(), expected, rtol=0, atol=3e-5)
+
+
+def test_an_adapter_on_the_output_layer_is_in_fp32_too(tiny_model, batch):
+    """A LoRA head of a bfloat16 base: base and adapter, against both in float64."""
+    base = tiny_model(tie_word_embeddings=False, initializer_range=1.0).to(torch.bfloat16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(base, config).eval()
+    x = batch(base.config.vocab_size)
+    tokens = x.responses[x.mask]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = response_states(model, x).detach()
+        logp = token_logprobs(hidden, output_layer(model), tokens, vocab_size=base.config.vocab_size)
+    layer = base.lm_head
+    a, b = (layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double())
+    weight = layer.base_layer.weight.double() + layer.scaling["default"] * b @ a
+    expected = (hidden.double() @ weight.T).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-4)
+    logp.sum().backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learned == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("bert", r"^BertLMHeadModel is not causal \(model type bert\): .*; take a causal model$"),
+        (
+            "bert, decoder",
+            r"^BertLMHeadModel does something .* \(model type bert, .* take a model of another type, or",
+        ),
+        (
+            "rembert, decoder",
+            r"^the hidden states of model type rembert cannot be read .* take a model of another type$",
+        ),
+    ],
+)
+def test_what_training_cannot_read_is_refused_by_type(name, line):
+    with pytest.raises(ValueError, match=line):
+        check_output_layer(build(name))
+
+
+def test_a_cap_far_above_the_logits_is_seen(monkeypatch):
+    """RecurrentGemma's is 30: it moves logits of 5 by a twentieth, log-probabilities by less than a tenth."""
+    model = build("recurrent_gemma")
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        loudest = model(input_ids=torch.arange(8)[None]).logits.abs().max()
+        head.weight.mul_(5.0 / loudest)
+    check_output_layer(model)
+    monkeypatch.setattr("rto.models.actor.CAPS", ())
+    with pytest.raises(ValueError, match=r"RecurrentGemmaForCausalLM does something to its logits .* differ by 0\.0"):
+        check_output_layer(model)

@@ -4,10 +4,12 @@ The oracle is ``model(input_ids, attention_mask).logits`` of each row by itself,
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, TaskType, get_peft_model
 from scorers import SKIPPED, TYPES, scorer
 from torch import nn
@@ -25,11 +27,12 @@ from rto.models.loading import load_policy, max_positions, scalar_head
 from rto.models.roles import SharedBase
 from rto.models.scalars import check_critic, critic_of, last_scored, values_of, why_no_critic
 from rto.rollout.rewards import Completed, RewardModel, distinct, reward_source
+from tables import check_table
 
 LENGTHS = (40, 2, 23, 5, 11, 1, 31)
 PADS = {"its own": 0, "EOS": 2, "another than the tokenizer's": 7, "none": None}
 COMMON = (
-    *("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bloom", "gemma2", "mistral", "mixtral", "qwen3_next"),
+    *("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bloom", "gemma2", "mistral", "mixtral"),
     *("bert", "roberta", "deberta-v2", "modernbert", "distilbert", "fnet", "convbert", "t5", "bart"),
 )
 """Tested by default: what people score with, and one of each kind of pooling and mixing."""
@@ -93,6 +96,24 @@ def test_every_type_is_tested_or_has_a_reason():
     assert set(COMMON) <= set(TYPES)
 
 
+@pytest.mark.slow
+def test_the_page_is_what_was_found(tokenizer):
+    page = Path(__file__).resolve().parents[2] / "docs" / "scorers.md"
+    if f"transformers {transformers.__version__} " not in page.read_text(encoding="utf-8"):
+        pytest.skip("the page is of another version of transformers")
+    rows_of = []
+    for kind in sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
+        if kind in SKIPPED:
+            rows_of.append({"type": kind, "rows": "not tried", "critic": f"({SKIPPED[kind]})"})
+            continue
+        model = scorer(kind)
+        together = RewardModel(model, tokenizer)._pad is not None
+        rows_of.append(
+            {"type": kind, "rows": "together" if together else "one by one", "critic": why_no_critic(model) or "yes"}
+        )
+    check_table(page, "scorers", rows_of)
+
+
 @pytest.mark.parametrize("pad", PADS.values(), ids=PADS)
 def test_the_tokenizers_own_padding_says_nothing(pad, tokenizer):
     """Its side, its id and whether it has one; completions that were cut off, too."""
@@ -143,6 +164,18 @@ def test_a_score_that_is_no_number_names_model_and_completion(tokenizer):
         model.model.embed_tokens.weight[tokenizer("d").input_ids[0]] = float("nan")
     with pytest.raises(ValueError, match=r"reward model judge returned nan for completion 0 \('ab cab dab"):
         source(rows())
+
+
+def test_an_encoders_tokenizer_needs_no_eos(tokenizer, tmp_path):
+    """BERT's ends a text in a way of its own; nothing is appended."""
+    model = scorer("bert")
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    source = reward_source(str(tmp_path), max_tokens=100)
+    assert source.tokenizer.eos_token is None
+    bare = rows()
+    bare.ended[:] = [False] * len(bare.ended)
+    assert source(rows()) == pytest.approx(alone(model, tokenizer, bare), abs=1e-4)
 
 
 # --- context
@@ -249,7 +282,7 @@ def test_a_scorer_is_called_after_its_own_folder(adapters, tokenizer):
 # --- critics
 
 
-CAUSAL = ("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bloom", "gemma2", "mistral", "mixtral", "qwen3_next", "falcon")
+CAUSAL = ("llama", "qwen2", "gpt2", "gpt_neox", "opt", "bloom", "gemma2", "mistral", "mixtral", "falcon")
 NO_CRITIC = {
     "bert": "does not read the last hidden state of each token",
     "distilbert": "does not read the last hidden state",

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,6 +226,13 @@ def test_shares_by_hand():
         "whitespace": Carried(reward=0.5 / 10, tokens=1 / 6),
         "words": Carried(reward=5 / 10, tokens=2 / 6),
     }
+
+
+def test_a_completion_that_was_cut_off_has_no_end():
+    cut = replace(side(1.0, 3.0, texts=("Hi", ".")), ended=False)
+    found = carried_by_kind([cut])
+    assert found["last token"] == Carried(reward=0, tokens=0)
+    assert found["punctuation"] == Carried(reward=0.75, tokens=0.5)
 
 
 def test_shares_of_no_reward_are_undefined():

@@ -597,6 +597,36 @@ def test_judgments_of_another_model_are_not_replaced(
     assert path.read_text() == before
 
 
+def test_judgments_of_a_judge_of_the_same_name_are_not_replaced(
+    alpaca: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Two reward models in folders called ``final``; the second may go on under a name of its own."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 1}
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
+    for i, name in enumerate(("a", "b")):
+        torch.manual_seed(i)
+        config = LlamaConfig(num_attention_heads=2, pad_token_id=1, **sizes)
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / name / "final")
+        fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+        fast.save_pretrained(tmp_path / name / "final")
+    ours, theirs = alpaca
+    judge = ["evaluate", "judge", "--answers", str(ours), "--baseline", str(theirs), "--judge"]
+    assert main([*judge, str(tmp_path / "a" / "final")]) == 0
+    path = ours.parent / "final" / "annotations.json"
+    before = path.read_text()
+    assert main([*judge, str(tmp_path / "a" / "final")]) == 0  # again is no other
+    assert main([*judge, str(tmp_path / "b" / "final")]) == 2
+    says = f"{path.parent} holds judgments by {tmp_path / 'a' / 'final'}, not by {tmp_path / 'b' / 'final'}: choose"
+    assert says in capsys.readouterr().err
+    assert path.read_text() == before
+    assert main([*judge, str(tmp_path / "b" / "final"), "--annotator", "b"]) == 0
+    assert (ours.parent / "b" / "annotations.json").is_file()
+
+
 def test_names_reach_the_terminal_as_text(alpaca: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
     ours, theirs = alpaca
     rows = [row | {"generator": "\x1b]0;owned\x07\u202e\nfake: 20 of 20"} for row in json.loads(ours.read_text())]

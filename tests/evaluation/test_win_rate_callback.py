@@ -280,6 +280,24 @@ def test_unread_prompts_are_counted_and_left_out(tiny_folder: Path, tmp_path: Pa
     assert [r["preference"] for r in table(str(tmp_path))].count(None) == 2
 
 
+def test_a_second_win_rate_needs_a_name_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    """Under one name the second judge's numbers and files would take the place of the first's."""
+    trainer, _ = build(str(tiny_folder), str(tmp_path), max_steps=2)
+    second = WinRateCallback(trainer, Dataset.from_list(HELD_OUT), fuller, batch_size=3)
+    trainer.add_callback(second)
+    for begin in (trainer.train, trainer.evaluate):
+        with pytest.raises(
+            ValueError, match="two WinRateCallbacks are called 'win_rate': give each a name of its own"
+        ):
+            begin()
+    trainer.remove_callback(second)
+    trainer.add_callback(WinRateCallback(trainer, Dataset.from_list(HELD_OUT), fuller, batch_size=3, name="other"))
+    trainer.train()
+    (rate,), (other,) = ([r[k] for r in trainer.state.log_history if k in r] for k in ("eval_win_rate", "eval_other"))
+    assert rate == other
+    assert (tmp_path / "other" / "completions.jsonl").is_file()
+
+
 # --- other trainers
 
 TEXTS = [{"prompt": w, "completion": "bab"} for w in ("ab", "cab", "fable", "jab")]

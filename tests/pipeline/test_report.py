@@ -425,3 +425,23 @@ def test_heatmap_for_the_terminal():
     assert [tuple(b) for b in backgrounds] == [heatmap.POSITIVE, heatmap.ZERO, heatmap.NEGATIVE]
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         heatmap_text(["a", "b"], [1.0])
+
+
+def test_a_run_without_gold_and_without_fine_tuning_is_called_by_what_it_is(copy):
+    """Judged by its own reward model, started from a model as it came: page, figures and table say so."""
+    methods = {{"SFT": "start"}.get(n, n): m for n, m in RESULTS["methods"].items()}
+    results = {**RESULTS, "gold": "reward model", "baseline": "start", "methods": methods}
+    (copy / "evaluation" / "results.json").write_text(json.dumps(results))
+    (copy / "recipe.yaml").write_text("model: m\nsft: null\nseed: 0\n")
+    lines = (copy / "evaluation" / "completions.jsonl").read_text().replace("SFT", "start")
+    (copy / "evaluation" / "completions.jsonl").write_text(lines)
+    html = write_report(copy).read_text()
+    page = Page(html)
+    assert "gold" not in html.lower()
+    assert "SFT" not in html
+    assert "A policy trained on demonstrations" not in page.text
+    assert "this run trained on no demonstrations" in page.text
+    assert "Reward model score against KL" in page.text
+    assert any(a.startswith("Reward model score against prompts") for a in page.attributes("aria-label"))
+    headings = [str(column.header).replace("\n", " ") for column in results_table(results).columns]
+    assert headings[1:3] == ["reward model score", "win rate vs start (%)"]

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.models.loading import clone, load_policy, load_scalar
@@ -282,11 +282,12 @@ def test_fp16_with_a_critic_runs(make: Any, caplog: Any) -> None:
 def read(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], dict[str, Any]]:
     """What ``from_pretrained`` was called with, by class and source; each is then loaded as it would be."""
     seen: dict[tuple[str, str], dict[str, Any]] = {}
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer):
+    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, AutoConfig):
         original = auto.from_pretrained
 
         def recorded(source: Any, *args: Any, auto: Any = auto, original: Any = original, **kwargs: Any) -> Any:
-            seen[auto.__name__, str(source)] = kwargs
+            first = seen.setdefault((auto.__name__, str(source)), kwargs)
+            assert first.get("revision") == kwargs.get("revision"), f"{source}: two revisions"
             return original(source, *args, **kwargs)
 
         monkeypatch.setattr(auto, "from_pretrained", recorded)
@@ -332,10 +333,10 @@ def test_a_revision_reaches_the_starting_model_alone(
     kind = "AutoModelForSequenceClassification" if stage == "reward" else "AutoModelForCausalLM"
     found = read[kind, start]
     assert (found["revision"], found["attn_implementation"], found["dtype"]) == ("v2", "eager", torch.bfloat16)
-    assert read["AutoTokenizer", start]["revision"] == "v2"
-    others = {source: kwargs for (_, source), kwargs in read.items() if source != start}
-    assert len(others) == {"sft": 0, "reward": 0, "prefer": 1, "rto": 2}[stage]
-    assert not any("revision" in kwargs for kwargs in others.values())
+    assert read["AutoTokenizer", start]["revision"] == read["AutoConfig", start]["revision"] == "v2"
+    others = {source for _, source in read if source != start}
+    assert others == {"sft": set(), "reward": set(), "prefer": {other}, "rto": {other, scorer}}[stage]
+    assert not any(kwargs.get("revision") for (_, source), kwargs in read.items() if source != start)
     policy = getattr(run.model, "policy", run.model)
     assert policy.peft_config["default"].revision == ("v2" if stage in ("prefer", "rto") else None)
 
@@ -345,17 +346,12 @@ def test_the_base_of_an_adapter_is_read_at_the_adapters_own_revision(
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     get_peft_model(base, LoraConfig(**LORA), revision="v1").save_pretrained(tmp_path)
+    read.clear()
     load_policy(str(tmp_path), revision="v2")
     assert read["AutoModelForCausalLM", str(tiny_folder)]["revision"] == "v1"
 
 
-def test_a_revision_is_asked_for_in_the_configuration_too(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoConfig
-
-    asked, original = [], AutoConfig.from_pretrained
-    monkeypatch.setattr(
-        AutoConfig, "from_pretrained", lambda s, **kwargs: asked.append(kwargs) or original(s, **kwargs)
-    )
+def test_the_configuration_is_of_the_revision_too(read: Any, tiny_folder: Path) -> None:
     for load in (load_policy, load_scalar):
         load(str(tiny_folder), revision="v2")
-    assert [kwargs["revision"] for kwargs in asked if "revision" in kwargs] == ["v2"] * len(asked)
+        assert read.pop(("AutoConfig", str(tiny_folder)))["revision"] == "v2"

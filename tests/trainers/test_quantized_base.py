@@ -1,6 +1,5 @@
 """QLoRA: roles on a base of four bits, where bitsandbytes is installed."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,17 +10,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.models.loading import load_policy
-from rto.models.precision import keep_derivative
 from rto.models.roles import Role
 from rto.trainers.supervised import SFTConfig, SFTTrainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra qlora)")
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-rearranges = pytest.mark.skipif(
-    not getattr(bitsandbytes.functional, "has_avx512bf16", bool)(),
-    reason="only on processors with avx512_bf16 does bitsandbytes rearrange weights",
-)
 
 
 @pytest.fixture
@@ -98,28 +92,14 @@ def test_every_adapter_learns_after_an_evaluation(
     assert not [n for n, p in trained.items() if "lora_B" in n and not p.abs().sum() > 0]
 
 
-@rearranges
 def test_a_base_that_was_rearranged_before_is_refused(base: str, pairs: Any, tokenizer: Any, tmp_path: Any) -> None:
-    model = quantized(base)
-    with torch.no_grad():
-        model.eval()(input_ids=torch.arange(3, 40)[None])
+    """Before any pass; the mark is bitsandbytes' own, which it leaves on processors with avx512_bf16."""
+    model: Any = quantized(base)
+    model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     args = PreferenceConfig(output_dir=str(tmp_path / "run"), **QUIET)
     adapter = LoraConfig(r=4, target_modules="all-linear")
-    with pytest.raises(ValueError, match=r"q_proj.* was rearranged by bitsandbytes .* load the model anew"):
+    with pytest.raises(ValueError, match=r"0\.mlp\.up_proj was rearranged by bitsandbytes .* load the model anew"):
         PreferenceTrainer(model, args, train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
-
-
-@rearranges
-def test_what_is_prevented_is_wrong(base: str) -> None:
-    """When this fails, bitsandbytes has a derivative there, and nothing needs to be prevented."""
-    model: Any = quantized(base)
-    kept = keep_derivative(copy.deepcopy(model))
-    grads = []
-    for each in (under_adapter(model), under_adapter(kept)):
-        with torch.no_grad():
-            each.eval()(input_ids=torch.arange(3, 40)[None])
-        grads.append(torch.cat([g.flatten() for g in gradient(each.train()).values()]))
-    assert torch.cosine_similarity(*grads, dim=0) < 0.9
 
 
 def test_five_roles_on_four_bits(base, prompts, tmp_path):

@@ -206,10 +206,9 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 def _with_end(completion: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Text with EOS behind it, unless it brings EOS or the template's end of turn."""
-    end = tokenizer.eos_token or ""
-    closing = _closing_of(tokenizer)
-    brought = (end, *((closing.text, closing.stop_text) if closing.stop is not None else ()))
-    return completion if completion.endswith(brought) else completion + end
+    end, closing = tokenizer.eos_token or "", _closing_of(tokenizer)
+    known = [end, closing.stop_text, closing.text if closing.stop is not None else ""]
+    return completion if completion.endswith(tuple(filter(None, known))) else completion + end
 
 
 # --- conversations as text
@@ -302,7 +301,7 @@ class _Closing:
 
     text: str = ""
     stop: int | None = None
-    """The first token of its own in it: the end of turn."""
+    """The end of turn: the first token of its own in it or, where there is none, before a user's next turn."""
     stop_text: str = ""
     tail: tuple[int, ...] = ()
     """The tokens after that one."""
@@ -339,10 +338,11 @@ def _closing_of(tokenizer: PreTrainedTokenizerBase) -> _Closing:
 def _find_closing(tokenizer: PreTrainedTokenizerBase, template: str) -> _Closing:
     """Let the template render an answer; ``template`` is its text, for the cache."""
     del template
+    own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     whole = _probe(tokenizer)
     text = whole.rpartition(_MARK)[2]
-    own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    stop = next((i for i in _ids(text, tokenizer) if i in own), None)
+    followed = _probe(tokenizer, {"role": "user", "content": "a"}).rpartition(_MARK)[2]  # of a turn that the next ends
+    stop = next((i for closing in (text, followed) for i in _ids(closing, tokenizer) if i in own), None)
     if stop is None:
         logger.warning(
             "the chat template ends an answer with %r, in which no token is a special one: only EOS ends a completion",
@@ -350,16 +350,15 @@ def _find_closing(tokenizer: PreTrainedTokenizerBase, template: str) -> _Closing
         )
         return _Closing(text=text)
     ids = _ids(whole, tokenizer)
-    at = len(ids) - 1 - ids[::-1].index(stop)
-    stop_text = str(tokenizer.convert_ids_to_tokens(stop))
-    return _Closing(text=text, stop=stop, stop_text=stop_text, tail=tuple(ids[at + 1 :]))
+    tail = ids[len(ids) - ids[::-1].index(stop) :] if stop in _ids(text, tokenizer) else []
+    return _Closing(text=text, stop=stop, stop_text=str(tokenizer.convert_ids_to_tokens(stop)), tail=tuple(tail))
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase) -> str:
+def _probe(tokenizer: PreTrainedTokenizerBase, *after: dict[str, Any]) -> str:
     """An answer of one mark, rendered in the first way that the template takes; "" where it takes none."""
     for system in ([], [{"role": "system", "content": "a"}]):
         for wrap in (str, lambda text: [{"type": "text", "text": text}]):
-            turns = [*system, {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+            turns = [*system, {"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}, *after]
             try:
                 whole = _render([{**turn, "content": wrap(turn["content"])} for turn in turns], tokenizer, {})
             except TemplateError:

@@ -100,7 +100,7 @@ def _of_folder(path: str, name: str | None, split: str) -> Dataset:
 
 def _rows_of(path: Path, ending: str, split: str) -> list[Row]:
     rows = _PARSERS[ending](_text(path), path, split)
-    if not rows:
+    if not any(rows):
         raise DataError(f"{path}: cannot be read: it has no rows")
     return rows
 
@@ -246,8 +246,17 @@ def _column(values: list[Any]) -> pa.Array:
             return column
     except (pa.ArrowException, OverflowError):  # the values are of several kinds, or too large
         pass
-    lines = [None if value is None else json.dumps(value) for value in values]
+    lines = [None if value is None else json.dumps(_within_64_bits(value)) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(lines, pa.string()))
+
+
+def _within_64_bits(value: Any) -> Any:
+    """The value with larger whole numbers as their digits, since a table reads none back."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)
+    if isinstance(value, list):
+        return [_within_64_bits(x) for x in value]
+    return {k: _within_64_bits(x) for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def _same(a: Any, b: Any) -> bool:

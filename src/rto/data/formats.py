@@ -415,7 +415,8 @@ def _read(
     what = _name(dataset, what)
     rows = listed(dataset, what)
     found = column_names(rows)
-    _need_columns(columns, found, what)
+    if len(rows):
+        _need_columns(columns, found, what)
     skipped, kept = Skipped(), []
     empty = dict.fromkeys(found)
     for i, row in enumerate(rows):
@@ -468,9 +469,9 @@ def column_names(rows: Dataset | list[Mapping[str, Any]]) -> list[str]:
 
 def _need_columns(needed: Iterable[str], columns: list[str], what: str) -> None:
     missing = [name for name in needed if name not in columns]
-    if missing and columns:
+    if missing:
         raise DataError(
-            f"{what} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. "
+            f"{what} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns)) or 'none'}. "
             "Rename yours to TRL's names (prompt; chosen, rejected; for losses such as kto: completion, label)."
         )
 

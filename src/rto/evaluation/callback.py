@@ -33,7 +33,7 @@ from rto.evaluation.generate import batch_seed, batches, draw, weights_digest
 from rto.evaluation.judges import Judge, ScoreJudge, hold, unread
 from rto.files import Row, check_settings, shown, write_atomically
 from rto.models.actor import Actor
-from rto.models.loading import Source, eos_ids, freeze, load_policy, max_positions, pad_id, source_name, unwrap_peft
+from rto.models.loading import Source, freeze, load_policy, max_positions, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
 from rto.trainers.logs import keep_lines
@@ -99,9 +99,7 @@ class WinRateCallback(TrainerCallback):
             raise ValueError(f"{type(trainer).__name__} trains no policy: {type(policy).__name__} writes no text")
         own = getattr(trainer.args, "sampling", None)
         self.sampling = sampling or (own() if callable(own) else SamplingConfig())
-        self.sampler: Sampler = sampler or TransformersSampler(
-            config=self.sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
-        )
+        self.sampler: Sampler = sampler or TransformersSampler.of(policy, tokenizer, self.sampling)
         room = (max_positions(policy) or 2**31) - self.sampling.max_completion_length
         self.prompts, _ = read_prompts(prompts, tokenizer, max_length=room, what="prompts")
         self.batches = batches([p.ids for p in self.prompts], batch_size)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rto.data.errors import DataError
+from rto.errors import make_folder
 from rto.evaluation.endpoint import Cache, Endpoint, Patience, Prices
 from rto.evaluation.files import (
     BENCHMARKS,
@@ -25,6 +25,8 @@ from rto.evaluation.files import (
     write_judgments,
 )
 from rto.files import printable, safe_name
+from rto.flags import OneLine
+from rto.values import nearest
 
 USAGE = """usage: rto evaluate COMMAND [options]
 
@@ -41,7 +43,7 @@ def main(args: Sequence[str]) -> int:
     if not args or args[0] not in known:
         wanted = bool(args) and args[0] in ("-h", "--help")
         if args and not wanted:
-            _say(f"rto evaluate: no such command: {args[0]}\n", sys.stderr)
+            raise ValueError(f"no such command: {args[0]}{nearest(args[0], known)}")
         _say(USAGE)
         return 0 if wanted else 2
     return known[args[0]](list(args[1:]))
@@ -59,12 +61,17 @@ def generate(args: list[str]) -> int:
         raise DataError(f"--name {name!r} becomes part of a file's name: use letters, digits, dot, dash, underscore")
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
+    from rto.models.loading import check_weights, find_config
+
+    find_config("--model", flags.model)
+    check_weights("--model", flags.model)
+    make_folder(flags.output, "--output")
     import torch
     from transformers.utils import logging as hf_logging
 
     from rto.evaluation.generate import encode, weights_digest
     from rto.evaluation.generate import generate as draw
-    from rto.models.loading import eos_ids, freeze, load_policy, load_tokenizer, max_positions
+    from rto.models.loading import freeze, load_policy, load_tokenizer, max_positions
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
@@ -79,9 +86,7 @@ def generate(args: list[str]) -> int:
         top_p=flags.top_p,
         top_k=flags.top_k,
     )
-    sampler = TransformersSampler(
-        config=config, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, max_rows=flags.batch_size
-    )
+    sampler = TransformersSampler.of(model, tokenizer, config, max_rows=flags.batch_size)
     result = draw(
         model,
         tokenizer,
@@ -107,7 +112,7 @@ def generate(args: list[str]) -> int:
 
 
 def _generate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="rto evaluate generate",
         description="Answer a benchmark's prompts. A run that was killed goes on where it stopped.",
     )
@@ -183,7 +188,7 @@ def judge(args: list[str]) -> int:
 
 
 def _judge_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="rto evaluate judge",
         description="Compare two models' answers. AlpacaEval's files get its weighted protocol, Arena-Hard's the "
         "five-way one in two games.",
@@ -205,7 +210,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     add("--base_url", default="https://api.openai.com/v1", help="Like http://localhost:8000/v1.")
     add("--key_env", help="Environment variable with the API key; OPENAI_API_KEY for OpenAI, else none.")
     add("--template", type=Path, help="An official template: AlpacaEval's .txt or Arena-Hard's .yaml.")
-    add("--parameters", type=json.loads, default={}, help="JSON added to each request; a null takes one away.")
+    add("--parameters", type=_json, default={}, help="JSON added to each request; a null takes one away.")
     add("--cache", type=Path, help="Answers by content; judge_cache.jsonl in the output folder when not given.")
     add("--concurrency", type=int, default=8, help="Requests under way at once.")
     add("--timeout", type=float, default=120.0, help="Seconds for one attempt.")
@@ -213,6 +218,13 @@ def _judge_parser() -> argparse.ArgumentParser:
     add("--price_prompt", type=float, help="US dollars a million prompt tokens.")
     add("--price_completion", type=float, help="US dollars a million completion tokens.")
     return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}), like '{{\"seed\": 0}}'") from error
 
 
 def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, Endpoint]:
@@ -249,18 +261,17 @@ def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tup
     if flags.judge_model is not None:
         raise ValueError("--judge and --judge_model are two judges: name one")
     from rto.evaluation.judges import ScoreJudge
+    from rto.models.loading import check_weights, find_config
     from rto.recipe import is_function, resolve
     from rto.rollout.rewards import RewardFunc, reward_source
 
     name = "rto.data.embedded:gold_reward" if flags.judge == "gold" else flags.judge
     source: RewardFunc = name
     if is_function(name):
-        try:
-            source = resolve(name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"--judge {name} cannot be imported: {error}") from error
-    elif not Path(name).exists() and os.sep in name and name.startswith((".", os.sep)):
-        raise DataError(f"--judge {name}: no such folder")
+        source = resolve(name, "--judge")
+    else:
+        find_config("--judge", name)
+        check_weights("--judge", name)
     return ScoreJudge(reward_source(source, max_tokens=2**14)), None
 
 
@@ -287,7 +298,7 @@ def compare(args: list[str]) -> int:
 
 
 def _compare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="rto evaluate compare",
         description="The paper's table over runs and judgments, with 95 % intervals and paired tests.",
     )

@@ -67,7 +67,12 @@ def compare(entries: Sequence[Entry], settings: Settings, notes: Sequence[str] =
         _column("ah_sc", "AH SC", measures.arena_sc(entries, settings, told), settings, told),
         _column("ah_wr", "AH WR", measures.arena_wr(entries, settings, told), settings, told),
         _column(
-            "gold", "gold", measures.gold(entries, settings), settings, told, given=measures.summary(entries, "gold")
+            "gold",
+            measures.gold_title(entries),
+            measures.gold(entries, settings),
+            settings,
+            told,
+            given=measures.summary(entries, "gold"),
         ),
         _column("gold_wr", measures.baseline_title(entries), measures.gold_wins(entries, settings), settings, told),
         Column(key="kl", title="KL (nats)", digits=2, cells=measures.summary(entries, "kl")),

@@ -1,4 +1,4 @@
-"""Policies side by side on held-out prompts: gold reward, win rate and KL, each with its standard error."""
+"""Policies side by side on held-out prompts: the judge's score, win rate and KL, each with its standard error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from rto.data.chat import completion_texts
 from rto.evaluation.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
-from rto.models.loading import eos_ids
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
 
@@ -24,6 +23,7 @@ class Answers:
 
     completions: list[str]
     gold: list[float]
+    """By the gold reward, or by the reward model where a task has none."""
     kl: list[float]
     """log π/π_ref of each completion, nats: its mean estimates KL(π ‖ π_ref) for a completion."""
     lengths: list[int]
@@ -44,7 +44,7 @@ def answer(
     max_tokens: int,
 ) -> Answers:
     """Complete each prompt once and judge the completions."""
-    sampler = TransformersSampler(config=sampling, eos_ids=eos_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
+    sampler = TransformersSampler.of(policy, tokenizer, sampling)
     samples = sampler(policy, prompts, seed)
     ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
     texts = completion_texts(tokenizer, prompts, ids)

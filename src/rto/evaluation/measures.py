@@ -15,6 +15,7 @@ from rto.evaluation import arena_hard, length_control, winrate
 from rto.evaluation.estimates import Z, bootstrap_weights, percentile_interval
 from rto.evaluation.files import AlpacaAnnotations, Key, read_difficulties, read_gamed
 from rto.evaluation.sources import Entry, RunMethod
+from rto.report.table import REWARD_MODEL, measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +319,12 @@ def gold(entries: Sequence[Entry], settings: Settings) -> list[Measure]:
 
 def _gold_group(r: RunMethod) -> tuple[str, ...]:
     """A learned reward model is the run's own: its scale means nothing elsewhere."""
-    return ("reward model of", str(r.run)) if r.gold_name == "reward model" else (r.gold_name,)
+    return ("reward model of", str(r.run)) if r.gold_name == REWARD_MODEL else (r.gold_name,)
+
+
+def gold_title(entries: Sequence[Entry]) -> str:
+    """What the means of runs are: gold, or the score of a run's own reward model."""
+    return " or ".join(sorted({measure(r.gold_name) for _, r in _runs(entries)}))
 
 
 def gold_wins(entries: Sequence[Entry], settings: Settings) -> list[Measure]:

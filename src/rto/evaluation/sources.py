@@ -20,6 +20,7 @@ from rto.evaluation.files import (
     read_rows,
     shown,
 )
+from rto.report.table import measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +129,20 @@ def read_run_methods(folder: Path, notes: list[str]) -> list[RunMethod]:
     """
     results, completions = folder / "evaluation" / "results.json", folder / "evaluation" / "completions.jsonl"
     told = _results(results, notes)
+    what = measure(told.get("gold"))
     gold: dict[str, dict[Key, float]] = {}
     if completions.is_file():
         read = read_rows(completions)
         notes += read.notes
         for i, prompt in enumerate(numbered(read.get(i, "prompt", str) for i in range(len(read.rows)))):
             for method, value in read.get(i, "gold", dict).items():
-                what = f"{read.where(i)}: the gold reward of {shown(method)}"
-                if not math.isfinite(checked(value, what, int, float)):
-                    raise DataError(f"{what} is {value}; leave it out")
+                where = f"{read.where(i)}: the {what} of {shown(method)}"
+                if not math.isfinite(checked(value, where, int, float)):
+                    raise DataError(f"{where} is {value}; leave it out")
                 gold.setdefault(method, {})[prompt] = float(value)
     methods: Row = told.get("methods") or {}
     if methods and not gold:
-        notes.append(f"{completions}: not there; the gold rewards of {folder.name} cannot be tested, only shown.")
+        notes.append(f"{completions}: not there; the {what} of {folder.name} cannot be tested, only shown.")
     return [
         RunMethod(
             run=folder,

@@ -4,12 +4,15 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
@@ -55,11 +58,68 @@ def find_config(role: str, source: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         ValueError: there is no such folder, and no such model on the hub.
     """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # a name that is nowhere is told once, not at each try
     try:
         return _config_of(source, trust_remote_code, revision)
-    except (OSError, ValueError) as error:
-        why = str(error).split("\n")[0]
-        raise ValueError(f"{role} {source} is neither a model's folder nor on the hub: {why}") from error
+    except ValueError as error:
+        raise ValueError(f"{role} {error}") from error
+    finally:
+        hub.setLevel(level)
+
+
+def check_weights(role: str, source: str | Path) -> None:
+    """That a folder's weights are there and whole, by the headers of their files; a hub id's are not looked at.
+
+    Raises:
+        ValueError: they are not; the message names the remedy.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise LoadingError(f"{role} {folder} has no weights (model.safetensors): save the model with save_pretrained")
+    try:
+        for file in files:
+            with told_of(folder), safe_open(file, "pt"):
+                pass
+    except ValueError as error:
+        raise LoadingError(f"{role} {error}") from error
+
+
+@contextmanager
+def told_of(source: str | Path) -> Iterator[None]:
+    """What the libraries raise when they read a model's folder or hub id becomes one line that says what is wrong.
+
+    Raises:
+        ValueError: that line.
+    """
+    try:
+        yield
+    except (OSError, ImportError, SafetensorError, ValueError) as error:
+        if isinstance(error, LoadingError):
+            raise
+        folder, why = Path(source), str(error).strip().partition("\n")[0]
+        if folder.is_file():
+            what = "is a file, not a model's folder"
+        elif not folder.is_dir():
+            local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+            what = f"is neither a folder here nor on the hub ({'no such folder' if local else why})"
+        elif not (folder / "config.json").is_file() and not is_adapter(folder):
+            what = "is no model's folder: it has no config.json"
+        elif isinstance(error, SafetensorError):
+            what = f"has damaged weights ({why}): copy or train them again"
+        elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
+            what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
+        else:
+            what = f"cannot be read: {' '.join(str(error).split())}"
+        raise LoadingError(f"{source} {what}") from error
+
+
+class LoadingError(OSError, ValueError):
+    """A model or tokenizer that cannot be read; the message says why in one line."""
 
 
 def config_of_policy(role: str, source: str | Path, **hub: Any) -> Any:
@@ -117,7 +177,8 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
     from peft import load_peft_weights
 
     config = adapter_config(source)
-    _, head = split_head(load_peft_weights(str(source), device="cpu"))
+    with told_of(source):
+        _, head = split_head(load_peft_weights(str(source), device="cpu"))
     if head is None and not new_head:
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
@@ -158,7 +219,8 @@ def adapter_config(folder: str | Path) -> Any:
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{folder} is a PEFT adapter: pip install peft") from error
-    config = PeftConfig.from_pretrained(str(folder))
+    with told_of(folder):
+        config = PeftConfig.from_pretrained(str(folder))
     check_adapter(str(folder), config)
     return config
 
@@ -212,7 +274,8 @@ def _of_base(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
+    with told_of(source):
+        return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
 
 
 def split_head(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
@@ -244,9 +307,10 @@ def load_tokenizer(
     model which scores needs no EOS: an encoder's ends a text in a way of its own.
 
     Raises:
-        ValueError: an EOS token is needed and there is none.
+        ValueError: there is no tokenizer, or an EOS token is needed and there is none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
+    with told_of(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
     if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
@@ -290,7 +354,8 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
         return source
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
     kwargs["dtype"] = as_dtype(kwargs["dtype"])
-    loaded = auto.from_pretrained(str(source), **kwargs)
+    with told_of(source):
+        loaded = auto.from_pretrained(str(source), **kwargs)
     keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
     return loaded
 
@@ -408,9 +473,16 @@ def source_name(source: Any) -> str:
 
 
 def check_same_vocabulary(
-    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Source, **init_kwargs: Any
+    role: str, source: Source, tokenizer: PreTrainedTokenizerBase, policy: Any, **init_kwargs: Any
 ) -> None:
     """Refuse a DPO or reference model that reads other tokens than the policy writes, before it is loaded.
+
+    Args:
+        role: what messages call the model.
+        source: the model.
+        tokenizer: the policy's.
+        policy: the policy, or its configuration where it has a revision of its own.
+        init_kwargs: keyword arguments that ``source`` is loaded with.
 
     Raises:
         ValueError: the vocabularies differ in size or, where the folder has a tokenizer, in any entry.
@@ -435,11 +507,11 @@ def check_same_vocabulary(
         )
 
 
-def _vocab_size(source: Source, trust_remote_code: bool = False, revision: str | None = None) -> int:
-    config: Any
+def _vocab_size(source: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
+    config = source
     if isinstance(source, nn.Module):
         config = unwrap_peft(source).config
-    else:
+    elif isinstance(source, str | Path):
         config = _config_of(source, trust_remote_code, revision)
     return int(config.get_text_config().vocab_size)
 
@@ -449,4 +521,5 @@ def _config_of(source: str | Path, trust_remote_code: bool, revision: str | None
     if is_adapter(source):
         config = adapter_config(source)
         source, revision = _base_of(source, config), config.revision or revision
-    return AutoConfig.from_pretrained(source, **_hub(trust_remote_code, revision))
+    with told_of(source):
+        return AutoConfig.from_pretrained(source, **_hub(trust_remote_code, revision))

@@ -7,9 +7,13 @@ Nothing here raises on what it finds: a missing piece is ``None`` or empty, and 
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from rto.report.table import REWARD_MODEL, measure
+from rto.values import read_yaml
 
 T = TypeVar("T")
 Log = list[dict[str, Any]]
@@ -42,6 +46,7 @@ class Run:
     Attributes:
         name: of the folder.
         recipe: the resolved recipe as it was written.
+        settings: what it says; empty where it cannot be read.
         results: ``evaluation/results.json``.
         samples: ``evaluation/completions.jsonl``.
         token_rewards: ``evaluation/token_rewards.jsonl``.
@@ -52,6 +57,7 @@ class Run:
 
     name: str
     recipe: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     token_rewards: list[TokenRewards] = field(default_factory=list)
@@ -66,8 +72,24 @@ class Run:
 
     @property
     def gold_key(self) -> str:
-        """Where training logs the gold of its rollouts."""
-        return f"score/{self.results.get('gold') or 'gold_reward'}"
+        """Where training logs the gold of its rollouts; the score, where a reward model is the judge."""
+        return "score" if self.judged_by == REWARD_MODEL else f"score/{self.judged_by or 'gold_reward'}"
+
+    @property
+    def judged_by(self) -> str | None:
+        """Whose numbers the evaluation's are: a gold reward, or the run's own reward model."""
+        without = "gold" in self.settings and self.settings["gold"] is None
+        return self.results.get("gold") or (REWARD_MODEL if without else None)
+
+    @property
+    def measure(self) -> str:
+        """What people are told that these numbers are."""
+        return measure(self.judged_by)
+
+    @property
+    def fine_tuned(self) -> bool:
+        """The starting policy was trained on demonstrations."""
+        return self.settings.get("sft", {}) is not None
 
 
 def read_run(folder: Path) -> Run:
@@ -83,6 +105,9 @@ def read_run(folder: Path) -> Run:
     evaluation = folder / "evaluation"
     if (recipe := folder / "recipe.yaml").is_file():
         run.recipe = recipe.read_text(encoding="utf-8", errors="replace")
+        with suppress(ValueError):  # the page shows the text as it stands
+            settings = read_yaml(run.recipe)
+            run.settings = settings if isinstance(settings, dict) else {}
     if (results := evaluation / "results.json").is_file():
         try:
             run.results = _results(json.loads(results.read_bytes()))

@@ -99,7 +99,7 @@ def reached(run: Run) -> list[str]:
         if name != lowest:
             first = x[(y >= level).argmax()]
             said.append(
-                f"{lowest} is at gold {level:.3g} after {last:,.0f} prompts; "
+                f"{lowest} is at {run.measure} {level:.3g} after {last:,.0f} prompts; "
                 f"{name} first reached that level after {first:,.0f} ({first / last:.0%} of them)."
             )
     return said
@@ -117,9 +117,11 @@ def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
         for name, method in run.methods.items()
         if name not in run.online and (gold := number(method.get("gold"))) is not None
     }
+    title = run.measure.capitalize()
+    others = [panel for panel in LEARNING if panel[1] != run.gold_key]
     panels = [
-        plots.curves("Gold", run.gold_key, run.online, colours, levels=levels, size=plots.LARGE),
-        *(plots.curves(t, key, run.online, colours, unit=unit, size=plots.LARGE) for t, key, unit in LEARNING),
+        plots.curves(title, run.gold_key, run.online, colours, levels=levels, size=plots.LARGE),
+        *(plots.curves(t, key, run.online, colours, unit=unit, size=plots.LARGE) for t, key, unit in others),
     ]
     return [panel for panel in panels if panel]
 

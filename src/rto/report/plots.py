@@ -44,7 +44,7 @@ STYLE: Any = {
 LARGE, SMALL = (3.6, 2.25), (2.9, 1.7)  # inches: text is about 12 px where the page shows them
 METADATA = ("Creator", "Date", "Format", "Type")  # left out of the SVG
 
-METHODS = {"SFT": "#6b7075", "DPO": "#2a8159", "PPO": "#0b6fb3", "RTO": "#cb4b16"}
+METHODS = {"SFT": "#6b7075", "start": "#6b7075", "DPO": "#2a8159", "PPO": "#0b6fb3", "RTO": "#cb4b16"}
 OTHERS = ("#8e5aa8", "#b07d00", "#3a9bb5", "#c2528b", "#5b6abf", "#7a7a2e")
 SOURCES = {"token": ("token reward", "#8e5aa8"), "kl": ("KL penalty", "#b8bec4"), "score": ("score", "#e0a800")}
 CARRIED = {"reward": ("share of Σ|reward|", SOURCES["token"][1]), "tokens": ("share of tokens", "#b8bec4")}
@@ -145,7 +145,7 @@ def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
         return None
     with _style():
         figure, ax = _axes(LARGE, "KL from the reference, nats per completion")
-        ax.set_ylabel("gold")
+        ax.set_ylabel(run.measure)
         for name, (at, path) in paths.items():
             ax.plot(at, path, color=colours[name], alpha=0.55, linewidth=1.1)
             if name not in points:
@@ -155,8 +155,9 @@ def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
             _name_point(ax, name, x, y, colours[name])
         ax.margins(x=0.1, y=0.12)
         figure.subplots_adjust(left=0.13)
-        said = [f"{name} at KL {kl:.3g}, gold {gold:.3g}" for name, (kl, gold, *_) in points.items()]
-        return _panel(figure, f"Gold against KL. {'; '.join(said) or ', '.join(paths)}.", title="Gold", unit="by KL")
+        said = [f"{name} at KL {kl:.3g}, {run.measure} {gold:.3g}" for name, (kl, gold, *_) in points.items()]
+        title = run.measure.capitalize()
+        return _panel(figure, f"{title} against KL. {'; '.join(said) or ', '.join(paths)}.", title=title, unit="by KL")
 
 
 def reward_shares(name: str, log: Log) -> Panel | None:

@@ -15,7 +15,7 @@ from rto.evaluation.estimates import holm
 from rto.evaluation.replicates import Interval, at_level, interval, over_optimisation, paired, smooth
 from rto.files import write_atomically
 from rto.report.plots import METADATA, STYLE, palette
-from rto.report.table import duration
+from rto.report.table import duration, measure
 from rto.reproduce import fraction_name
 
 LEVELS = (0.25, 0.5, 1.0)
@@ -32,6 +32,8 @@ class Study:
         self.results, self.recipe = results, results["recipe"]
         self.study = self.recipe["study"]
         self.policies: dict[str, Any] = {n: p for n, p in results["policies"].items() if p["of"] == n}
+        self.start = next((n for n, p in self.policies.items() if p["kind"] == "start"), "SFT")
+        self.measure = measure(results["gold"])
         self.baseline = self.study["baseline"] if self.study["baseline"] in self.policies else None
         self.on_line = [name for name in self.policies if self.curves(name)]
 
@@ -85,14 +87,15 @@ def markdown(study: Study, figures: Sequence[str] = ()) -> str:
 
 def main_table(study: Study) -> list[list[str]]:
     """The paper's table: a row a policy, and its difference from the baseline paired by seed."""
-    others = [name for name in study.policies if name not in (study.baseline, "SFT")]
+    others = [name for name in study.policies if name not in (study.baseline, study.start)]
     tests = {}
     if study.baseline is not None:
         tests = {n: paired(study.values(n, "gold"), study.values(study.baseline, "gold")) for n in others}
     adjusted = dict(zip(tests, holm([t.p for t in tests.values()]) if tests else [], strict=True))
     logged = list(next(iter(study.policies.values()))["runs"][0]["logged"])
-    names = ["gold", *(f"{f.partition(':')[2]} (only logged)" for f in logged), "win rate vs SFT (%)", "KL", "length"]
-    rows = [["method", *names, f"gold − {study.baseline}", "p (Holm)", "time a seed"]]
+    named = [f"{f.partition(':')[2]} (only logged)" for f in logged]
+    names = [study.measure, *named, f"win rate vs {study.start} (%)", "KL", "length"]
+    rows = [["method", *names, f"{study.measure} − {study.baseline}", "p (Holm)", "time a seed"]]
     for name in study.policies:
         runs = study.policies[name]["runs"]
         cells = [said(interval(study.values(name, "gold")))]
@@ -112,7 +115,7 @@ def comparison_table(study: Study) -> list[list[str]]:
     if not tests:
         return []
     adjusted = holm([test.p for test in tests.values()])
-    rows = [["question", "difference in gold", "", "p (Holm)"]]
+    rows = [["question", f"difference in {study.measure}", "", "p (Holm)"]]
     for (question, test), p in zip(tests.items(), adjusted, strict=True):
         rows.append([question, " − ".join(asked[question]), marked(test.difference), _number(float(p))])
     return rows
@@ -256,7 +259,7 @@ def frontier(study: Study) -> Figure | None:
     """Gold against KL: training rollouts, and held-out points of every policy."""
     if not study.on_line:
         return None
-    figure, ax = _figure(study, "KL from the reference (nats a completion)", "gold")
+    figure, ax = _figure(study, "KL from the reference (nats a completion)", study.measure)
     means = []
     for name, (colour, turn) in _looks(study).items():
         for curve in study.curves(name):
@@ -275,7 +278,7 @@ def frontier(study: Study) -> Figure | None:
 
 def prompts(study: Study) -> Figure | None:
     """Gold against prompts used."""
-    return _over_prompts(study, "gold", "gold")
+    return _over_prompts(study, "gold", study.measure)
 
 
 def length(study: Study) -> Figure | None:
@@ -287,7 +290,7 @@ def scaling(study: Study) -> Figure | None:
     """Held-out gold by the share of the prompts; dotted: the whole-data baseline."""
     if not study.scaled:
         return None
-    figure, ax = _figure(study, "share of the prompts", "gold on held-out prompts")
+    figure, ax = _figure(study, "share of the prompts", f"{study.measure} on held-out prompts")
     colours = palette(list(study.policies))
     for name in study.scaled:
         shares, policies = zip(*study.points(name))
@@ -303,7 +306,7 @@ def scaling(study: Study) -> Figure | None:
 
 def over_optimised(study: Study) -> Figure | None:
     """Gold against the learned score along training: a path that turns down is over-optimised."""
-    figure, ax = _figure(study, "learned score", "gold")
+    figure, ax = _figure(study, "learned score", study.measure)
     for name, (colour, turn) in _looks(study).items():
         look: dict[str, Any] = {"color": colour, "ls": LINES[turn % len(LINES)], "alpha": 0.7, "lw": 0.9}
         for i, curve in enumerate(study.curves(name)):

@@ -10,6 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "–"
+REWARD_MODEL = "reward model"
+"""What ``results.json`` says of a run that was judged by its own reward model, since its task has no gold reward."""
+
+
+def measure(judged_by: str | None) -> str:
+    """What people are told that the numbers under the key ``gold`` are."""
+    return "reward model score" if judged_by == REWARD_MODEL else "gold"
 
 
 def results_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -21,7 +28,7 @@ def results_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     rows = list(methods.values())
     columns = {
         "method": list(methods),
-        "gold": _measured(rows, "gold"),
+        measure(results.get("gold")): _measured(rows, "gold"),
         f"win rate vs {results.get('baseline') or 'baseline'} (%)": _measured(rows, "win_rate", scale=100.0),
         "KL (nats per completion)": _measured(rows, "kl"),
         "mean length (tokens)": [_cell(row.get("mean_length"), 1) for row in rows],

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto.batches import collate, micro_batches
 from rto.data.chat import template_options, whole_ids
+from rto.errors import users_code
 from rto.models.loading import (
     freeze,
     load_scalar,
@@ -52,7 +53,8 @@ class Completed:
 def call(function: Callable[..., Any], batch: Completed) -> Any:
     """``f(prompts, completions, completion_ids, **columns)``, as in TRL's GRPO.
 
-    Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``.
+    Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``. What the function
+    raises is its own and keeps its traceback.
     """
     offered = {
         **batch.columns,
@@ -62,7 +64,8 @@ def call(function: Callable[..., Any], batch: Completed) -> Any:
     }
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     takes = asked_for(function)
-    return function(**{name: x for name, x in offered.items() if takes_all or name in takes})
+    with users_code(function_name(function)):
+        return function(**{name: x for name, x in offered.items() if takes_all or name in takes})
 
 
 def asked_for(function: Callable[..., Any]) -> set[str]:

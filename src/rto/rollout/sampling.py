@@ -26,7 +26,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from rto.batches import Samples, Sequences, collate
 from rto.finite import NotFiniteError
 from rto.models.actor import vocab_size
-from rto.models.loading import eos_ids, max_positions, unwrap_peft
+from rto.models.loading import eos_ids, max_positions, pad_id, unwrap_peft
 from rto.models.roles import acting
 
 
@@ -111,7 +111,7 @@ class TransformersSampler:
         Raises:
             ValueError: models of this type cannot be sampled right.
         """
-        sampler = cls(config=config, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id, **limits)
+        sampler = cls(config=config, eos_ids=eos_ids(model, tokenizer), pad_id=pad_id(tokenizer), **limits)
         sampler.check(model)
         return sampler
 

@@ -1,25 +1,27 @@
 """``rto theory``: run every study, write its figures and one self-contained page."""
 
-import argparse
 from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
 from rich.table import Table
 
+from rto.errors import make_folder
+from rto.flags import OneLine
 from rto.theory.runner import run_all, write
 from rto.theory.studies import STUDIES
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the studies; 1 if something that must hold did not."""
-    parser = argparse.ArgumentParser(prog="rto theory", description=__doc__)
+    parser = OneLine(prog="rto theory", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the page and its figures go")
     parser.add_argument("--seed", type=int, default=0, help="first seed of every study (default 0)")
     parser.add_argument("--quick", action="store_true", help="fewer seeds and sizes, for a first look")
     parser.add_argument("--only", nargs="+", choices=tuple(STUDIES), default=tuple(STUDIES), help="some studies")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
+    make_folder(args.output_dir, "--output_dir")
     console, start = Console(), perf_counter()
     sections = run_all(tuple(args.only), args.seed, args.quick, args.workers, console)
     page = write(sections, args.output_dir, seed=args.seed, quick=args.quick)

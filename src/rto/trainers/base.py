@@ -13,7 +13,12 @@ from typing import Any, ClassVar, TypeVar
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer_utils import SchedulerType
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
@@ -23,6 +28,7 @@ from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.logs import tell_quietly
 from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.values import check_choice, json_mapping
 
 _Part = TypeVar("_Part")
 
@@ -57,6 +63,27 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
         check_arguments(self, self.ranges)
         on_this_machine(self)
         super().__post_init__()
+        _ = self.init_kwargs  # refused here, not when models are loaded
+
+
+def check_training(args: TrainingArguments) -> None:
+    """What a library would refuse when all models are loaded: sizes and rates, the schedule, trackers.
+
+    Raises:
+        ValueError: with the argument, and the nearest known value or the remedy.
+    """
+    check_arguments(args, getattr(args, "ranges", TRAINING))
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
+    installed = get_available_reporting_integrations()
+    for name in args.report_to or ():
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
+        if name not in (*installed, "flyte"):  # which the library does not list, and checks itself
+            raise ValueError(f"report_to={name!r}: the tracker is not installed: pip install {name}, or none")
 
 
 NO_MEANING = {

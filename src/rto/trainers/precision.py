@@ -1,6 +1,5 @@
 """Which precision and which revision each model of a run is read in: one rule for every command."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from trl import ModelConfig
 
 from rto.models.loading import is_adapter, source_name, tokenizer_kwargs
 from rto.models.precision import NARROW, as_dtype, check_derivative, keep_derivative, widen
+from rto.values import json_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class PrecisionArguments:
 
 def init_kwargs(args: Any) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` in a configuration, TRL's own included."""
-    given = args.model_init_kwargs
-    found = dict(json.loads(given) if isinstance(given, str) else given or {})
+    found = json_mapping("model_init_kwargs", args.model_init_kwargs)
     return {"trust_remote_code": True, **found} if getattr(args, "trust_remote_code", False) else found
 
 

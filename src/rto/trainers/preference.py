@@ -1,9 +1,8 @@
 """Stage 1: learn π_dpo from preferences."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from rto.models.loading import (
     shared_context,
     source_name,
 )
+from rto.models.precision import check_derivative
 from rto.models.roles import adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
@@ -41,6 +41,7 @@ from rto.trainers.examples import (
     with_reference,
 )
 from rto.trainers.precision import Reading
+from rto.values import check_choice, json_mapping, typed
 
 
 @dataclass
@@ -50,7 +51,8 @@ class PreferenceConfig(TokenTrainingArguments):
     Attributes:
         loss: name of the loss in `rto.functional.preference.LOSSES`.
         loss_kwargs: fields of the loss, such as ``{"beta": 0.1}``.
-        max_length: rows with a longer prompt + completion are left out with a count.
+        max_length: rows with a longer prompt + completion are left out with a count; so are those over the model's
+            context.
         precompute_ref_log_probs: π_ref reads the data once, before training, and is then let go: one model less in
             memory, and a later run on the same data, model and template finds the numbers. Unlike TRL's, on by
             default; off where the model is sharded (FSDP, DeepSpeed) and for losses that need π_ref's distribution.
@@ -83,19 +85,14 @@ class PreferenceConfig(TokenTrainingArguments):
         Raises:
             ValueError: there is no such loss, or it has no such field.
         """
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r} is not known; choose from {', '.join(LOSSES)}")
+        check_choice("loss", self.loss, LOSSES)
         kind: Any = LOSSES[self.loss]
+        given = json_mapping("loss_kwargs", self.loss_kwargs)
         try:
-            return kind(**_json(self.loss_kwargs))
-        except TypeError as error:
-            raise ValueError(
-                f"loss_kwargs of {self.loss}: {error}; its fields are {', '.join(kind.__dataclass_fields__)}"
-            ) from error
-
-
-def _json(value: dict | str | None) -> dict[str, Any]:
-    return dict(json.loads(value) if isinstance(value, str) else value or {})
+            return kind(**typed(kind, given, "loss_kwargs"))
+        except ValueError as error:
+            names = ", ".join(f.name for f in fields(kind))
+            raise ValueError(f"{error} (loss {self.loss}; its fields are {names})") from error
 
 
 class Outcome(NamedTuple):
@@ -118,7 +115,7 @@ class PreferenceTrainer(TokenTrainer):
         args: the configuration.
         train_dataset: pairs in TRL's preference format, standard or conversational; for an unpaired loss, rows in
             TRL's unpaired format or pairs.
-        eval_dataset: the same, for ``evaluate``: loss, accuracy and margin on held-out rows.
+        eval_dataset: the same, or a dictionary of them, for ``evaluate``: loss, accuracy, margin on held-out rows.
         processing_class: the tokenizer; None loads the model's.
         loss: a loss object; None makes the one that ``args`` describes.
         peft_config: train a PEFT adapter instead of the whole model.
@@ -154,6 +151,7 @@ class PreferenceTrainer(TokenTrainer):
         self._context = shared_context(readers, reading.tokenizer)
         examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        check_derivative(source_name(model), policy)
         if ref_model is not None:
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
         check_output_layer(policy)

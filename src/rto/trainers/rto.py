@@ -39,17 +39,16 @@ from rto.models.loading import (
     Source,
     check_same_vocabulary,
     clone,
-    eos_ids,
+    find_config,
     freeze,
     is_adapter,
     load_policy,
     load_scalar,
     load_tokenizer,
-    pad_id,
     shared_context,
     source_name,
 )
-from rto.models.precision import hold
+from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
@@ -64,6 +63,7 @@ from rto.trainers.base import (
 )
 from rto.trainers.checkpoints import CheckpointError
 from rto.trainers.precision import Reading
+from rto.values import check_choice
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
@@ -95,6 +95,8 @@ class RTOConfig(TokenTrainingArguments):
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
+        max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
+            means what 8 GiB of key-value cache hold. Which rows share a batch decides their random numbers.
     """
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
@@ -140,6 +142,9 @@ class RTOConfig(TokenTrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-probability."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0: all."})
+    max_cache_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of all rows decoded side by side; None: what 8 GiB of cache hold."}
+    )
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
@@ -167,6 +172,7 @@ class RTOConfig(TokenTrainingArguments):
         "top_p": POSITIVE_SHARE,
         "top_k": NOT_NEGATIVE,
         "log_completions": NOT_NEGATIVE,
+        "max_cache_tokens": COUNT,
     }
 
     def __post_init__(self) -> None:
@@ -183,8 +189,7 @@ class RTOConfig(TokenTrainingArguments):
             ("advantage_estimator", ESTIMATORS),
         )
         for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose from {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
@@ -293,15 +298,20 @@ class RTOTrainer(TokenTrainer):
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
         readers = [(role, other) for role, other in roles if isinstance(other, str | Path | nn.Module)]
+        start = model if isinstance(model, nn.Module) else find_config("model", model, **reading.tokenizer(model))
         for role, other in readers[1:]:
-            check_same_vocabulary(role, other, tokenizer, model, **reading.frozen(other))
+            check_same_vocabulary(role, other, tokenizer, start, **reading.frozen(other))
         self.args, self.processing_class = args, tokenizer
         self._context = _room(args, shared_context(readers, reading.tokenizer))
         prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         _fit_batch(args, prompts)
 
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        check_derivative(source_name(model), policy)
         check_output_layer(policy)
+        self.sampler: Sampler = sampler or TransformersSampler.of(
+            policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens
+        )
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
@@ -349,9 +359,6 @@ class RTOTrainer(TokenTrainer):
                 max_tokens=budget,
                 **reading.frozen(dpo_ref_model),
             )
-        self.sampler: Sampler = sampler or TransformersSampler(
-            config=args.sampling(), eos_ids=eos_ids(policy, tokenizer), pad_id=pad_id(tokenizer)
-        )
         self.reward = args.reward()
         self.kl_control = None
         if args.kl_target is not None:

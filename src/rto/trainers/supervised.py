@@ -38,6 +38,7 @@ from rto.models.loading import (
     positions_of,
     source_name,
 )
+from rto.models.precision import check_derivative
 from rto.models.roles import trainable
 from rto.ranges import check_arguments
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
@@ -84,6 +85,7 @@ class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
 def start_from(load: Callable[..., nn.Module], model: Source, reading: Reading, peft_config: Any) -> Any:
     """The model that a stage trains, read by ``load`` as every stage reads its own."""
     found = load(model, **reading.trained(model, adapted=peft_config is not None))
+    check_derivative(source_name(model), found)
     return trainable(found) if hasattr(found, "peft_config") else found
 
 
