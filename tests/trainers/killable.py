@@ -4,6 +4,7 @@ usage: killable.py POLICY DPO OUTPUT [--kill WHERE] [--resume] [--batch N] [--mi
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -129,4 +130,7 @@ if __name__ == "__main__":
     arm(flags.kill, run)
     run.train(resume_from_checkpoint=flags.resume)
     run.save_model()
+    found = run.evaluate(run.train_dataset[:5])  # a number that two processes do not share evenly
+    if run.is_world_process_zero():
+        (Path(flags.folders[2]) / "evaluation.json").write_text(json.dumps(found))
     sys.exit(0)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from killable import WORDS, build
 from preferring import ROWS
+from transformers.trainer_utils import IntervalStrategy
 
 from rto import PreferenceConfig, PreferenceTrainer, signals
 from rto.data.errors import DataError
@@ -213,7 +214,8 @@ def test_a_full_disk_is_told_with_the_path(tiny_folder: Path, tmp_path: Path, mo
 
 
 def test_evaluation_within_training_is_marked(tiny_folder: Path, dpo_folder: Path, tmp_path: Path) -> None:
-    run = build(str(tiny_folder), str(dpo_folder), str(tmp_path), eval_strategy="steps", eval_steps=4)
+    run = build(str(tiny_folder), str(dpo_folder), str(tmp_path), eval_steps=4)
+    run.args.eval_strategy = IntervalStrategy.STEPS
     run.eval_dataset = run.train_dataset[:5]
     run.train()
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().split("\n")[:-1]]

@@ -213,7 +213,7 @@ class _TakeUp(TrainerCallback):
 def seal(folder: Path) -> None:
     """Declare a checkpoint whole: flush its files to disk and write their sizes and digests, by rename, last."""
     sizes, digests = {}, {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SEAL):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = str(path.relative_to(folder))
