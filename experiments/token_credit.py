@@ -41,6 +41,7 @@ from rto.evaluation.inspection import (
     report_on_pairs,
     words,
 )
+from rto.files import write_atomically
 from rto.inspection import Inspector
 from rto.models.actor import hidden_states
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, scalar_head
@@ -48,7 +49,6 @@ from rto.pipeline import Pipeline
 from rto.recipe import load_recipe, resolve
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import MeanLogProb, TokenReward, token_source
-from rto.trainers.base import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNING_SEED = 1000

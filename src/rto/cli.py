@@ -6,11 +6,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rto import signals
 from rto.errors import make_folder, told
 from rto.flags import OneLine, overrides
 from rto.values import as_flag, nearest
@@ -94,6 +96,7 @@ class RewardArguments:
     )
 
 
+@signals.in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -369,7 +372,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     """Flags and ``--config`` into ``kinds`` and `ModelArguments`, all that can be checked without a model."""
     from rto.stage_parser import StageParser
-    from rto.trainers.base import CheckpointError, check_seal, check_training
+    from rto.trainers.base import check_training
+    from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
     *parsed, config, model = StageParser([*kinds, ModelArguments], f"rto {command}").read(args)
@@ -452,8 +456,11 @@ def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
 
 
 def _finish(trainer: Any) -> int:
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
+    from rto.files import alone
+
+    with alone(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.accelerator.print(trainer.evaluate())
     if trainer.args.push_to_hub:

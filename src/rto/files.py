@@ -2,12 +2,15 @@
 
 import fcntl
 import gzip
+import hashlib
 import json
 import logging
 import lzma
 import os
+import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -291,3 +294,59 @@ def safe_name(name: str) -> str:
 def printable(text: str) -> str:
     """Text for a terminal: what would move its cursor or change its colours is shown as "?"."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+_held: dict[Path, tuple[int, int]] = {}
+"""Folders that this process holds: the lock's file, and how often it was asked for."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process a folder: two that write the same files would spoil both runs. Within a process it may be nested.
+
+    The lock is the system's own on ``folder/lock``, so that it ends with its process, however that dies.
+
+    Raises:
+        DataError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    file, asked = _held.get(key, (-1, 0))
+    if not asked:
+        file = _lock(key)
+    _held[key] = (file, asked + 1)
+    try:
+        yield
+    finally:
+        file, asked = _held.pop(key)
+        if asked > 1:
+            _held[key] = (file, asked - 1)
+        else:
+            (key / "lock").unlink(missing_ok=True)
+            os.close(file)
+
+
+def _lock(folder: Path) -> int:
+    path = folder / "lock"
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 100).decode(errors="replace").strip()
+            os.close(file)
+            raise DataError(
+                f"{folder} is in use by another process{f' ({holder})' if holder else ''}: wait for it, stop it, or "
+                "choose another output_dir"
+            ) from error
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else it was removed as its holder ended
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+            return file
+        os.close(file)

@@ -7,10 +7,8 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -26,6 +25,7 @@ from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.comparison import Answers, answer, summary
+from rto.files import alone, write_atomically
 from rto.inspection import pieces, spoken
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
@@ -37,13 +37,13 @@ from rto.models.loading import (
     max_positions,
     stop_at_eos,
 )
-from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, stage_config
+from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, resolved, stage_config
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
-from rto.trainers.base import last_checkpoint, write_atomically
+from rto.stages import MODEL_FILES, digest_of, stage
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
@@ -63,16 +63,17 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         DataError: an input cannot be used.
     """
     pipeline = Pipeline(recipe, Path(output_dir), Console())
-    pipeline.check()
-    pipeline.claim()
-    pipeline.sft()
-    pipeline.pairs()
-    for name in recipe.learners:
-        pipeline.prefer(name)
-    pipeline.reward()
-    for name in recipe.methods:
-        pipeline.train(name)
-    return pipeline.evaluate()
+    with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
+        pipeline.check()
+        pipeline.claim()
+        pipeline.sft()
+        pipeline.pairs()
+        for name in recipe.learners:
+            pipeline.prefer(name)
+        pipeline.reward()
+        for name in recipe.methods:
+            pipeline.train(name)
+        return pipeline.evaluate()
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Pipeline:
         """
         saved = self.folder / "recipe.yaml"
         if saved.is_file():
-            theirs, ours = read_yaml(saved.read_text(encoding="utf-8")), read_yaml(self.recipe.to_yaml())
+            theirs, ours = resolved(saved), read_yaml(self.recipe.to_yaml())
             if theirs != ours:
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
@@ -413,27 +414,53 @@ class Pipeline:
     @contextmanager
     def _stage(self, name: str, title: str) -> Iterator[Path | None]:
         """The folder of a stage that has work left, or None; marks it done when the work is."""
-        folder = self.folder / name
-        done = folder / "done.json"
         main = PartialState().is_main_process
-        if done.is_file():
-            if main:
-                self.console.print(f"[dim]{title}: done[/dim]")
-            yield None
-            return
-        if main:
-            again = last_checkpoint(folder) if folder.is_dir() else None
-            self.console.print(f"[bold]{title}[/bold]" + (f" (continues from {Path(again).name})" if again else ""))
-        start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        PartialState().wait_for_everyone()
-        if main:
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            write_atomically(done, json.dumps({"seconds": time.perf_counter() - start}))
+
+        def tell(again: str | None) -> None:
+            name = escape(title)
+            if again is None:
+                self.console.print(f"[dim]{name}: done[/dim]")
+            else:
+                self.console.print(f"[bold]{name}[/bold]" + (f" (continues from {again})" if again else ""))
+
+        with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
+            PartialState().wait_for_everyone()
+            yield folder
+            PartialState().wait_for_everyone()
         PartialState().wait_for_everyone()
         gc.collect()
+
+    def _inputs(self, name: str) -> dict[str, str | None]:
+        """Digests of what a stage is made from: rows, models, and the stages before it."""
+        recipe = self.recipe
+
+        def rows(*keys: str) -> dict[str, str | None]:
+            sources = {key: getattr(recipe.data, key) for key in keys}
+            return {f"data.{key}": digest_of(x.path) for key, x in sources.items() if x and not is_function(x.path)}
+
+        def model(source: str) -> str | None:
+            return None if is_function(source) else digest_of(source, MODEL_FILES)
+
+        def made(*stages: str) -> dict[str, str | None]:
+            return {stage: digest_of(self.folder / stage, MODEL_FILES) for stage in stages}
+
+        pairs = rows("pairs") or {"pairs": digest_of(self.folder / "pairs" / "pairs.jsonl")}
+        reward = ["reward"] if recipe.reward is not None else []
+        methods = {folder_of(method): method for method in recipe.methods}
+        match name:
+            case "sft":
+                return {"model": model(recipe.model), **(rows("demonstrations") if recipe.sft is not None else {})}
+            case "pairs":
+                return {**made("sft"), **rows("pair_prompts")}
+            case "reward":
+                start = made("sft") if recipe.reward_model is None else {"reward_model": model(recipe.reward_model)}
+                return {**start, **pairs, **rows("eval_pairs")}
+            case "evaluation":
+                return {**made(*recipe.policies.values(), *reward), **rows("test_prompts")}
+            case method if method in methods:
+                learners = map(folder_of, recipe.token_rewards(methods[method]))
+                return {**made("sft", *reward, *learners), **rows("prompts")}
+        return {**made("sft"), **pairs, **rows("eval_pairs")}
 
     @property
     def _device(self) -> torch.device:

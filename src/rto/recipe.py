@@ -237,6 +237,19 @@ class Recipe:
         return write_yaml(asdict(self))
 
 
+def resolved(path: Path) -> dict[str, Any]:
+    """The mapping of a saved recipe with the defaults of what it does not say: it may be of an earlier version.
+
+    Raises:
+        RecipeError: it is no recipe that this version knows.
+    """
+    try:
+        recipe = _with_typed_stages(build(Recipe, read_yaml(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return read_yaml(recipe.to_yaml())
+
+
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe (the embedded one when none is named) and apply dotted overrides, ``train.gamma: 0.9``.
 

@@ -14,13 +14,15 @@ import fcntl
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +35,7 @@ from rto.pipeline import Pipeline
 from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
 from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
+from rto.workers import begin_worker
 
 VERSIONS = ("torch", "transformers", "trl", "numpy")
 CURVE = {"episodes": "episodes", "kl": "kl", "learned": "score/reward", "length": "completions/mean_length"}
@@ -242,7 +245,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pending = {job.path for job in left}
     running: dict[Future[float], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with _pool(workers, context) as pool:
         while left or running:
             ready = [job for job in left if not job.needs & pending]
             for job in ready[: workers - len(running)]:
@@ -259,6 +263,25 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
                     raise RuntimeError(f"{job.path} failed ({error}); its log is {_log(job)}") from error
                 pending.discard(job.path)
                 console.print(f"{job.path}: {seconds:.0f} s, {len(pending)} jobs left")
+
+
+@contextlib.contextmanager
+def _pool(workers: int, context: SpawnContext) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, each with a device of its own where there are several."""
+    devices = context.Queue()
+    several = torch.accelerator.device_count() > 1
+    for i in range(workers):
+        devices.put(str(i % torch.accelerator.device_count()) if several else None)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=begin_worker, initargs=(os.getpid(), devices)
+    ) as pool:
+        try:
+            yield pool
+        except BaseException:
+            if not isinstance(sys.exc_info()[1], Exception):  # asked to stop: nobody waits for a job's end
+                for worker in active_children():
+                    worker.terminate()
+            raise
 
 
 def _work(job: Job, threads: int) -> float:

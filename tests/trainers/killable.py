@@ -4,6 +4,7 @@ usage: killable.py POLICY DPO OUTPUT [--kill WHERE] [--resume] [--batch N] [--mi
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from rto import RTOConfig, RTOTrainer
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
-from rto.trainers import base
+from rto.trainers import checkpoints
 
 WORDS = [
     "ab",
@@ -65,14 +66,14 @@ def arm(where: str, trainer: RTOTrainer) -> None:
 
         trainer._save_optimizer_and_scheduler = save
     elif where == "before-seal":
-        original_seal = base.seal
+        original_seal = checkpoints.seal
 
         def seal(folder: Path) -> None:
             if folder.name == "checkpoint-6":
                 kill()
             original_seal(folder)
 
-        base.seal = seal
+        checkpoints.seal = seal
 
 
 def score(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
@@ -129,4 +130,7 @@ if __name__ == "__main__":
     arm(flags.kill, run)
     run.train(resume_from_checkpoint=flags.resume)
     run.save_model()
+    found = run.evaluate(run.train_dataset[:5])  # a number that two processes do not share evenly
+    if run.is_world_process_zero():
+        (Path(flags.folders[2]) / "evaluation.json").write_text(json.dumps(found))
     sys.exit(0)

@@ -14,7 +14,8 @@ import torch
 from killable import build
 from preferring import prefer
 
-from rto.trainers.base import SEAL, CheckpointError, check_seal, keep_lines, last_checkpoint
+from rto.trainers.checkpoints import SEAL, CheckpointError, check_seal, last_checkpoint
+from rto.trainers.logs import keep_lines
 
 RTO, PREFERENCE = (Path(__file__).with_name(name) for name in ("killable.py", "preferring.py"))
 
@@ -72,15 +73,11 @@ def test_killed_run_resumes_bit_for_bit(
 
 
 def comparable(log: Path) -> list[dict]:
-    """The rows of a log without what a clock wrote, without the summary at its end, and without ``loss``:
-    `transformers` averages that since the last log and does not save the sum."""
+    """The rows of a log without what a clock wrote."""
     rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
-    clock = ("seconds/", "tokens_per_second", "loss")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(clock[:2]) and k != clock[2]}
-        for row in rows
-        if "episodes" in row
-    ]
+    clock = ("seconds/", "tokens_per_second", "train_runtime", "train_samples_per", "train_steps_per")
+    rows = [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+    return [row for row in rows if "episodes" in row or "train_loss" in row]
 
 
 def test_checkpoint_holds_everything(uninterrupted: Path) -> None:
@@ -149,8 +146,10 @@ def test_two_processes_do_what_one_does(tiny_folder: Path, dpo_folder: Path, tmp
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
     before = safetensors.torch.load_file(tiny_folder / "model.safetensors")
     assert max(float((one[name] - x).abs().max()) for name, x in before.items()) > 1e-3
+    together = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert together == pytest.approx(run.evaluate(run.train_dataset[:5]), rel=1e-4, abs=1e-5)
     rows = comparable(tmp_path / "one" / "log.jsonl"), comparable(tmp_path / "two" / "log.jsonl")
-    assert len(rows[0]) == len(rows[1]) == 6
+    assert len(rows[0]) == len(rows[1]) == 7
     for a, b in zip(*rows):
         assert a.keys() == b.keys()
         for name in a:

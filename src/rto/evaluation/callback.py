@@ -36,7 +36,7 @@ from rto.models.actor import Actor
 from rto.models.loading import Source, freeze, load_policy, max_positions, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
-from rto.trainers.base import keep_lines
+from rto.trainers.logs import keep_lines
 
 logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rto.ranges import SHARE, check_ranges
+
 
 class Credit(NamedTuple):
     """What an estimator hands to the update: both 0 outside the mask, the advantages not yet whitened."""
@@ -41,6 +43,9 @@ class GAE:
     lam: float = 0.95
     needs_values: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_ranges(self, gamma=SHARE, lam=SHARE)
+
     def __call__(
         self,
         rewards: Float[Tensor, "B T"],
@@ -68,6 +73,9 @@ class ReinforcePlusPlus:
 
     gamma: float = 1.0
     needs_values: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gamma=SHARE)
 
     def __call__(
         self,

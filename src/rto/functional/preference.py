@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rto.functional.masked import masked_sum
+from rto.ranges import NOT_NEGATIVE, POSITIVE, Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,7 @@ class DPO:
     needs_ref_kl: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        check_ranges(self, beta=POSITIVE, label_smoothing=Range(low=0, high=0.5, open_high=True))
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, nats."""
@@ -149,7 +148,7 @@ class IPO:
     needs_ref_kl: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
+        check_ranges(self, beta=POSITIVE)
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, squared nats."""
@@ -175,8 +174,7 @@ class SimPO:
     needs_ref_kl: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
-        _not_negative(gamma=self.gamma)
+        check_ranges(self, beta=POSITIVE, gamma=NOT_NEGATIVE)
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, nats."""
@@ -205,8 +203,7 @@ class RDPO:
     needs_ref_kl: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
-        _not_negative(alpha=self.alpha)
+        check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, nats; the implicit rewards are without the length term."""
@@ -231,7 +228,7 @@ class TDPO1:
     needs_ref_kl: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
+        check_ranges(self, beta=POSITIVE)
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, nats; the implicit rewards are without the divergence."""
@@ -256,8 +253,7 @@ class TDPO:
     needs_ref_kl: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta)
-        _not_negative(alpha=self.alpha)
+        check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair, nats; the implicit rewards are without the divergence."""
@@ -292,7 +288,7 @@ class KTO(UnpairedLoss):
     needs_ref_kl: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(beta=self.beta, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight)
+        check_ranges(self, beta=POSITIVE, desirable_weight=POSITIVE, undesirable_weight=POSITIVE)
 
     def __call__(
         self, completions: Completions, desirable: Bool[Tensor, " B"], kl: Float[Tensor, ""]
@@ -304,18 +300,6 @@ class KTO(UnpairedLoss):
         won = self.desirable_weight * torch.sigmoid(-gain)
         lost = self.undesirable_weight * torch.sigmoid(gain)
         return CompletionLoss(torch.where(desirable, won, lost), reward.detach(), baseline)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
 
 
 LOSSES: dict[str, type[PreferenceLoss] | type[UnpairedLoss]] = {

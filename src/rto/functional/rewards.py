@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rto.functional.masked import AllReduce, last_kept, local, masked_sum
+from rto.ranges import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,16 @@ class RTOReward:
     token_reward_clip: float | None = 1.0
     shaping: bool = False
     missing_eos_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            dpo_coef=NOT_NEGATIVE,
+            kl_coef=NOT_NEGATIVE,
+            score_coef=FINITE,
+            token_reward_clip=POSITIVE,
+            missing_eos_penalty=NOT_NEGATIVE,
+        )
 
     def __call__(
         self,
@@ -162,6 +173,9 @@ class AdaptiveKL:
     coef: float
     target: float
     horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_ranges(self, coef=NOT_NEGATIVE, target=POSITIVE, horizon=COUNT)
 
     def update(self, kl: float, rollouts: int) -> None:
         """Move β₂ after ``rollouts`` completions whose mean KL was ``kl`` nats a completion."""

@@ -27,11 +27,11 @@ from rto.evaluation.inspection import (
     Share,
     SuggestedBeta,
 )
+from rto.files import write_atomically
 from rto.inspection import Inspection, Shown
 from rto.report import heatmap, plots
 from rto.report.page import template
 from rto.report.table import MISSING
-from rto.trainers.base import write_atomically
 
 COLUMN = 48  # characters that a heat-map needs to stand beside another in the terminal
 PROMPT = 400  # characters of a prompt, its last ones, that the terminal shows

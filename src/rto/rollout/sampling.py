@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from rto.batches import Samples, Sequences, collate
+from rto.finite import NotFiniteError
 from rto.models.actor import vocab_size
 from rto.models.loading import eos_ids, max_positions, pad_id, unwrap_peft
 from rto.models.roles import acting
@@ -49,7 +49,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
             raise ValueError(
                 f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {self.temperature}, "
                 f"{self.top_p} and {self.top_k}"
@@ -120,10 +120,11 @@ class TransformersSampler:
         """See `Sampler`. Prompts of like length are decoded together.
 
         Raises:
+            NotFiniteError: the model's logits are NaN or infinite; the message names the prompt.
             ValueError: models of this type cannot be sampled right.
         """
         device = next(model.parameters()).device
-        choose = partial(draw, config=self.config, generator=torch.Generator(device).manual_seed(seed))
+        choose = _Drawing(self.config, torch.Generator(device).manual_seed(seed))
         limit, lengths = self.config.max_completion_length, list(map(len, prompts))
         settings = Settings(limit=limit, eos_ids=self.eos_ids, pad_id=self.pad_id)
         responses: list[list[int]] = [[] for _ in prompts]
@@ -137,6 +138,8 @@ class TransformersSampler:
                 batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=self.pad_id, device=device)
                 for i, response in zip(rows, way.complete(model, batch, choose, settings)):
                     responses[i] = response
+                if choose.lost:
+                    raise _not_finite(model, prompts, responses, rows)
         finally:
             model.train(was_training)
         batch = collate(prompts, responses, pad=self.pad_id, device=device)
@@ -165,6 +168,35 @@ class TransformersSampler:
             f"({'; '.join(f'{name}: {what}' for name, what in faults.items())}): take a model of another type "
             "(docs/architectures.md), or a sampler of your own"
         )
+
+
+class _Drawing:
+    """`draw`, and whether some logits were not finite, noted on the device."""
+
+    def __init__(self, config: SamplingConfig, generator: torch.Generator) -> None:
+        self.config, self.generator = config, generator
+        self._lost = torch.zeros((), dtype=torch.bool, device=generator.device)
+
+    def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+        self._lost |= ~logits.amax(-1).isfinite().all()  # a single -inf is a token that cannot be drawn
+        return draw(logits, self.config, self.generator)
+
+    @property
+    def lost(self) -> bool:
+        """Some were not; waits for the device."""
+        return bool(self._lost)
+
+
+def _not_finite(
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], rows: list[int]
+) -> NotFiniteError:
+    """The error, with the first row whose own forward pass shows it."""
+    device = next(model.parameters()).device
+    for i in rows:
+        logits = model(input_ids=torch.tensor([prompts[i] + responses[i]], device=device), use_cache=False).logits
+        if not logits.amax(-1).isfinite().all():
+            return NotFiniteError("the logits of the sampled model are not finite", i)
+    return NotFiniteError(f"the logits of the sampled model are not finite within rows {min(rows)} to {max(rows)}")
 
 
 def side_by_side(
@@ -388,6 +420,8 @@ def fault(way: Way, model: nn.Module, pad_id: int) -> str:
     training, _ = model.training, model.eval()
     try:
         gap = _gap(way, model, pad_id)
+    except NotFiniteError:
+        raise
     except (
         AssertionError,
         AttributeError,
@@ -416,6 +450,8 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
         for i, decoded in zip(rows, ours):
             whole = torch.tensor([prompts[i] + completions[i].tolist()], device=device)
             expected = model(input_ids=whole, use_cache=False).logits[0, -steps - 1 : -1].float().log_softmax(-1)
+            if expected.isnan().any():
+                raise NotFiniteError("the logits of the sampled model are not finite: look at its weights")
             spread = expected.std(-1).clamp(min=1e-3)
             gaps.append(((decoded - expected).abs().mean(-1) / spread).mean())
     return torch.stack(gaps).max().item()
@@ -602,7 +638,7 @@ def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[
     block, rest = _first_above(sums, point)
     row = torch.arange(len(weights), device=weights.device)
     token, _ = _first_above(blocks[row, block].double(), rest)
-    return block * BLOCK + token
+    return (block * BLOCK + token).clamp(max=weights.shape[-1] - 1)  # where weights are NaN
 
 
 def _first_above(
@@ -613,4 +649,5 @@ def _first_above(
     total = cumulative[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not pass the end
     index = torch.searchsorted(cumulative, point, right=True)
+    index = index.clamp(max=weights.shape[-1] - 1)  # where weights are NaN
     return index.squeeze(-1), point - (cumulative - weights).gather(-1, index)

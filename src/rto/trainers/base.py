@@ -1,11 +1,8 @@
-"""What the trainers share: sealed checkpoints, backward over micro-batches, metrics, the log as JSON lines."""
+"""What the trainers over an `Actor` share: arguments, backward over micro-batches, metrics, weights."""
 
 import difflib
 import inspect
 import json
-import logging
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,40 +13,27 @@ from typing import Any, ClassVar, TypeVar
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.trainer_utils import SchedulerType, rotate_checkpoints
+from transformers.trainer_utils import SchedulerType
 
 from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
+from rto.ranges import COUNT, TRAINING, Range, check_arguments
+from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
+from rto.trainers.logs import tell_quietly
 from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
 
-logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
 
-SEAL = "complete.json"
 VALUE_MODEL = "value_model"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from; the message names the file and the remedy."""
 
 
 @dataclass
@@ -74,30 +58,13 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
         default=False, metadata={"help": "Kept at False: batches are token lists until their turn has come."}
     )
 
+    ranges: ClassVar[Mapping[str, Range]] = {**TRAINING, "max_tokens_per_micro_batch": COUNT}
+
     def __post_init__(self) -> None:
+        check_arguments(self, self.ranges)
         on_this_machine(self)
         super().__post_init__()
-        if self.max_tokens_per_micro_batch < 1:
-            raise ValueError(f"max_tokens_per_micro_batch must be positive, got {self.max_tokens_per_micro_batch}")
         _ = self.init_kwargs  # refused here, not when models are loaded
-
-
-AT_LEAST: dict[str, float] = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "total_episodes": 1,
-    "max_length": 1,
-    "max_prompt_length": 1,
-    "kl_horizon": 1,
-    "num_train_epochs": 0,
-    "learning_rate": 0,
-    "value_learning_rate": 0,
-    "weight_decay": 0,
-    "cliprange": 0,
-    "cliprange_value": 0,
-    "token_reward_clip": 0,
-}
 
 
 def check_training(args: TrainingArguments) -> None:
@@ -106,10 +73,7 @@ def check_training(args: TrainingArguments) -> None:
     Raises:
         ValueError: with the argument, and the nearest known value or the remedy.
     """
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= least:  # a NaN is refused, too
-            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    check_arguments(args, getattr(args, "ranges", TRAINING))
     kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
@@ -121,50 +85,6 @@ def check_training(args: TrainingArguments) -> None:
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
         if name not in (*installed, "flyte"):  # which the library does not list, and checks itself
             raise ValueError(f"report_to={name!r}: the tracker is not installed: pip install {name}, or none")
-
-
-class SealedCheckpoints(Trainer):
-    """Checkpoints that are whole or not there: written, then sealed; a folder without a seal does not count."""
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; True resumes from the last *whole* checkpoint, or starts anew.
-
-        Raises:
-            CheckpointError: a named checkpoint is not whole.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        elif resume_from_checkpoint:
-            check_seal(Path(str(resume_from_checkpoint)))
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and folder.exists():
-            shutil.rmtree(folder)  # left by a run that was killed while it wrote
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            self._save_state(folder)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(folder)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
-    def _save_state(self, folder: Path) -> None:
-        """What a subclass adds to a checkpoint; called on every process."""
-
-    def _load_state(self, folder: Path) -> None:
-        """Take up what `_save_state` wrote; called on every process."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_state(Path(checkpoint))
 
 
 NO_MEANING = {
@@ -319,10 +239,12 @@ class TokenTrainer(SealedCheckpoints):
         super().log({**logs, **means}, start_time)
 
     def _save_state(self, folder: Path) -> None:
+        super()._save_state(folder)
         if self.is_world_process_zero():
             write_atomically(folder / "metrics.json", json.dumps(self._metrics))
 
     def _load_state(self, folder: Path) -> None:
+        super()._load_state(folder)
         self._metrics.update(json.loads((folder / "metrics.json").read_text()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -411,119 +333,3 @@ def load_weights(model: Any, folder: Path) -> None:
             f"{folder}: weights do not fit the model (missing {sorted(set(missing) - tied)[:3]}, unknown "
             f"{sorted(unexpected)[:3]}): resume with the model this run started from"
         )
-
-
-def seal(folder: Path) -> None:
-    """Declare a checkpoint whole: flush its files to disk and write their sizes, by rename, last."""
-    sizes = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write_atomically(folder / SEAL, json.dumps({"files": sizes}, indent=1))
-
-
-def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop rows of a JSON-lines file, and a last line that a kill cut off."""
-    if not path.exists():
-        return
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is half a line
-    write_atomically(path, "".join(line + "\n" for line in whole if keep(json.loads(line))))
-
-
-def check_seal(folder: Path) -> None:
-    """Compare a checkpoint's files with its seal.
-
-    Raises:
-        CheckpointError: there is no seal, or a file is missing or has another size.
-    """
-    remedy = "delete this folder and resume from an earlier checkpoint"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint")
-    if not (folder / SEAL).is_file():
-        raise CheckpointError(
-            f"{folder}: not a whole checkpoint ({SEAL} is missing, writing it was cut off): {remedy}"
-        )
-    for name, size in json.loads((folder / SEAL).read_text())["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"{path} {state}: the checkpoint is damaged; {remedy}")
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint of a run; folders whose writing was cut off are passed over with a warning.
-
-    Raises:
-        CheckpointError: the newest sealed one was damaged afterwards.
-    """
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        if (folder / SEAL).is_file():
-            check_seal(folder)
-            return str(folder)
-        logger.warning("%s was not written to its end; passing over it", folder)
-    return None
-
-
-def tell_quietly(trainer: Trainer) -> None:
-    """Log to ``log.jsonl`` and a progress bar, not to the terminal."""
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(Progress)
-    trainer.add_callback(JsonLines)
-
-
-class JsonLines(TrainerCallback):
-    """Every log as one line of ``log.jsonl`` in the run folder."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Cut the run's logs back to the step that training starts from: what follows is written again."""
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir))
-            keep_lines(folder / "log.jsonl", lambda row: row["step"] <= state.global_step)
-            keep_lines(folder / "completions.jsonl", lambda row: row["step"] < state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add a line."""
-        if state.is_world_process_zero:
-            path = Path(str(args.output_dir)) / "log.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-class Progress(ProgressCallback):
-    """The progress bar of `transformers`, with a few numbers beside it instead of a dictionary below it."""
-
-    shown: ClassVar[dict[str, str]] = {
-        "loss": "loss",
-        "accuracy": "acc",
-        "score": "score",
-        "kl": "kl",
-        "completions/mean_length": "len",
-    }
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the few."""
-        if state.is_world_process_zero and self.training_bar is not None:
-            found = {short: f"{logs[name]:.3g}" for name, short in self.shown.items() if logs and name in logs}
-            self.training_bar.set_postfix(found)

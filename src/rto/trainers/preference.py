@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Sequences, collate, micro_batches
 from rto.data.formats import Rows, Skipped, read_sets
+from rto.files import shown
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
 from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_logprobs, response_states
@@ -164,6 +165,8 @@ class PreferenceTrainer(TokenTrainer):
         if ref_model is not None and self.loss.needs_reference:
             placed = place(self._base, ref_model, "ref_model")
             self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
+        self._update: list[Example] = []
+        self._baseline: Tensor | None = None  # z₀ of the update
         super().__init__(
             Actor(policy),
             args,
@@ -191,12 +194,18 @@ class PreferenceTrainer(TokenTrainer):
         """Gradients of the mean loss over the examples of one update, on all processes."""
         model.train()
         assert num_items_in_batch is not None
-        kl = self._kl(model, inputs)
+        if self._baseline is None:  # of the whole update, before its first gradient
+            self._baseline = self._kl(model, self._update)
+        kl = self._baseline
         outcomes: list[Outcome] = []
 
         def loss(rows: Tensor) -> Tensor:
             outcomes.append(self._outcome(model, [inputs[i] for i in rows], kl))
+            self.watch.see(outcomes[-1].loss, "loss of the policy", rows=rows, tell=tell)
             return outcomes[-1].loss.sum() / num_items_in_batch
+
+        def tell(row: int) -> str:
+            return f"prompt {shown(self.processing_class.decode(inputs[row].prompt))}"
 
         total = self.backward(model, self._cuts(inputs), loss)
         self.record(**self._means(outcomes), **({"kl": kl} if isinstance(self.loss, UnpairedLoss) else {}))
@@ -397,6 +406,7 @@ class PreferenceTrainer(TokenTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Examples in one update, on all processes: the denominator of the loss."""
+        self._update, self._baseline = [example for batch in batch_samples for example in batch], None
         return self.all_reduce(torch.tensor(float(sum(map(len, batch_samples))), device=device))
 
 

@@ -10,15 +10,15 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Sampler as IndexSampler
@@ -28,6 +28,8 @@ from rto.batches import Rollout, Samples, Sequences, Targets
 from rto.data.chat import completion_texts
 from rto.data.errors import DataError
 from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
+from rto.files import shown, write_atomically
+from rto.finite import NotFiniteError, together
 from rto.functional.advantages import GAE, Estimator, ReinforcePlusPlus
 from rto.functional.masked import masked_mean, masked_sum, whiten
 from rto.functional.ppo import approx_kl, explained_variance, policy_loss, value_loss
@@ -49,17 +51,17 @@ from rto.models.loading import (
 from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
+from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
 from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
-from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
+from rto.rollout.token_rewards import TOKEN_REWARDS, Ensemble, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import (
     VALUE_MODEL,
-    CheckpointError,
     TokenTrainer,
     TokenTrainingArguments,
     check_trainer_arguments,
-    write_atomically,
 )
+from rto.trainers.checkpoints import CheckpointError
 from rto.trainers.precision import Reading
 from rto.values import check_choice
 
@@ -146,12 +148,37 @@ class RTOConfig(TokenTrainingArguments):
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **TokenTrainingArguments.ranges,
+        "value_learning_rate": NOT_NEGATIVE,
+        "total_episodes": COUNT,
+        "num_ppo_epochs": COUNT,
+        "num_mini_batches": COUNT,
+        "dpo_coef": NOT_NEGATIVE,
+        "kl_coef": NOT_NEGATIVE,
+        "token_reward_pessimism": NOT_NEGATIVE,
+        "token_reward_clip": POSITIVE,
+        "missing_eos_penalty": NOT_NEGATIVE,
+        "kl_target": POSITIVE,
+        "kl_horizon": COUNT,
+        "gamma": SHARE,
+        "lam": SHARE,
+        "cliprange": POSITIVE,
+        "cliprange_value": POSITIVE,
+        "vf_coef": NOT_NEGATIVE,
+        "max_prompt_length": COUNT,
+        "max_completion_length": COUNT,
+        "temperature": NOT_NEGATIVE,
+        "top_p": POSITIVE_SHARE,
+        "top_k": NOT_NEGATIVE,
+        "log_completions": NOT_NEGATIVE,
+        "max_cache_tokens": COUNT,
+    }
+
     def __post_init__(self) -> None:
-        for name in ("num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_cache_tokens is not None and self.max_cache_tokens < 1:
-            raise ValueError(f"max_cache_tokens must be at least 1, got {self.max_cache_tokens}")
+        check_arguments(self, self.ranges)
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}")
         if self.logging_steps == 0:
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
         super().__post_init__()
@@ -355,6 +382,16 @@ class RTOTrainer(TokenTrainer):
 
     # --- the algorithm
 
+    def models(self) -> dict[str, nn.Module]:
+        """Policy, critic, reference, and what token rewards and scores come from."""
+        found = {**super().models(), "reference": self.reference}
+        sources = self.token_reward.members if isinstance(self.token_reward, Ensemble) else [self.token_reward]
+        for i, source in enumerate(sources):
+            model = getattr(source, "dpo_model", getattr(source, "model", None))
+            if isinstance(model, nn.Module):
+                found[f"dpo_model {i}"] = model
+        return found | {f"reward model {i}": s.model for i, s in enumerate(self._reward_models())}
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One update on the rollouts of a list of `Prompt`; on the first of them: sample → score → credit."""
         args = self.args
@@ -378,14 +415,38 @@ class RTOTrainer(TokenTrainer):
         return loss
 
     def sample(self, model: nn.Module, prompts: Sequence[Prompt], seed: int) -> Samples:
-        """Draw one completion for each prompt from the policy as it is now."""
+        """Draw one completion for each prompt from the policy as it is now.
+
+        Raises:
+            NotFiniteError: the sampler's logits are NaN or infinite.
+        """
         actor: Actor = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+        with together(self.accelerator), self.accelerator.autocast():
+            try:
+                return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+            except NotFiniteError as error:
+                at = "" if error.row is None else f" ({_shown_prompt(prompts, error.row)})"
+                raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
 
     @torch.no_grad()
-    def score(self, model: nn.Module, samples: Samples, prompts: Sequence[Prompt]) -> Rollout:
-        """Everything the reward needs, each number from one forward pass of the model it belongs to."""
+    def score(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        prompts: Sequence[Prompt],
+        counted: Bool[Tensor, " B"] | None = None,
+    ) -> Rollout:
+        """Everything the reward needs, each number from one forward pass of the model it belongs to.
+
+        Args:
+            model: policy and critic, as they are wrapped.
+            samples: what was drawn.
+            prompts: what for.
+            counted: which rows the metrics are of; None: all.
+
+        Raises:
+            NotFiniteError: a number is NaN or infinite; the message names model and row.
+        """
         model.eval()
         acting, completed = self._act(model, samples), self._completed(samples, prompts)
         with self.accelerator.autocast():
@@ -395,15 +456,32 @@ class RTOTrainer(TokenTrainer):
                 logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
         assert acting.logp is not None
         assert acting.entropy is not None
-        self.record(entropy=masked_mean(acting.entropy, samples.mask, all_reduce=self.all_reduce))
-        return Rollout(
+        rollout = Rollout(
             **samples.tensors(),
             policy_logp=acting.logp,
             ref_logp=ref_logp,
             token_logratio=logratio,
             values=acting.values,
-            scores=self._scores(samples, completed),
+            scores=self._scores(samples, completed, counted),
         )
+        self._check(rollout, prompts)
+        mask = samples.mask if counted is None else samples.mask & counted[:, None]
+        self.record(entropy=masked_mean(acting.entropy, mask, all_reduce=self.all_reduce))
+        return rollout
+
+    def _check(self, rollout: Rollout, prompts: Sequence[Prompt]) -> None:
+        """Every number of a rollout is finite before any is used."""
+        per_token = {
+            "log-probability of the policy": rollout.policy_logp,
+            "log-probability of the reference": rollout.ref_logp,
+            "token reward of the DPO model": rollout.token_logratio,
+            "value of the critic": rollout.values,
+        }
+        for what, x in per_token.items():
+            if x is not None:
+                self.watch.see(x, what, mask=rollout.mask, tell=lambda row: _shown_prompt(prompts, row))
+        self.watch.see(rollout.scores, "score", tell=lambda row: _shown_prompt(prompts, row))
+        self.watch.check(self.state.global_step + 1)
 
     def credit(self, rollout: Rollout) -> Targets:
         """Eq. 4.7, then advantages; whitening is over the rollouts of all processes."""
@@ -443,6 +521,10 @@ class RTOTrainer(TokenTrainer):
         tokens = self.all_reduce(batch.mask.sum().float())
         stats: dict[str, Tensor] = {}
 
+        def tell(row: int) -> str:
+            prompt = batch.tokens[row, : batch.prompt_mask.shape[1]][batch.prompt_mask[row]]
+            return f"prompt {shown(self.processing_class.decode(prompt))}"
+
         def loss(share: tuple[Tensor, tuple[str, ...]]) -> Tensor:
             part = batch.rows(share[0]).trim()
             out: TokenOutputs = model(part.tokens, part.prompt_mask, part.mask, args.temperature, parts=share[1])
@@ -455,12 +537,14 @@ class RTOTrainer(TokenTrainer):
                     "clip/ratio": policy.clipped.float(),
                     "approx_kl": approx_kl(out.logp, part.old_logp),
                 }
+                self.watch.see(policy.loss, "loss of the policy", mask=part.mask, rows=share[0], tell=tell)
                 total = total + masked_sum(policy.loss, part.mask)
             if out.values is not None:
                 assert part.old_values is not None
                 assert part.returns is not None
                 value = value_loss(out.values, part.old_values, part.returns, cliprange=args.cliprange_value)
                 terms |= {"loss/value": value.loss, "clip/value": value.clipped.float()}
+                self.watch.see(value.loss, "loss of the critic", mask=part.mask, rows=share[0], tell=tell)
                 total = total + args.vf_coef * masked_sum(value.loss, part.mask)
             for name, x in terms.items():
                 stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
@@ -501,17 +585,25 @@ class RTOTrainer(TokenTrainer):
             self.reference, samples, temperature=args.temperature, max_tokens=args.max_tokens_per_micro_batch
         )
 
-    def _scores(self, samples: Samples, batch: Completed) -> Float[Tensor, " B"]:
+    def _scores(
+        self, samples: Samples, batch: Completed, counted: Bool[Tensor, " B"] | None = None
+    ) -> Float[Tensor, " B"]:
         """Σ weight · score over the reward functions, standardized if asked for."""
         total = torch.zeros(len(samples), device=samples.tokens.device)
         if not self.score_sources:
+            self._keep_completions(batch, {}, counted)
             return total
         logged: dict[str, list[float]] = {}
         for name, source, weight in zip(self.score_names, self.score_sources, self.score_weights):
-            with self.accelerator.autocast():
+            with together(self.accelerator), self.accelerator.autocast():
                 scores = logged[name] = source(batch)
-            total += weight * torch.tensor(scores, device=total.device)
-        self._record_scores(batch, {**logged, "": total.tolist()})
+            as_float32 = torch.tensor(scores, dtype=torch.float32, device=total.device)
+            self.watch.see(as_float32, f"score of {name} (as float32)", tell=lambda row: shown(batch.completions[row]))
+            total += weight * as_float32
+        self.watch.check(self.state.global_step + 1)
+        logged[""] = total.tolist()
+        self._record_scores(logged, counted)
+        self._keep_completions(batch, logged, counted)
         if self.args.normalize_scores:
             self.score_moments.update(total, all_reduce=self.all_reduce)
             total = self.score_moments.normalize(total)
@@ -616,6 +708,7 @@ class RTOTrainer(TokenTrainer):
         norm = nn.utils.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
         if actor.value_model is not None:
             value_norm = nn.utils.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
+            self.watch.see(value_norm, "gradient norm of the critic")
             self.record(**{"grad_norm/value": value_norm})
         self.record(**{"grad_norm/policy": norm})
         return norm
@@ -624,6 +717,10 @@ class RTOTrainer(TokenTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Prompts of this process, the same batch for every update of a rollout."""
+        batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        if tail := len(self.train_dataset) % batch:
+            total = len(self.train_dataset)
+            logger.warning("each pass over %d prompts leaves out %d, which fill no batch of %d", total, tail, batch)
         sampler = RolloutSampler(
             size=len(self.train_dataset),
             rollouts=self.args.per_device_train_batch_size,
@@ -647,13 +744,17 @@ class RTOTrainer(TokenTrainer):
 
     def evaluate_rows(self, prompts: Sequence[Prompt], metric_key_prefix: str) -> dict[str, float]:
         """Sample held-out prompts with a fixed seed: scores, KL, length and EOS rate."""
-        mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        at = range(rank, math.ceil(len(prompts) / world) * world, world)  # as many on every process
+        mine = [prompts[i % len(prompts)] for i in at]
+        counted = torch.tensor([i < len(prompts) for i in at], device=self.args.device)
         kept, self._metrics = self._metrics, defaultdict(list)
         moments, self.score_moments = self.score_moments, replace(self.score_moments)
         samples = self.sample(self.model, mine, seed=self.args.seed)
-        rollout = self.score(self.model, samples, mine)
-        self._record_lengths(rollout)
-        self.record(kl=self._mean(masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)))
+        rollout = self.score(self.model, samples, mine, counted)
+        self._record_lengths(rollout, counted)
+        kl = masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)
+        self.record(kl=self._mean(kl, counted))
         found = {f"{metric_key_prefix}_{name}": values[-1] for name, values in self._metrics.items()}
         self._metrics, self.score_moments = kept, moments
         super(TokenTrainer, self).log(dict(found))
@@ -662,8 +763,9 @@ class RTOTrainer(TokenTrainer):
 
     # --- metrics
 
-    def _mean(self, x: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-        return masked_mean(x, torch.ones_like(x, dtype=torch.bool), all_reduce=self.all_reduce)
+    def _mean(self, x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
+        every = torch.ones_like(x, dtype=torch.bool) if counted is None else counted
+        return masked_mean(x, every, all_reduce=self.all_reduce)
 
     def _record_rollout(self, rollout: Rollout, terms: RewardTerms, returns: Tensor, reward: RTOReward) -> None:
         """What a rollout tells: per source, per completion; everything over all processes."""
@@ -696,24 +798,31 @@ class RTOTrainer(TokenTrainer):
         if self.kl_control is not None:
             self.kl_control.update(float(kl), int(self.all_reduce(torch.tensor(float(len(mask)), device=mask.device))))
 
-    def _record_lengths(self, rollout: Rollout) -> None:
+    def _record_lengths(self, rollout: Rollout, counted: Bool[Tensor, " B"] | None = None) -> None:
         lengths = rollout.mask.sum(1).float()
         everywhere = self.accelerator.gather(lengths)
+        if counted is not None:
+            everywhere = everywhere[self.accelerator.gather(counted)]
         self.record(
             **{
-                "completions/mean_length": self._mean(lengths),
+                "completions/mean_length": self._mean(lengths, counted),
                 "completions/min_length": everywhere.min(),
                 "completions/max_length": everywhere.max(),
-                "completions/eos_rate": self._mean(rollout.ended.float()),
+                "completions/eos_rate": self._mean(rollout.ended.float(), counted),
             }
         )
 
-    def _record_scores(self, batch: Completed, scores: dict[str, list[float]]) -> None:
+    def _record_scores(self, scores: dict[str, list[float]], counted: Bool[Tensor, " B"] | None) -> None:
         for name, values in scores.items():
             x = torch.tensor(values, device=self.args.device)
             key = f"score/{name}" if name else "score"
-            mean = self._mean(x)
-            self.record(**{key: mean, f"{key}_std": self._mean((x - mean).square()).sqrt()})
+            mean = self._mean(x, counted)
+            self.record(**{key: mean, f"{key}_std": self._mean((x - mean).square(), counted).sqrt()})
+
+    def _keep_completions(
+        self, batch: Completed, scores: dict[str, list[float]], counted: Bool[Tensor, " B"] | None
+    ) -> None:
+        """A few completions of a rollout, or of an evaluation within training, which say so."""
         if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
             path = Path(str(self.args.output_dir)) / "completions.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -723,6 +832,7 @@ class RTOTrainer(TokenTrainer):
                         "step": self.state.global_step,
                         "prompt": batch.prompts[i],
                         "completion": batch.completions[i],
+                        **({} if counted is None else {"split": "eval"}),
                     }
                     row |= {f"score/{name}" if name else "score": values[i] for name, values in scores.items()}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -753,6 +863,7 @@ class RTOTrainer(TokenTrainer):
                 "kl_control": None if self.kl_control is None else self.kl_control.state_dict(),
                 "score_moments": self.score_moments.state_dict(),
                 "processes": self.accelerator.num_processes,
+                "seconds": self._seconds,
             }
             write_atomically(folder / "rto_state.json", json.dumps(state))
         if self.state.global_step % self.args.updates_per_rollout:
@@ -768,6 +879,7 @@ class RTOTrainer(TokenTrainer):
                 f"{folder} was written by {state['processes']} processes, this run has "
                 f"{self.accelerator.num_processes}: resume with as many"
             )
+        self._seconds = state.get("seconds", {})
         self.score_moments.load_state_dict(state["score_moments"])
         if self.kl_control is not None and state["kl_control"] is not None:
             self.kl_control.load_state_dict(state["kl_control"])
@@ -810,6 +922,10 @@ class RolloutSampler(IndexSampler[list[int]]):
             mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
             for _ in range(self.repeats):
                 yield mine
+
+
+def _shown_prompt(prompts: Sequence[Prompt], row: int) -> str:
+    return f"prompt {shown(prompts[row].raw)}"
 
 
 def _tokenizer_on_base(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:

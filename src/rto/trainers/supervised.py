@@ -42,8 +42,9 @@ from rto.models.loading import (
 from rto.models.precision import check_derivative
 from rto.models.roles import trainable
 from rto.models.scalars import scoring_wide
-from rto.trainers.base import SealedCheckpoints, tell_quietly
+from rto.ranges import check_arguments
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
+from rto.trainers.trl import FromTRL
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
     """`trl.SFTConfig` with the defaults of the other stages."""
 
     def __post_init__(self) -> None:
+        check_arguments(self)
         on_this_machine(self)
         super().__post_init__()
 
@@ -77,6 +79,7 @@ class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
     """`trl.RewardConfig` with the defaults of the other stages."""
 
     def __post_init__(self) -> None:
+        check_arguments(self)
         on_this_machine(self)
         super().__post_init__()
 
@@ -88,7 +91,7 @@ def start_from(load: Callable[..., nn.Module], model: Source, reading: Reading, 
     return trainable(found) if hasattr(found, "peft_config") else found
 
 
-class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
+class SFTTrainer(FromTRL, TRLSFTTrainer):
     """`trl.SFTTrainer` with our checkpoints, log and precision, on rows read as every other stage here reads them.
 
     Rows are TRL's: ``prompt`` and ``completion``, ``messages``, or text; token ids are those of `rto.data.chat`, where
@@ -124,7 +127,6 @@ class SFTTrainer(SealedCheckpoints, TRLSFTTrainer):
         with _read_already(args):
             super().__init__(start, args, processing_class=self._tokenizer, peft_config=peft_config, **kwargs)
         prepare_trained(self.model)
-        tell_quietly(self)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         stop_at_eos(self.accelerator.unwrap_model(self.model), self._tokenizer)
@@ -192,7 +194,7 @@ def demonstration(
     return {"input_ids": prompt + ids, "labels": labels, "refused": ""}
 
 
-class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
+class RewardTrainer(FromTRL, TRLRewardTrainer):
     """`trl.RewardTrainer` with our checkpoints, log and precision, on pairs read as every other stage reads them.
 
     Args:
@@ -240,7 +242,6 @@ class RewardTrainer(SealedCheckpoints, TRLRewardTrainer):
                 **kwargs,
             )
         prepare_trained(self.model)
-        tell_quietly(self)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL, with the head in fp32."""

@@ -1,0 +1,95 @@
+"""What decides the results of a run, as numbers and digests that two runs are compared by."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+FREE = {
+    *("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "project", "local_rank"),
+    *("max_tokens_per_micro_batch", "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model"),
+    *("greater_is_better", "push_to_hub", "ref_cache_dir", "precompute_ref_log_probs", "model_init_kwargs", "debug"),
+    *("use_cpu", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "full_determinism", "use_cache"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "dataset_num_proc"),
+}
+"""Settings that may change when a run is resumed, for they decide nothing."""
+FREE_PREFIXES = (
+    *("do_", "logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "ddp_", "torch_compile", "include_", "jit_"),
+    *("activation_", "trackio_", "push_to_", "restore_", "fsdp", "deepspeed", "accelerator_", "parallelism_"),
+)
+
+
+def identity(trainer: Any) -> dict[str, Any]:
+    """Settings, data, models and processes of a trainer that has not begun."""
+    args = trainer.args
+    decide = [f.name for f in fields(args) if f.name not in FREE and not f.name.startswith(FREE_PREFIXES)]
+    settings = {name: getattr(args, name) for name in decide if not name.startswith("_")}
+    settings = {name: x.value if isinstance(x, Enum) else x for name, x in settings.items()}
+    rows = trainer.train_dataset
+    return {
+        **json.loads(json.dumps(settings, default=str)),
+        "processes": trainer.accelerator.num_processes,
+        "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
+        "digest of train_dataset": rows_digest(rows),
+        **{f"weights of {part}": weights_digest(model) for part, model in trainer.models().items()},
+    }
+
+
+def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first thing that two runs differ in, in words; what only one of them knows is not compared."""
+    for name, value in there.items():
+        if name in here and here[name] != value:
+            return f"{name} is {value!r} there and {here[name]!r} here"
+    return None
+
+
+def rows_digest(rows: Any) -> str | None:
+    """A digest of token ids and labels; None of rows that come one by one."""
+    if rows is None or not hasattr(rows, "__len__"):
+        return None
+    found = hashlib.blake2b(digest_size=16)
+    for part in _parts(rows):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(rows: Any) -> Iterable[bytes]:
+    if isinstance(rows, Dataset):
+        for batch in rows.with_format("numpy").iter(batch_size=1000):
+            for name, column in sorted(batch.items()):
+                yield name.encode()
+                for value in column:
+                    numeric = getattr(value, "dtype", None) is not None and value.dtype != object
+                    yield value.tobytes() if numeric else repr(value).encode()
+                    yield b"|"
+        return
+    for row in rows:
+        held = [getattr(row, name, None) for name in ("ids", "raw", "prompt", "completions", "mismatched", "labels")]
+        yield json.dumps(held, default=str).encode()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of a model's weights: of each its name, type, shape and the sum of its bits, on its own device.
+
+    Sums of integers are exact in any order, so every device and number of threads finds the same. Of a model with
+    frozen weights these alone count: adapters may start at random.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    weights = dict(model.named_parameters())
+    weights = {name: w for name, w in weights.items() if not w.requires_grad} or weights
+    sums: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        local = weight.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        found.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+        if not local.is_meta:
+            sums[name] = local.contiguous().view(-1).view(whole).sum(dtype=torch.int64)
+    found.update(json.dumps([int(x) for x in sums.values()]).encode())
+    return found.hexdigest()
