@@ -445,8 +445,7 @@ def positions_of(config: Any) -> int | None:
     config = config.get_text_config()
     found = [getattr(config, name, None) for name in POSITIONS]
     limit = next((n for n in found if isinstance(n, int) and n > 0), None)
-    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    unlimited = alibi or not getattr(config, "position_biased_input", True)
+    unlimited = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
     if limit is None or unlimited:
         return None
     return limit - _positions_before_text(config)
