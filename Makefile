@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n auto -m slow
+
+# Kills at random moments and malformed inputs; CHAOS="--kills 20 --inputs 100" for less.
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python tests/chaos $(CHAOS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
