@@ -63,6 +63,8 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         DataError: an input cannot be used.
     """
     pipeline = Pipeline(recipe, Path(output_dir), Console())
+    if PartialState().is_main_process:
+        make_folder(pipeline.folder, "--output_dir")
     with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
         pipeline.check()
         pipeline.claim()

@@ -138,7 +138,7 @@ class Study:
     """
 
     baseline: str = "PPO"
-    seeds: Count = 3
+    seeds: Annotated[int, Field(ge=0)] = 3
     fractions: list[float] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)
     comparisons: dict[str, list[str]] = field(default_factory=dict)

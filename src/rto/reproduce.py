@@ -123,6 +123,8 @@ def reproduce(
     folder, console = Path(output_dir), console or Console()
     policies = _chosen(recipe, methods)
     count = recipe.study.seeds if seeds is None else seeds
+    if count < 1:
+        raise RecipeError("study.seeds must be at least 1 to run a study")
     if recipe.study.tune is not None and recipe.seed <= recipe.study.tune.seed < recipe.seed + count:
         raise RecipeError(
             f"study.tune.seed is {recipe.study.tune.seed}, which is one of the final seeds: take another"

@@ -47,7 +47,7 @@ REFUSED = [
     ({"sft.save_strategy": "step"}, ["sft.save_strategy", "did you mean steps?"]),
     ({"sft.report_to": "wandbb"}, ["sft.report_to", "did you mean wandb?"]),
     ({"sft.per_device_train_batch_size": 0}, ["sft.per_device_train_batch_size: ", "must be at least 1"]),
-    ({"reward.learning_rate": -1.0}, ["reward.learning_rate", "at least 0, got -1.0"]),
+    ({"reward.learning_rate": -1.0}, ["reward.learning_rate", "not be negative, got -1.0"]),
     ({"prefer.lr_scheduler_kwargs": {"min_lrr": 1}}, ["prefer.lr_scheduler_kwargs", "min_lrr"]),
     ({"prefer.loss_kwargs": {"betta": 0.1}}, ["prefer.loss_kwargs", "betta", "did you mean beta?"]),
     ({"prefer.loss_kwargs": {"beta": "x"}}, ["loss_kwargs.beta must be a number, not 'x'"]),
@@ -176,10 +176,10 @@ def test_config_files_and_flags(tmp_path: Path) -> None:
     )
     annotated = {f.name: f.type for f in dataclasses.fields(RTOConfig)}
     others, config = read(
-        [RewardArguments, RTOConfig], "--config", str(file), "--learning_rate=-1e-3", "--output_dir", str(tmp_path)
+        [RewardArguments, RTOConfig], "--config", str(file), "--score_coef=-1e-3", "--output_dir", str(tmp_path)
     )
     assert (others.dpo_model, others.reward_funcs, config.reward_weights) == (["dpo"], ["r"], [1.0])
-    assert (config.learning_rate, config.use_cpu, config.save_strategy.value) == (-1e-3, True, "no")
+    assert (config.score_coef, config.use_cpu, config.save_strategy.value) == (-1e-3, True, "no")
     assert (config.resume_from_checkpoint, config.lr_scheduler_kwargs) == ("True", {"a": 1e-7})
     assert {f.name: f.type for f in dataclasses.fields(RTOConfig)} == annotated  # the library rewrites them
     _, config = read([RewardArguments, RTOConfig], "--config", str(file))
