@@ -234,7 +234,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
     """Run what is not done, each job when all it needs is.
 
     Raises:
-        RuntimeError: a job failed; the message names its log. What is done stays done.
+        RecipeError, RuntimeError: a job failed, of its inputs or else; the message names its log. What is done stays
+            done.
     """
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done")

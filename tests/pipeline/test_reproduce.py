@@ -195,7 +195,7 @@ class Stage(Job):
 def test_a_failed_job_is_named_and_what_is_done_stays(tmp_path: Path) -> None:
     sft = Stage(recipe=study(), folder=tmp_path, stage="sft")
     reward = Stage(recipe=study(), folder=tmp_path, stage="reward", needs=frozenset({sft.path}))
-    with pytest.raises(RuntimeError, match=r"reward failed \(no reward today\); its log is .*reward\.log"):
+    with pytest.raises(RecipeError, match=r"reward failed: no reward today \(its log is .*reward\.log"):
         run_jobs([sft, reward], 2, Console(quiet=True))
     assert sft.done
     assert not reward.done
