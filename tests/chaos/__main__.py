@@ -292,9 +292,8 @@ def main() -> int:
     for i, (name, args) in enumerate(subjects.items(), 1) if given.kills else ():
         share = 0.7 * given.seconds * i / len(subjects) if given.inputs else given.seconds * i / len(subjects)
         found = kills(name, args, given.kills // len(subjects), begun + share, draw)
-        print(
-            f"{name}: {found['tried']} kills, {found['ended']} runs ended, {found['stuck']} stuck, {found['lost']} lost"
-        )
+        counts = f"{found['tried']} kills, {found['ended']} runs ended, {found['stuck']} stuck, {found['lost']} lost"
+        print(f"{name}: {counts}")
         failed |= bool(found["stuck"] or found["lost"])
     if given.inputs:
         found = inputs(given.inputs, begun + given.seconds, draw)
