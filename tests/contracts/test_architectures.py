@@ -128,7 +128,7 @@ def assert_head_in_fp32(model, hidden, tokens):
 
 def test_every_type_is_tried_or_skipped_with_a_reason():
     types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert types == (set(NAMES) - VARIANTS.keys()) | SKIPPED.keys()
+    assert types <= (set(NAMES) - VARIANTS.keys()) | SKIPPED.keys()  # an older version has fewer
     assert set(FEW) <= set(NAMES)
     table = committed()
     assert set(table) == set(NAMES)
