@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rto.data import embedded
-from rto.data.embedded import (
+from rto.demo.embedded import (
     best_reply,
     build_model,
     build_tokenizer,
@@ -239,7 +239,7 @@ def test_seeds_decide_everything_and_the_hash_seed_nothing():
     assert demonstrations(20, 7) == demonstrations(20, 7)
     assert prompts(20, 7, "rl") == prompts(30, 7, "rl")[:20]
     assert prompts(20, 7, "rl") != prompts(20, 8, "rl")
-    code = "from rto.data.embedded import demonstrations; print(demonstrations(20, 7))"
+    code = "from rto.demo.embedded import demonstrations; print(demonstrations(20, 7))"
     for hash_seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rto.evaluation.inspection import Calibration, Carried
+from rto.inspection.statistics import Calibration, Carried
 from rto.report.folder import Log, Run, number
 
 STYLE: Any = {

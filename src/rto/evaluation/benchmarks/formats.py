@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rto.data.errors import DataError
-from rto.evaluation.arena_hard import BASELINE, STYLE, VERDICTS, Outcome, markdown_counts, outcome
-from rto.evaluation.length_control import GamedBaselines
-from rto.evaluation.winrate import preference_share
+from rto.evaluation.statistics.arena_hard import BASELINE, STYLE, VERDICTS, Outcome, markdown_counts, outcome
+from rto.evaluation.statistics.length_control import GamedBaselines
+from rto.evaluation.statistics.winrate import preference_share
 from rto.files import Row, Rows, checked, read_rows, read_whole, safe_name, shown, write_atomically
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto.data.errors import DataError
-from rto.evaluation.files import (
+from rto.evaluation.benchmarks.formats import (
     AlpacaAnnotations,
     ArenaJudgments,
     Key,

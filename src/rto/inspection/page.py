@@ -13,9 +13,11 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rto.evaluation.comparison import Estimate
-from rto.evaluation.estimates import Z
-from rto.evaluation.inspection import (
+from rto.evaluation.policies import Estimate
+from rto.evaluation.statistics.estimates import Z
+from rto.files import write_atomically
+from rto.inspection.reading import Inspection, Shown
+from rto.inspection.statistics import (
     Agreement,
     Calibration,
     Carried,
@@ -27,8 +29,6 @@ from rto.evaluation.inspection import (
     Share,
     SuggestedBeta,
 )
-from rto.files import write_atomically
-from rto.inspection import Inspection, Shown
 from rto.report import heatmap, plots
 from rto.report.page import template
 from rto.report.table import MISSING
@@ -95,7 +95,7 @@ def render(inspection: Inspection) -> str:
     """The page: one file without script or request."""
     scale = scale_of(inspection.shown)
     found = sections(inspection)
-    return template("inspection.html.j2").render(
+    return template("inspection.html.j2", "rto.inspection").render(
         source=heatmap.printable(inspection.source),
         data=heatmap.printable(inspection.data),
         sections=found,
