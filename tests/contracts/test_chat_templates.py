@@ -26,7 +26,7 @@ from rto.data.chat import (
 )
 from rto.data.formats import DataError, read_labelled, read_pairs, read_prompts
 from rto.evaluation.benchmarks.answers import encode
-from rto.evaluation.benchmarks.formats import Question
+from rto.evaluation.benchmarks.types import Question
 from rto.inspection.reading import Inspector
 from rto.inspection.statistics import carried_by_kind
 from rto.models.loading import eos_ids

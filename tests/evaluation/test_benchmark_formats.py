@@ -7,7 +7,7 @@ import pytest
 from sources import run_folder
 
 from rto.data.errors import DataError
-from rto.evaluation.benchmarks.formats import read_difficulties, read_gamed
+from rto.evaluation.benchmarks.judgments import read_difficulties, read_gamed
 from rto.evaluation.table.sources import read_sources
 from rto.files import read_rows
 

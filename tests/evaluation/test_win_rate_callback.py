@@ -23,7 +23,7 @@ from watched import HELD_OUT, Broken, build, fuller
 from rto import PreferenceConfig, PreferenceTrainer
 from rto.data.formats import DataError
 from rto.evaluation.benchmarks.answers import draw
-from rto.evaluation.benchmarks.formats import Game
+from rto.evaluation.benchmarks.types import Game
 from rto.evaluation.judging.callback import WinRateCallback, undisturbed
 from rto.evaluation.judging.judges import Sight
 from rto.evaluation.statistics.estimates import wilson

@@ -19,7 +19,7 @@ from test_cli import rto, write
 from test_report import ATTACK, Page
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rto.evaluation.policies import Estimate
+from rto.evaluation.statistics.estimates import Estimate
 from rto.inspection.page import inspection_text, interval, noise, number, sections, significant, write_inspection
 from rto.inspection.reading import InspectArguments, Inspection, Shown
 from rto.inspection.statistics import CreditReport, Rewarded, RewardedPair, report_on_pairs

@@ -12,17 +12,9 @@ from rich.text import Text
 
 from rto.data.errors import DataError
 from rto.errors import make_folder
-from rto.evaluation.benchmarks.formats import (
-    BENCHMARKS,
-    Benchmark,
-    Match,
-    Question,
-    benchmark_of,
-    check_judged,
-    read_match,
-    read_questions,
-    write_judgments,
-)
+from rto.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Match, benchmark_of, read_match, read_questions
+from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
+from rto.evaluation.benchmarks.types import Question
 from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
 from rto.files import printable, safe_name
 from rto.flags import OneLine

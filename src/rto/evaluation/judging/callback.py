@@ -28,7 +28,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rto.data.formats import DataError, Prompt, read_prompts
 from rto.evaluation.benchmarks.answers import batch_seed, batches, draw, weights_digest
-from rto.evaluation.benchmarks.formats import Battle, Contest, Question, read_answers
+from rto.evaluation.benchmarks.formats import read_answers
+from rto.evaluation.benchmarks.types import Battle, Contest, Question
 from rto.evaluation.judging.judges import Judge, ScoreJudge, hold, unread
 from rto.evaluation.statistics.estimates import Estimate, wilson
 from rto.files import Row, check_settings, shown, write_atomically

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import yaml
 
 from rto.data.errors import DataError
-from rto.evaluation.benchmarks.formats import Battle, Contest, Game
+from rto.evaluation.benchmarks.types import Battle, Contest, Game
 from rto.evaluation.judging.endpoint import Endpoint, EndpointError, Failure, Reply
 from rto.evaluation.statistics.arena_hard import VERDICTS
 from rto.files import Row
