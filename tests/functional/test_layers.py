@@ -20,7 +20,7 @@ MAY = {
     "demo": set(),
     "theory": {"functional", "errors", "flags"},
     "alarms": set(),
-    "report": {"alarms", "files", "values", "errors", "data.errors"},
+    "report": {"alarms", "files", "flags", "values", "errors", "data.errors"},
     "evaluation.benchmarks.types": {"files"},
     "files": {"data.errors", "errors"},
 }

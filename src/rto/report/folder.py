@@ -1,4 +1,4 @@
-"""What the folder of a run, or of one stage, holds, read once; any piece may be missing, half written, of another kind.
+"""What the folder of a run, or of one stage, holds, read once; a piece may be missing, half written, of another kind.
 
 Nothing here raises on what it finds: a missing piece is ``None`` or empty, and what could not be read is counted in
 ``Run.notes``, which the page shows.

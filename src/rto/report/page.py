@@ -61,17 +61,24 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def render(run: Run, *, live: bool = False, bounds: Bounds | None = None) -> str:
-    """The page; ``live``: of a run in progress, brought up to date while it is looked at."""
+def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None) -> str:
+    """The page.
+
+    Args:
+        run: what it is of.
+        every: it is served while the run goes on, and asks for a newer one after so many seconds; None: it is a file.
+        bounds: of the alarms.
+    """
     headings, cells = results_cells(run.results)
     colours = plots.palette([*run.methods, *run.online, *run.offline])
     drawn = {} if run.samples else run.drawn
     shown = run.token_rewards[:SHOWN]
     rewards = [row.rewards for row in shown] + [row.rewards for rows in drawn.values() for row in rows]
     scale = heatmap.Scale.of(r for completion in rewards for r in completion)
-    return template("report.html.j2", scripts=("step", "live") if live else ("step",)).render(
+    return template("report.html.j2", scripts=("step",) if every is None else ("step", "live")).render(
         run=run,
-        live=live,
+        every=every,
+        bounds=bounds or Bounds(),
         alarms=alarms(run, bounds),
         colours=colours,
         headings=headings,
