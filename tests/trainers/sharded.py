@@ -40,6 +40,7 @@ def main(cases: list[dict[str, Any]]) -> None:
 
     for case in cases:
         module, _, function = case.pop("run").partition(":")
+        os.environ |= case.pop("launched", {})  # what `accelerate launch` sets
         getattr(importlib.import_module(module), function)(**case)
         AcceleratorState._reset_state()  # a process group is kept; what was asked of it is not
         for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_USE_"))]:

@@ -301,6 +301,7 @@ def _make_root(model: nn.Module) -> None:
     register_fsdp_forward_method(model, "_begin")
     model._begin()  # type: ignore[operator]
     del model._begin
+    model.reshard()  # type: ignore[operator]
 
 
 def _begin(self: nn.Module) -> None:
