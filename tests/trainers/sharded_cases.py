@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from datasets import Dataset
 from killable import WORDS, arm
-from killable import build as build_rto
 from peft import LoraConfig
 from preferring import ROWS
-from sharing import share
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from rto import PreferenceConfig, PreferenceTrainer
+from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
 SETTINGS = {
     "optim": "sgd",  # a step is the gradient itself
@@ -33,8 +33,6 @@ SETTINGS = {
 
 def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> None:
     """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
-    from datasets import Dataset
-
     own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}
     if kwargs.pop("lora", False):
         own["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
@@ -48,6 +46,36 @@ def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> No
         **own,
     )
     finish(trainer, output, {"reference": trainer.reference})
+
+
+RTO_SETTINGS = SETTINGS | {
+    "num_mini_batches": 1,
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "learning_rate": 0.03,
+    "value_learning_rate": 0.01,
+    "max_tokens_per_micro_batch": 64,
+    "max_completion_length": 9,
+    "missing_eos_penalty": 1.0,
+}
+
+
+def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
+    """RTO, or PPO where β₁ = 0, with a model for each role, or (``lora``) a role for each on one base."""
+    policy, dpo, reward = models
+    own: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
+    flow = {name: kwargs.pop(name) for name in ("kill", "resume") if name in kwargs}
+    args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
+    if args.dpo_coef:
+        own["dpo_model"] = dpo
+    prompts = [{"prompt": word * (1 + i % 3)} for i, word in enumerate(WORDS)]
+    trainer = RTOTrainer(policy, args, reward_funcs=reward, train_dataset=Dataset.from_list(prompts), **own)
+    trainer.eval_dataset = trainer.train_dataset[:5]
+    config = SamplingConfig(max_completion_length=9, temperature=0.0)  # not by which process a prompt is on
+    trainer.sampler = TransformersSampler(
+        config=config, eos_ids=trainer.sampler.eos_ids, pad_id=trainer.sampler.pad_id
+    )
+    finish(trainer, output, {n: m for n, m in trainer.models().items() if n != "model"}, **flow)
 
 
 def finish(trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool = False) -> None:

@@ -16,9 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -28,9 +33,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from rto.batches import micro_batches
 from rto.models.loading import unwrap_peft
 from rto.models.roles import Role
+from rto.values import read_yaml
 
 logger = logging.getLogger(__name__)
 _Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
 
 
 class EngineError(ValueError):
@@ -46,6 +53,7 @@ def check_layout(args: Any) -> None:
     Raises:
         EngineError: it is DeepSpeed's ZeRO-3, or the first FSDP.
     """
+    warn_of_one_process()
     remedy = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -60,6 +68,88 @@ def check_layout(args: Any) -> None:
         first = os.environ.get("FSDP_VERSION", "1") == "1"
     if first:
         raise EngineError(f"FSDP of version 1 is not supported: {remedy}")
+
+
+# --- processes of one launch
+
+
+def processes() -> PartialState:
+    """This process among those of its launch; on processors, too, where each would take itself for the only one."""
+    warn_of_one_process()
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+
+
+TIMEOUT = timedelta(minutes=30)
+"""After which an exchange of tensors has failed; the default of `transformers`' ``ddp_timeout``."""
+PATIENCE = timedelta(days=365)
+"""After which waiting for a process that works alone has failed: whoever dies before is told of by the launcher."""
+
+
+@cache
+def _patient_group() -> Any:
+    """All processes, connected for waiting: on processors, whatever tensors are exchanged over."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here, however long one of them works alone.
+
+    The barrier of a process group of tensors fails after its time-out, and on accelerators keeps them busy.
+    """
+    if processes().num_processes > 1:
+        torch.distributed.barrier(_patient_group())
+
+
+def shared_out(items: Sequence[_Part], work: Callable[[_Part], _Result]) -> list[_Result]:
+    """``work(item)`` of every item, in their order, each done by one process and known to all.
+
+    Args:
+        items: the same on every process.
+        work: what does not need the other processes; its results are pickled, so they hold no device's tensors.
+    """
+    state = processes()
+    mine = [work(item) for item in items[state.process_index :: state.num_processes]]
+    if state.num_processes == 1:
+        return mine
+    found: list[Any] = [None] * state.num_processes
+    torch.distributed.all_gather_object(found, mine, group=_patient_group())
+    return [found[i % len(found)][i // len(found)] for i in range(len(items))]
+
+
+@cache
+def warn_of_one_process() -> None:
+    """Say so where `accelerate launch` was asked for several processes and has started one.
+
+    With ``--cpu`` it starts one, whatever ``--num_processes`` says, unless an MPI is named.
+    """
+    if "LOCAL_RANK" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        return
+    asked = _asked_for(_command_of_parent())
+    if asked > 1:
+        logger.warning(
+            "accelerate launch --cpu --num_processes %d has started one process: this run is of one. Several on "
+            "processors: torchrun --nproc_per_node %d, or accelerate launch --multi_gpu --num_processes %d",
+            *(asked, asked, asked),
+        )
+
+
+def _command_of_parent() -> list[str]:
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+
+
+def _asked_for(command: Sequence[str]) -> int:
+    """``--num_processes`` of a launcher's command line, or of the configuration that it names; 0: not asked."""
+    given: dict[str, str] = {}
+    for flag, following in zip(command, [*command[1:], ""]):
+        name, separator, value = flag.partition("=")
+        given.setdefault(name.lstrip("-").replace("-", "_"), value if separator else following)
+    if "num_processes" not in given and Path(given.get("config_file", "")).is_file():
+        given["num_processes"] = str((read_yaml(Path(given["config_file"]).read_text()) or {}).get("num_processes", 0))
+    number = given.get("num_processes", "0")
+    return int(number) if number.isdigit() else 0
 
 
 class Engine:
