@@ -58,18 +58,18 @@ from rto.rollout.sampling import SamplingConfig as SamplingConfig
 from rto.rollout.sampling import TransformersSampler as TransformersSampler
 
 # --- callbacks and judges
-from rto.evaluation.callback import WinRateCallback as WinRateCallback
-from rto.evaluation.endpoint import Endpoint as Endpoint
-from rto.evaluation.judges import ChatJudge as ChatJudge
-from rto.evaluation.judges import Judge as Judge
-from rto.evaluation.judges import ScoreJudge as ScoreJudge
+from rto.evaluation.judging.callback import WinRateCallback as WinRateCallback
+from rto.evaluation.judging.endpoint import Endpoint as Endpoint
+from rto.evaluation.judging.judges import ChatJudge as ChatJudge
+from rto.evaluation.judging.judges import Judge as Judge
+from rto.evaluation.judging.judges import ScoreJudge as ScoreJudge
 
 # --- data, whole runs, and a look at a token reward
 from rto.data.formats import DataError as DataError
 from rto.data.formats import load_rows as load_rows
-from rto.inspection import InspectArguments as InspectArguments
-from rto.inspection import Inspection as Inspection
-from rto.inspection import inspect as inspect
+from rto.inspection.reading import InspectArguments as InspectArguments
+from rto.inspection.reading import Inspection as Inspection
+from rto.inspection.reading import inspect as inspect
 from rto.models.roles import export as export
 from rto.pipeline import run as run
 from rto.recipe import Recipe as Recipe
