@@ -15,6 +15,13 @@ def _public_names() -> dict[str, str]:
 
 
 _MODULES = _public_names()
+
+
+def module_of(name: str) -> str:
+    """The module that defines a public name."""
+    return _MODULES[name]
+
+
 __all__ = sorted(_MODULES)
 
 

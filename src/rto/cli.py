@@ -3,18 +3,22 @@
 import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rto import signals
+from rto import __version__, signals
 from rto.errors import make_folder, told
 from rto.flags import OneLine, overrides
+from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
+from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
 
 USAGE = """usage: rto COMMAND [options]
@@ -45,10 +49,17 @@ and:
   theory              the paper's statements, run
   report DIR          write report.html of a run again
 
-rto COMMAND --help tells the options of a command."""
+rto COMMAND --help tells the options of a command, rto --version which versions are at work."""
+RUN_USAGE = """usage: rto run [RECIPE] [--output_dir DIR] [--KEY VALUE ...]
+
+The whole method: sft → pairs → dpo → reward → PPO, RTO → evaluation → report. RECIPE is a file, or the name of one
+that comes with the package; the embedded one when none is named. On a folder that was begun, it continues where it stopped.
+
+  --output_dir DIR                  folder of the run (runs/RECIPE)"""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+@by_trl_names(ROWS)
 @dataclass
 class DataArguments:
     """Which data set."""
@@ -100,6 +111,12 @@ class RewardArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        print(_versions())
+        return 0
+    if args and args[0] in STAGES and {"-h", "--help"} & set(args):
+        print(stage_help(args[0]))
+        return 0
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         if args and args[0] not in ("-h", "--help"):
             print(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", file=sys.stderr)
@@ -119,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"rto {args[0]}: {line}", file=sys.stderr)
         return 2
+
+
+def _versions() -> str:
+    """Of this package and of those that results hang on."""
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
+    return f"rto {__version__} (Python {platform.python_version()}, {others})"
 
 
 def _keep_freed_memory() -> None:
@@ -143,7 +166,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def run(args: list[str]) -> int:
     """`rto run`."""
     if {"-h", "--help"} & set(args):
-        print(USAGE)
+        print(RUN_USAGE, recipe_help(), sep="\n\n")
         return 0
     from transformers.utils import logging as hf_logging
 
@@ -376,7 +399,11 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
-    *parsed, config, model = StageParser([*kinds, ModelArguments], f"rto {command}").read(args)
+    parser = StageParser([*kinds, ModelArguments], f"rto {command}")
+    if {"--help-all", "--help_all"} & set(args):
+        print(parser.help_all(stage_help(command), shown_flags(command)))
+        raise SystemExit(0)
+    *parsed, config, model = parser.read(args)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")
     check_training(config)

@@ -63,12 +63,14 @@ from rto.trainers.base import (
 )
 from rto.trainers.checkpoints import CheckpointError
 from rto.trainers.precision import Reading
+from rto.trl_names import ONLINE, by_trl_names
 from rto.values import check_choice
 
 logger = logging.getLogger(__name__)
 ESTIMATORS = ("gae", "reinforce++")
 
 
+@by_trl_names(ONLINE)
 @dataclass
 class RTOConfig(TokenTrainingArguments):
     """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.
