@@ -16,7 +16,9 @@ from typing import Any
 
 from rto import __version__, signals
 from rto.errors import make_folder, told
+from rto.files import write_atomically
 from rto.flags import OneLine, overrides
+from rto.packaged import copied, listing
 from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
 from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
@@ -28,6 +30,7 @@ the whole method:
                       sft → dpo → reward → PPO, RTO → evaluate → report; the embedded recipe when none is named.
                       A key of the recipe is overridden by its dotted name: --train.total_episodes 512.
                       On a folder that was begun, it continues where it stopped.
+  init NAME           write a commented recipe to make your own, for your data and model: rto init chat
   reproduce TASK      every method of a study over seeds, upstream stages shared, with intervals and paired tests
 
 one stage (flags as in TRL; --config FILE.yaml holds the same keys):
@@ -53,9 +56,16 @@ rto COMMAND --help tells the options of a command, rto --version which versions 
 RUN_USAGE = """usage: rto run [RECIPE] [--output_dir DIR] [--KEY VALUE ...]
 
 The whole method: sft → pairs → dpo → reward → PPO, RTO → evaluation → report. RECIPE is a file, or the name of one
-that comes with the package; the embedded one when none is named. On a folder that was begun, it continues where it stopped.
+that comes with the package; the embedded one when none is named. On a folder that was begun, it continues where it
+stopped.
 
-  --output_dir DIR                  folder of the run (runs/RECIPE)"""
+  --output_dir DIR                  folder of the run (runs/RECIPE)
+  --list                            names of the recipes that come with the package"""
+INIT_USAGE = """usage: rto init NAME [--output FILE] [--KEY VALUE ...]
+
+Writes a recipe that comes with the package (rto run --list), comments and all, to a file of your own: NAME.yaml here,
+unless --output says otherwise. Keys that stand in it can be set at once: rto init chat --model MODEL
+--data.pairs.path pairs.jsonl"""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -171,6 +181,9 @@ def run(args: list[str]) -> int:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # one for each weight file; the stages have their own
+    if "--list" in args:
+        print(listing())
+        return 0
     named = args and not args[0].startswith("--")
     path, rest = (Path(args[0]), args[1:]) if named else (None, args)
     from rto.pipeline import run as run_recipe
@@ -182,6 +195,21 @@ def run(args: list[str]) -> int:
     return 0
 
 
+def init(args: list[str]) -> int:
+    """`rto init`."""
+    if not args or {"-h", "--help"} & set(args) or args[0].startswith("--"):
+        print(INIT_USAGE)
+        return 0 if args else 2
+    name, values = args[0], overrides(args[1:])
+    path = Path(str(values.pop("output", f"{Path(name).stem}.yaml")))
+    text = copied(name, values)
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another --output")
+    write_atomically(path, text)
+    print(f"{path}: look it over, then rto run {path} --dry_run")
+    return 0
+
+
 def reproduce(args: list[str]) -> int:
     """`rto reproduce`."""
     parser = OneLine(
@@ -189,7 +217,7 @@ def reproduce(args: list[str]) -> int:
         description="Run the methods of a study over seeds; the same command continues after a kill. Keys of the "
         "recipe are overridden by their dotted names, as in rto run.",
     )
-    parser.add_argument("task", help="embedded, imdb, stories (recipes/TASK/study.yaml), or the path of a recipe")
+    parser.add_argument("task", help="embedded, imdb, stories (packaged: TASK/study), or the path of a recipe")
     parser.add_argument("--methods", nargs="+", help="names of the recipe's learners and methods; all of them")
     parser.add_argument("--seeds", type=int, help="how many; study.seeds of the recipe")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each has its share of the cores")
@@ -378,6 +406,7 @@ def theory(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "init": init,
     "reproduce": reproduce,
     "sft": sft,
     "reward": reward,

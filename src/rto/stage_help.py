@@ -95,7 +95,7 @@ def stage_help(command: str) -> str:
     inputs = [model, *(flag for group in stage.groups for flag in declared("rto.cli", group))]
     own = declared(module_of(stage.config), stage.config)
     named = {flag.name for flag in own}
-    common = [Declared(n, "str", "", text) for n, text in (stage.common | COMMON).items() if n not in named]
+    common = [Declared(n, "str", "", text) for n, text in {**stage.common, **COMMON}.items() if n not in named]
     files = [
         Declared("config", "FILE.yaml", "", "the same keys in a file; a flag wins over it"),
         Declared("help-all", "", "", "every flag, with those of transformers and TRL"),

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from trl import TrlParser
 
 from rto.flags import OneLine
+from rto.packaged import find_packaged
 from rto.trl_names import As, Not
 from rto.values import culprit, nearest, read_yaml, typed, yaml_text
 
@@ -74,12 +76,14 @@ class StageParser(OneLine, TrlParser):
         try:
             return [kind(**{name: values[name] for name in names if name in values}) for kind, names in owned.items()]
         except (ValueError, TypeError, ImportError) as error:
-            name = culprit(error, config)
-            where = "" if name is None or values[name] != config[name] else f"{given.config}: {name}: "
+            key = culprit(error, config)
+            where = "" if key is None or values[key] != config[key] else f"{given.config}: {key}: "
             raise ValueError(f"{where}{error}") from error
 
     def _configured(self, path: Path) -> dict[str, Any]:
         """The keys of a file, each as its field wants it; ``env`` sets environment variables."""
+        with suppress(ValueError):
+            path = find_packaged(path)
         text = yaml_text(path, what="file for --config")
         try:
             config = read_yaml(text)
