@@ -15,6 +15,7 @@ from typing import Any
 from rto import signals
 from rto.errors import make_folder, told
 from rto.flags import OneLine, overrides
+from rto.imports import close_present_folder
 from rto.values import as_flag, nearest
 
 USAGE = """usage: rto COMMAND [options]
@@ -99,6 +100,8 @@ class RewardArguments:
 @signals.in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
+    if argv is None:  # called as the entry point of a process
+        close_present_folder()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         if args and args[0] not in ("-h", "--help"):

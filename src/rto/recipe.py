@@ -1,9 +1,7 @@
 """A run as a value: what `rto run` reads, checks before any work, and saves beside the results."""
 
-import importlib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
+from rto.imports import import_module, taken
 from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, yaml_text
 
 STAGES = ("sft", "pairs", "reward", "evaluation")
@@ -496,7 +495,7 @@ def is_function(path: str) -> bool:
 
 
 def resolve(path: str, role: str = "") -> Callable[..., Any]:
-    """Import ``module:function``; modules beside the present folder count.
+    """Import ``module:function``; the present folder is searched last (`rto.imports`).
 
     An error within the user's module is the user's own and keeps its traceback.
 
@@ -507,20 +506,20 @@ def resolve(path: str, role: str = "") -> Callable[..., Any]:
     failed = f"{role} {path} cannot be imported:".lstrip()
     if not is_function(path):
         raise ValueError(f"{failed} expected module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         with users_code(f"the module {module}"):
-            found = importlib.import_module(module)
+            found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that the user's module needs
-        raise ValueError(f"{failed} there is no module {error.name} here or on the Python path") from error
+        raise ValueError(
+            f"{failed} there is no module {error.name} here or on the Python path{taken(module)}"
+        ) from error
     function = getattr(found, name, None)
     if not callable(function):
         known = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")]
         what = f"there is no {name} in {module}" if function is None else f"{name} in {module} is not a function"
-        raise ValueError(f"{failed} {what}{nearest(name, known)}")
+        raise ValueError(f"{failed} {what}{taken(module) or nearest(name, known)}")
     return function
 
 

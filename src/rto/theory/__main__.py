@@ -1,5 +1,10 @@
 """``rto theory``: run every study, write its figures and one self-contained page."""
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the present folder, before anything is imported that might lie there
+
 from pathlib import Path
 from time import perf_counter
 
