@@ -108,7 +108,7 @@ class Pipeline:
         }
         for key, (source, stages) in models.items():
             if self._left(stages) and not is_function(source):
-                find_config(key, source)
+                find_config(key, source, **self._trust)
                 check_weights(key, source)
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
@@ -155,9 +155,9 @@ class Pipeline:
                 with users_code(recipe.model):
                     model, tokenizer = function(recipe.seed)
             else:
-                tokenizer = load_tokenizer(recipe.model)
+                tokenizer = load_tokenizer(recipe.model, **self._trust)
             if recipe.sft is None:
-                start: Any = load_policy(model)
+                start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
                 start.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -236,7 +236,7 @@ class Pipeline:
             if folder is None:
                 return
             start = self.recipe.reward_model or str(self.folder / "sft")
-            tokenizer = load_tokenizer(start)
+            tokenizer = load_tokenizer(start, **self._trust)
             trainer = RewardTrainer(
                 model=start,
                 args=stage_config(self.recipe, "reward", folder),
@@ -325,7 +325,8 @@ class Pipeline:
     def _examiner(self, prompts: str) -> "Examiner":
         """What every policy is asked, and how it is judged."""
         recipe, start = self.recipe, self.folder / "sft"
-        tokenizer, reference = load_tokenizer(start), load_policy(str(start)).eval().to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        reference = load_policy(str(start), **self._trust).eval().to(self._device)
         asked, _ = read_prompts(
             getattr(recipe.data, prompts).load(recipe.seed),
             tokenizer,
@@ -339,7 +340,7 @@ class Pipeline:
         ids = [p.ids for p in asked]
 
         def ask(folder: str) -> Answers:
-            policy = load_policy(folder).eval().to(self._device)
+            policy = load_policy(folder, **self._trust).eval().to(self._device)
             seed = recipe.seed + 1_000_003
             return answer(policy, reference, tokenizer, ids, judge, sampling, seed=seed, max_tokens=MAX_TOKENS)
 
@@ -352,7 +353,8 @@ class Pipeline:
         name = list(answers)[-1]
         rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
         learner = next(iter(self.recipe.learners))
-        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft")).to(self._device)
+        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
+        source.to(self._device)
         ratios = source(rows)
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
@@ -374,7 +376,8 @@ class Pipeline:
 
             return true, function_name(resolve(gold))
         where = self.folder / "reward"
-        model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
+        scorer, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
+        model = RewardModel(scorer.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
 
         def learned(texts: list[str], ended: list[bool]) -> list[float]:
             return model(Completed.of(asked, texts, ended))
@@ -386,7 +389,8 @@ class Pipeline:
     def _complete_twice(self, rows: Dataset) -> tuple[list[Prompt], list[Completed]]:
         """Prompts that fit, and two completions of each by the starting policy."""
         start = self.folder / "sft"
-        tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        policy = load_policy(str(start), **self._trust).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
@@ -463,6 +467,11 @@ class Pipeline:
                 learners = map(folder_of, recipe.token_rewards(methods[method]))
                 return {**made("sft", *reward, *learners), **rows("prompts")}
         return {**made("sft"), **pairs, **rows("eval_pairs")}
+
+    @property
+    def _trust(self) -> dict[str, Any]:
+        """For everything that is loaded here rather than by a trainer."""
+        return {"trust_remote_code": self.recipe.trust_remote_code}
 
     @property
     def _device(self) -> torch.device:

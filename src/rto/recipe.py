@@ -171,6 +171,7 @@ class Recipe:
         peft: arguments of PEFT's ``LoraConfig``; every stage then trains an adapter. That of SFT is merged into
             ``sft/``, the base that all other roles share; a ``reward_model`` of its own is trained whole. None trains
             whole models.
+        trust_remote_code: run code that comes with a model or a tokenizer, in every stage; a stage's own key wins.
         study: what `rto reproduce` compares.
     """
 
@@ -190,6 +191,7 @@ class Recipe:
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
     evaluate_temperature: Annotated[float, Field(ge=0)] = 1.0
     peft: dict[str, Any] | None = None
+    trust_remote_code: bool = False
     study: Study = field(default_factory=Study)
 
     @property
@@ -355,19 +357,20 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     from rto.trainers.supervised import RewardConfig, SFTConfig
 
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
+    common = {**TRAINING_DEFAULTS, "trust_remote_code": recipe.trust_remote_code}
     if stage in recipe.learners:
         kind: Any = PreferenceConfig
-        defaults, sections = TRAINING_DEFAULTS, {"prefer": recipe.prefer, f"learners.{stage}": recipe.learners[stage]}
+        defaults, sections = common, {"prefer": recipe.prefer, f"learners.{stage}": recipe.learners[stage]}
     elif stage in recipe.methods:
         kind = RTOConfig
-        defaults = {**TRAINING_DEFAULTS, "logging_steps": 0}
+        defaults = {**common, "logging_steps": 0}
         sections = {"train": recipe.train, f"methods.{stage}": recipe.methods[stage]}
         fixed["max_completion_length"] = recipe.completion_length
         if len(paid := recipe.rewards(stage)) > 1:
             fixed["reward_weights"] = list(paid.values())
     else:
         kind = {"sft": SFTConfig, "reward": RewardConfig}[stage]
-        defaults, sections = TRAINING_DEFAULTS, {stage: getattr(recipe, stage)}
+        defaults, sections = common, {stage: getattr(recipe, stage)}
     own = LEARNER_KEYS.keys() | METHOD_KEYS.keys()
     given = {name: f"{key}.{name}" for key, values in sections.items() for name in values if name not in own}
     values = {name: value for section in sections.values() for name, value in section.items() if name in given}

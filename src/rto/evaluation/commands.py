@@ -25,7 +25,7 @@ from rto.evaluation.files import (
     write_judgments,
 )
 from rto.files import printable, safe_name
-from rto.flags import OneLine
+from rto.flags import OneLine, add_trust
 from rto.values import nearest
 
 USAGE = """usage: rto evaluate COMMAND [options]
@@ -63,7 +63,8 @@ def generate(args: list[str]) -> int:
         raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
     from rto.models.loading import check_weights, find_config
 
-    find_config("--model", flags.model)
+    trust = {"trust_remote_code": flags.trust_remote_code}
+    find_config("--model", flags.model, **trust)
     check_weights("--model", flags.model)
     make_folder(flags.output, "--output")
     import torch
@@ -75,8 +76,8 @@ def generate(args: list[str]) -> int:
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
-    tokenizer = load_tokenizer(flags.model)
-    model = freeze(load_policy(flags.model, dtype=flags.dtype))
+    tokenizer = load_tokenizer(flags.model, **trust)
+    model = freeze(load_policy(flags.model, dtype=flags.dtype, **trust))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = max_positions(model) or 2**31
     limit = flags.max_new_tokens or min(benchmark.max_new_tokens, context // 2)
@@ -130,6 +131,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="Prompts side by side; answers depend on it, as on the seed.")
     add("--seed", type=int, default=0)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add_trust(parser)
     return parser
 
 
@@ -204,6 +206,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     offline.add_argument(
         "--judge", help="A reward model's folder, a function (module:function), or gold (the embedded task's)."
     )
+    add_trust(offline)
     chat = parser.add_argument_group("a chat model behind an OpenAI-compatible endpoint")
     add = chat.add_argument
     add("--judge_model", help="Its name at the endpoint.")
@@ -270,9 +273,9 @@ def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tup
     if is_function(name):
         source = resolve(name, "--judge")
     else:
-        find_config("--judge", name)
+        find_config("--judge", name, trust_remote_code=flags.trust_remote_code)
         check_weights("--judge", name)
-    return ScoreJudge(reward_source(source, max_tokens=2**14)), None
+    return ScoreJudge(reward_source(source, max_tokens=2**14, trust_remote_code=flags.trust_remote_code)), None
 
 
 # --- compare

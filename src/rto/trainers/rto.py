@@ -47,6 +47,7 @@ from rto.models.loading import (
     load_tokenizer,
     shared_context,
     source_name,
+    trusts,
 )
 from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
@@ -315,7 +316,7 @@ class RTOTrainer(TokenTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
-        base = shared_base(policy)
+        base = shared_base(policy, trust_remote_code=trusts(reading.init))
         budget = args.max_tokens_per_micro_batch
         tokenizers = _listed(reward_processing_classes) or [None] * len(functions)
         self.estimator = args.estimator()
