@@ -22,7 +22,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
-from rto.data.formats import DataError, Prompt, load_rows, read_prompts
+from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
@@ -333,7 +333,13 @@ class Pipeline:
             max_length=_room(reference, recipe.completion_length),
             what=f"data.{prompts}",
         )
-        judge, judged_by = self._judge(asked)
+        if recipe.gold is None:
+            scorer = self._scorer()
+            asked = readable(scorer, asked, recipe.completion_length, what=f"data.{prompts}")
+            judge, judged_by = _judge(scorer, asked), REWARD_MODEL
+        else:
+            gold = recipe.gold
+            judge, judged_by = _judge(lambda y: scores_by(gold, y), asked), function_name(resolve(gold))
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
         )
@@ -366,23 +372,11 @@ class Pipeline:
             lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
-    def _judge(self, asked: list[Prompt]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
-        """The gold reward where the task has one, else the learned reward model; and what to call it."""
-        if self.recipe.gold is not None:
-            gold = self.recipe.gold
-
-            def true(texts: list[str], ended: list[bool]) -> list[float]:
-                return scores_by(gold, Completed.of(asked, texts, ended))
-
-            return true, function_name(resolve(gold))
+    def _scorer(self) -> RewardModel:
+        """The learned reward model: the judge where a task has no gold reward."""
         where = self.folder / "reward"
-        scorer, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
-        model = RewardModel(scorer.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
-
-        def learned(texts: list[str], ended: list[bool]) -> list[float]:
-            return model(Completed.of(asked, texts, ended))
-
-        return learned, REWARD_MODEL
+        model, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
+        return RewardModel(model.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
 
     # --- help
 
@@ -496,6 +490,33 @@ def scores_by(function: str, completed: Completed) -> list[float]:
         ValueError: the function returns another number of scores, or one that is not finite.
     """
     return FunctionReward(resolve(function))(completed)
+
+
+def _judge(
+    scores: Callable[[Completed], list[float]], asked: list[Prompt]
+) -> Callable[[list[str], list[bool]], list[float]]:
+    """What scores the answers to some prompts."""
+    return lambda texts, ended: scores(Completed.of(asked, texts, ended))
+
+
+def readable(scorer: RewardModel, asked: list[Prompt], completion_length: int, *, what: str) -> list[Prompt]:
+    """Prompts that leave room for a completion in what a reward model reads; the others are counted and told.
+
+    Raises:
+        DataError: none is left.
+    """
+    if scorer.context is None:
+        return asked
+    room, skipped = scorer.context - completion_length, Skipped(total=len(asked))
+    fit = [n <= room for n in scorer.prompt_lengths(asked)]
+    for i, fits in enumerate(fit):
+        if not fits:
+            skipped.add(f"with no room for a completion in the {scorer.context} tokens that the reward model reads", i)
+    if not any(fit):
+        raise DataError(f"{skipped.report(what)}: lower completion_length, or take a reward_model of a longer context")
+    if skipped.counts:
+        logger.warning(skipped.report(what))
+    return [prompt for prompt, fits in zip(asked, fit) if fits]
 
 
 def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
