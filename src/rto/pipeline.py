@@ -37,7 +37,8 @@ from rto.models.loading import (
     max_positions,
     stop_at_eos,
 )
-from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, resolved, stage_config
+from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, saved_tree, stage_config
+from rto.references import changed, digests
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
@@ -47,7 +48,7 @@ from rto.stages import MODEL_FILES, digest_of, stage
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
-from rto.values import read_yaml
+from rto.values import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
 SHOWN = 16  # completions whose token rewards are kept for the heat-map
@@ -127,16 +128,26 @@ class Pipeline:
         Raises:
             RecipeError: it is another's already; the message names the first key that differs.
         """
-        saved = self.folder / "recipe.yaml"
+        saved, environment = self.folder / "recipe.yaml", self.folder / "environment.json"
         if saved.is_file():
-            theirs, ours = resolved(saved), read_yaml(self.recipe.to_yaml())
-            if theirs != ours:
+            theirs, ours = saved_tree(saved), read_yaml(self.recipe.to_yaml())
+            if theirs not in (ours, read_yaml(write_yaml(self.recipe.tree(resolved=True)))):  # it was saved resolved
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
                 )
+            if (
+                environment.is_file()
+                and (name := changed(json.loads(environment.read_text()), self.recipe.references)) is not None
+            ):
+                raise RecipeError(
+                    f"{self.folder}: the environment variable {name}, which the recipe reads, was another when this "
+                    "run began: set it back, or choose another --output_dir"
+                )
         elif PartialState().is_main_process:
             make_folder(self.folder, "--output_dir")
+            if self.recipe.references:
+                write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
         PartialState().wait_for_everyone()
 

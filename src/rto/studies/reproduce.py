@@ -425,7 +425,7 @@ def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequen
         if all((folder / f"seed-{seed}" / stage / "done.json").is_file() for seed in seeds)
     }
     return {
-        "recipe": asdict(recipe),
+        "recipe": {**recipe.tree(), "study": asdict(recipe.study)},
         "gold": gold,
         "seeds": list(seeds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
