@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
@@ -45,6 +45,7 @@ from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
+from rto.terminal import Terminal
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
@@ -63,7 +64,7 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         RecipeError: the folder holds a run of another recipe, or a model cannot be had.
         DataError: an input cannot be used.
     """
-    pipeline = Pipeline(recipe, Path(output_dir), Console())
+    pipeline = Pipeline(recipe, Path(output_dir), Terminal())
     if PartialState().is_main_process:
         make_folder(pipeline.folder, "--output_dir")
     with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
@@ -291,7 +292,7 @@ class Pipeline:
             report = write_report(self.folder)
             results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
-            self.console.print(f"report: {report}")
+            self.console.print(Text(f"report: {report}"))
         return report
 
     def measure(self, name: str, prompts: str) -> None:
@@ -428,11 +429,10 @@ class Pipeline:
         main = PartialState().is_main_process
 
         def tell(again: str | None) -> None:
-            name = escape(title)
             if again is None:
-                self.console.print(f"[dim]{name}: done[/dim]")
+                self.console.print(Text(f"{title}: done", "dim"))
             else:
-                self.console.print(f"[bold]{name}[/bold]" + (f" (continues from {again})" if again else ""))
+                self.console.print(Text.assemble((title, "bold"), f" (continues from {again})" if again else ""))
 
         with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
             PartialState().wait_for_everyone()

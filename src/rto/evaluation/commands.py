@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from rto.data.errors import DataError
@@ -16,8 +14,9 @@ from rto.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Match, benc
 from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
 from rto.evaluation.benchmarks.types import Question
 from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
-from rto.files import printable, safe_name
+from rto.files import safe_name
 from rto.flags import OneLine, add_trust
+from rto.terminal import Terminal, say
 from rto.values import nearest
 
 USAGE = """usage: rto evaluate COMMAND [options]
@@ -36,7 +35,7 @@ def main(args: Sequence[str]) -> int:
         wanted = bool(args) and args[0] in ("-h", "--help")
         if args and not wanted:
             raise ValueError(f"no such command: {args[0]}{nearest(args[0], known)}")
-        _say(USAGE)
+        say(USAGE)
         return 0 if wanted else 2
     return known[args[0]](list(args[1:]))
 
@@ -97,7 +96,7 @@ def generate(args: list[str]) -> int:
         batch_size=flags.batch_size,
         seed=flags.seed,
     )
-    _say(
+    say(
         f"{result.path}: {result.answers} answers, {result.new} of them new; {result.mean_tokens:.1f} tokens on "
         f"average, {result.answers - result.ended} cut at {limit}"
     )
@@ -168,16 +167,16 @@ def judge(args: list[str]) -> int:
         contests = hold(judging, match.battles, seed=flags.seed)
     finally:
         if endpoint is not None:
-            _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
+            say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
     judgments = match.benchmark.judgments(name, match.model, match.baseline, contests)
     write_judgments(path, judgments, judging.identity)
     games = sum(len(c.games) for c in contests)
     reasons = unread(contests)
-    _say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
+    say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
     for reason, count in reasons.most_common():
-        _say(f"  {count} not read: {reason}")
+        say(f"  {count} not read: {reason}")
     if any(reason.startswith("no answer") for reason in reasons):
-        _say("  run the same command again to ask for the missing answers; the others cost nothing")
+        say("  run the same command again to ask for the missing answers; the others cost nothing")
     return 0
 
 
@@ -285,7 +284,7 @@ def compare(args: list[str]) -> int:
     settings = Settings(**flags)
     entries, notes = read_sources(sources)
     comparison = run(entries, settings, notes)
-    console = Console()
+    console = Terminal()
     show(comparison, console)
     paths = write(comparison, folder)
     console.print(Text(f"\nwith all pairs and the judges' position and length bias: {', '.join(map(str, paths))}"))
@@ -308,7 +307,3 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
     return parser
-
-
-def _say(text: str, to: Any = None) -> None:
-    (to or sys.stdout).write("\n".join(map(printable, text.split("\n"))) + "\n")
