@@ -16,10 +16,12 @@ from typing import Any
 
 from rto import __version__, signals
 from rto.errors import make_folder, told
-from rto.files import write_atomically
+from rto.files import plain, write_atomically
 from rto.flags import OneLine, overrides
+from rto.imports import close_present_folder
 from rto.packaged import copied, listing
 from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
+from rto.terminal import PlainFormatter, Terminal, say
 from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
 
@@ -120,6 +122,8 @@ class RewardArguments:
 @signals.in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
+    if argv is None:  # called as the entry point of a process
+        close_present_folder()
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--version"]:
         print(_versions())
@@ -129,11 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         if args and args[0] not in ("-h", "--help"):
-            print(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", file=sys.stderr)
+            say(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", sys.stderr)
             return 2
         print(USAGE)
         return 0 if args else 2
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
     _keep_freed_memory()
     try:
@@ -144,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (line := told(error)) is None:
             raise
-        print(f"rto {args[0]}: {line}", file=sys.stderr)
+        say(f"rto {args[0]}: {line}", sys.stderr)
         return 2
 
 
@@ -244,8 +250,8 @@ def reproduce(args: list[str]) -> int:
         recipe = task_recipe(flags.task, overrides(rest, [f.name for f in fields(Recipe)], parser.flags))
         results = run_study(recipe, folder, methods=flags.methods, seeds=flags.seeds, jobs=flags.jobs)
     page = write_study(results)
-    print(page.read_text(encoding="utf-8"))
-    print(f"results: {results}\nreport: {page}")
+    say(page.read_text(encoding="utf-8"))
+    say(f"results: {results}\nreport: {page}")
     return 0
 
 
@@ -344,7 +350,7 @@ def export(args: list[str]) -> int:
     trust = parsed.trust_remote_code
     find_config("--model_name_or_path", parsed.model_name_or_path, trust_remote_code=trust)
     check_weights("--model_name_or_path", parsed.model_name_or_path)
-    print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
+    say(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
     return 0
 
 
@@ -362,14 +368,12 @@ def inspect(args: list[str]) -> int:
     hf_logging.disable_progress_bar()  # one for each weight file
     disable_progress_bar()
     inspection = look(parsed)
-    from rich.console import Console
-
     from rto.inspection.page import inspection_text, write_inspection
 
-    console = Console()
+    console = Terminal()
     console.print(inspection_text(inspection))
     page = write_inspection(inspection, folder)
-    console.print(f"page: {page}", markup=False, soft_wrap=True)
+    console.print(f"page: {page}", soft_wrap=True)
     return 0
 
 
@@ -386,7 +390,7 @@ def report(args: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     from rto.report.page import write_report
 
-    print(write_report(parser.parse_args(args).folder))
+    say(write_report(parser.parse_args(args).folder))
     return 0
 
 
@@ -521,5 +525,5 @@ def _finish(trainer: Any) -> int:
         trainer.accelerator.print(trainer.evaluate())
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(f"model: {trainer.args.output_dir}")
+    trainer.accelerator.print(plain(f"model: {trainer.args.output_dir}"))
     return 0

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from rto.values import check_choice, nearest, read_yaml
+from rto.values import as_flag, check_choice, nearest, read_yaml
 
 
 class OneLine(argparse.ArgumentParser):
@@ -47,6 +47,25 @@ class OneLine(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:
             check_choice((action.option_strings or [action.dest])[0], value, action.choices)
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """``--trust_remote_code``, as the stages have it: alone, or with true or false."""
+    parser.add_argument(
+        "--trust_remote_code",
+        type=_yes_or_no,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Run code that comes with a model.",
+    )
+
+
+def _yes_or_no(text: str) -> bool:
+    found = as_flag(text)
+    if not isinstance(found, bool):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return found
 
 
 def unknown_flag(word: str, known: Iterable[str]) -> ValueError:

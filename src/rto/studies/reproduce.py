@@ -36,6 +36,7 @@ from rto.pipeline import Pipeline
 from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
 from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
+from rto.terminal import Terminal
 from rto.workers import begin_worker
 
 VERSIONS = ("torch", "transformers", "trl", "numpy")
@@ -121,7 +122,7 @@ def reproduce(
     Raises:
         RecipeError: a name is not known, or the folder holds another recipe's runs or is in use.
     """
-    folder, console = Path(output_dir), console or Console()
+    folder, console = Path(output_dir), console or Terminal()
     policies = _chosen(recipe, methods)
     count = recipe.study.seeds if seeds is None else seeds
     if count < 1:
@@ -292,7 +293,7 @@ def _work(job: Job, threads: int) -> float:
     torch.set_num_threads(threads)
     start = time.perf_counter()
     with _alone(job) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        job.run(Console(file=log))
+        job.run(Terminal(file=log))
     return time.perf_counter() - start
 
 
@@ -426,7 +427,7 @@ def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequen
         if all((folder / f"seed-{seed}" / stage / "done.json").is_file() for seed in seeds)
     }
     return {
-        "recipe": asdict(recipe),
+        "recipe": {**recipe.tree(), "study": asdict(recipe.study)},
         "gold": gold,
         "seeds": list(seeds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
