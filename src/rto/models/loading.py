@@ -95,13 +95,15 @@ def check_weights(role: str, source: str | Path) -> None:
 def told_of(source: str | Path) -> Iterator[None]:
     """What the libraries raise when they read a model's folder or hub id becomes one line that says what is wrong.
 
+    A damaged folder can raise anything: the libraries index, convert and construct what its files say unchecked.
+
     Raises:
         ValueError: that line.
     """
     try:
         yield
-    except (OSError, ImportError, SafetensorError, ValueError) as error:
-        if isinstance(error, LoadingError):
+    except Exception as error:
+        if isinstance(error, LoadingError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
             raise
         folder, why = Path(source), str(error).strip().partition("\n")[0]
         if folder.is_file():
@@ -116,7 +118,8 @@ def told_of(source: str | Path) -> Iterator[None]:
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
             what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
         else:
-            what = f"cannot be read: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            what = f"cannot be read: {kind}{' '.join(str(error).split())}"
         raise LoadingError(f"{source} {what}") from error
 
 
@@ -208,7 +211,8 @@ def pad_of_adapter(source: str | Path, base_config: Any, trust_remote_code: bool
     saved = Path(source) / "tokenizer_config.json"
     pad = None
     if saved.is_file():
-        pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
+        with told_of(source):
+            pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
     return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
@@ -516,7 +520,8 @@ def check_same_vocabulary(
     folder = Path(str(source))
     if isinstance(source, nn.Module) or not (folder / "tokenizer_config.json").is_file():
         return
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
+    with told_of(folder):
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
     theirs, ours = loaded.get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         token = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))
