@@ -26,7 +26,6 @@ import yaml
 from datasets import Dataset
 from world import QUIET, SMALL, WORDS, ended, flags, kill_group, run, start
 
-import rto
 from rto.recipe import EMBEDDED
 
 PATIENCE = 90.0
@@ -180,10 +179,22 @@ def data(models: dict[str, str]) -> Iterator[Input]:
                 for value in VALUES:
                     one = [{**r, column: value} if i == AT else r for i, r in enumerate(rows)]
                     cases[f"{column} {value!r:.24}"] = one, row
-                    cases[f"{column} {value!r:.24} everywhere"] = [{**r, column: value} for r in rows], ("row 0", column)
-                cases[f"{column} gone"] = [{k: v for k, v in r.items() if k != column or i != AT} for i, r in enumerate(rows)], row
-                cases[f"{column} gone everywhere"] = [{k: v for k, v in r.items() if k != column} for r in rows], (column, "column")
-                cases[f"{column} named otherwise"] = [{f"{k}s" if k == column else k: v for k, v in r.items()} for r in rows], (column, "column")
+                    cases[f"{column} {value!r:.24} everywhere"] = (
+                        [{**r, column: value} for r in rows],
+                        ("row 0", column),
+                    )
+                cases[f"{column} gone"] = (
+                    [{k: v for k, v in r.items() if k != column or i != AT} for i, r in enumerate(rows)],
+                    row,
+                )
+                cases[f"{column} gone everywhere"] = (
+                    [{k: v for k, v in r.items() if k != column} for r in rows],
+                    (column, "column"),
+                )
+                cases[f"{column} named otherwise"] = (
+                    [{f"{k}s" if k == column else k: v for k, v in r.items()} for r in rows],
+                    (column, "column"),
+                )
             for extra in ("label", "tools", "chat_template_kwargs", "prompt_ids"):
                 for value in (3, "x", [1], {"a": [None]}):
                     cases[f"{extra} {value!r:.24} beside"] = [{**r, extra: value} for r in rows], ("row 0", extra)
@@ -199,7 +210,9 @@ def data(models: dict[str, str]) -> Iterator[Input]:
                 yield of(name, command, file, content)
     for command, rows in ROWS.items():
 
-        def write(folder: Path, command: str = command, rows: list[dict] = rows, *, spoil: str = "", cut: bool = True) -> list[str]:
+        def write(
+            folder: Path, command: str = command, rows: list[dict] = rows, *, spoil: str = "", cut: bool = True
+        ) -> list[str]:
             Dataset.from_list(rows).save_to_disk(folder / "saved")
             for path in (folder / "saved").glob(spoil):
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if cut else 0])
@@ -216,7 +229,23 @@ def data(models: dict[str, str]) -> Iterator[Input]:
 
 # --- recipes
 
-WRONG: list[Any] = [None, True, -1, 0, 0.5, 10**12, float("nan"), float("inf"), "", "much", "${RTO_NOT_SET}", [], [3], {}, {"x": 1}]
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    10**12,
+    float("nan"),
+    float("inf"),
+    "",
+    "much",
+    "${RTO_NOT_SET}",
+    [],
+    [3],
+    {},
+    {"x": 1},
+]
 
 
 def recipes(models: dict[str, str]) -> Iterator[Input]:
@@ -230,7 +259,12 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
         place[last] = value
     tree["model"] = models["policy"]
     tree["peft"] = {"r": 2, "lora_alpha": 4}
-    tree["study"] = {"seeds": 1, "baseline": "PPO", "comparisons": {"a question": ["RTO", "PPO"]}, "tune": {"factors": [1.0], "seed": 5}}
+    tree["study"] = {
+        "seeds": 1,
+        "baseline": "PPO",
+        "comparisons": {"a question": ["RTO", "PPO"]},
+        "tune": {"factors": [1.0], "seed": 5},
+    }
     tree["data"]["validation_prompts"] = {**tree["data"]["test_prompts"], "split": "validation"}
     tree["learners"] = {"DPO": {}, "R-DPO": {"loss": "rdpo", "loss_kwargs": {"beta": 0.1, "alpha": 0.001}}}
 
@@ -247,7 +281,17 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
     for place, spoilt in spoilt_trees(tree, WRONG):
         keys = [str(k) for k in place[:-1] if not isinstance(k, int)]
         yield of(".".join(map(str, place)), written(spoilt), *keys[-2:], *keys[:1], "RTO_NOT_SET")
-    for key in ("gamma", "Seed", "data.x", "train.gama", "sft.max_len", "methods.RTO.x", "study.seedz", "peft.rank", "12"):
+    for key in (
+        "gamma",
+        "Seed",
+        "data.x",
+        "train.gama",
+        "sft.max_len",
+        "methods.RTO.x",
+        "study.seedz",
+        "peft.rank",
+        "12",
+    ):
         spoilt = json.loads(json.dumps(tree))
         *parents, last = key.split(".")
         here = spoilt
@@ -257,15 +301,30 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
         yield of(f"further key {key}", written(spoilt), last)
     for name, content in spoilt_bytes(written(tree)):
         yield of(name, content)
-    for text in ("a: [", "- a", "a: 1\na: 2", "\ta: 1", "? [a]\n: 1", "a: !!python/object:os.system x", "*a", "&a [*a]", "base: recipe.yaml", "base: 3", "base: nowhere.yaml", "3", "null", ""):
+    for text in (
+        "a: [",
+        "- a",
+        "a: 1\na: 2",
+        "\ta: 1",
+        "? [a]\n: 1",
+        "a: !!python/object:os.system x",
+        "*a",
+        "&a [*a]",
+        "base: recipe.yaml",
+        "base: 3",
+        "base: nowhere.yaml",
+        "3",
+        "null",
+        "",
+    ):
         yield of(f"text {text!r}", text.encode())
 
 
 # --- the command line
 
 BAD = ["", " ", "nan", "inf", "-1", "0", "0.5", "1e999", "much", "[", "{}", "null", "true", "nowhere.json", "\udcff"]
-UNSAFE = {"--push_to_hub", "--help", "--torch_compile", "--use_mps_device"}
-"""Flags that reach for the net, or for minutes of compilation."""
+UNSAFE = ("push_to_hub", "help", "torch_compile")
+"""What begins so reaches for the net, or for minutes of compilation."""
 
 
 @cache
@@ -277,13 +336,17 @@ def known_flags(command: str) -> list[str]:
         text = sys.stdout.getvalue()
     finally:
         sys.stdout = out
-    return sorted({f"--{name}" for name in re.findall(r"(?<![\w-])--([a-z]\w+)", text)} - UNSAFE)
+    found = {name for name in re.findall(r"(?<![\w-])--([a-z]\w+)(?![\w-])", text) if not name.startswith(UNSAFE)}
+    return sorted(f"--{name}" for name in found)
 
 
 def command_line(models: dict[str, str]) -> Iterator[Input]:
     """Every flag of every command × wrong values, and words that are no flags."""
     whole = {
-        **{command: stage(models, command, "rows.jsonl") for command in ("sft", "prefer", "reward", "train", "inspect")},
+        **{
+            command: stage(models, command, "rows.jsonl")
+            for command in ("sft", "prefer", "reward", "train", "inspect")
+        },
         "evaluate generate": evaluation_args(models, "generate"),
         "evaluate judge": [*evaluation_args(models, "judge"), "--judge", models["reward"]],
         "evaluate compare": evaluation_args(models, "compare"),
@@ -313,9 +376,31 @@ def command_line(models: dict[str, str]) -> Iterator[Input]:
             for value in BAD:
                 yield of(command, [flag, value], flag[2:], value or flag, ascii(value))
             yield of(command, [flag], flag[2:])
-        for words in (["--no_such_flag", "1"], ["--seed"], ["word"], ["--", "x"], ["-x"], ["--=3"], ["--seed=", "--seed=x"], ["--config", "nowhere.yaml"], ["--config", "rows.jsonl"]):
+        for words in (
+            ["--no_such_flag", "1"],
+            ["--seed"],
+            ["word"],
+            ["--", "x"],
+            ["-x"],
+            ["--=3"],
+            ["--seed=", "--seed=x"],
+            ["--config", "nowhere.yaml"],
+            ["--config", "rows.jsonl"],
+        ):
             yield of(command, words, "")
-    for words in ([""], ["runn"], ["evaluate", "jugde"], ["evaluate"], ["--version", "x"], ["run", "nowhere.yaml"], ["run", "."], ["plan"], ["report", "nowhere"], ["reproduce", "nowhere"], ["export"]):
+    for words in (
+        [""],
+        ["runn"],
+        ["evaluate", "jugde"],
+        ["evaluate"],
+        ["--version", "x"],
+        ["run", "nowhere.yaml"],
+        ["run", "."],
+        ["plan"],
+        ["report", "nowhere"],
+        ["reproduce", "nowhere"],
+        ["export"],
+    ):
         yield Input(f"flag/{' '.join(words)}/rto", lambda folder, words=words: list(words), (("",),), check_only=True)
 
 
@@ -390,10 +475,14 @@ def checkpoints(models: dict[str, str], base: Path) -> Iterator[Input]:
         run_dir = base / f"checkpoint-of-{command}"
         run_dir.mkdir()
         (run_dir / "rows.jsonl").write_bytes(lines(ROWS[command]))
-        args = stage(models, command, "rows.jsonl", *own, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2")
+        args = stage(
+            models, command, "rows.jsonl", *own, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"
+        )
         if ended(start(args, run_dir / "log", run_dir), 300) != 0:
             raise SystemExit(f"{command}: no checkpoint to spoil: {(run_dir / 'log').read_text()[-800:]}")
-        files = sorted(p.relative_to(run_dir / "out") for p in (run_dir / "out" / "checkpoint-2").rglob("*") if p.is_file())
+        files = sorted(
+            p.relative_to(run_dir / "out") for p in (run_dir / "out" / "checkpoint-2").rglob("*") if p.is_file()
+        )
         for file in files:
             whole = (run_dir / "out" / file).read_bytes()
             cases: dict[str, bytes | None] = {"gone": None, **dict(spoilt_bytes(whole))}
@@ -405,7 +494,9 @@ def checkpoints(models: dict[str, str], base: Path) -> Iterator[Input]:
             for name, content in cases.items():
                 for resume in ("true", "out/checkpoint-2"):
 
-                    def write(folder: Path, args=args, file=file, content=content, resume=resume, run_dir=run_dir) -> list[str]:
+                    def write(
+                        folder: Path, args=args, file=file, content=content, resume=resume, run_dir=run_dir
+                    ) -> list[str]:
                         shutil.copytree(run_dir, folder, dirs_exist_ok=True)
                         path = folder / "out" / file
                         if content is None:
@@ -434,8 +525,14 @@ def arena(model: str) -> list[dict]:
 def annotations() -> list[dict]:
     return [
         {
-            **{"instruction": w, "output_1": "theirs", "generator_1": "theirs", "output_2": "ours " + w},
-            **{"generator_2": "ours", "annotator": "judge", "preference": 1.0 + (i % 3) / 2, "is_switched_outputs": False},
+            "instruction": w,
+            "output_1": "theirs",
+            "generator_1": "theirs",
+            "output_2": "ours " + w,
+            "generator_2": "ours",
+            "annotator": "judge",
+            "preference": 1.0 + (i % 3) / 2,
+            "is_switched_outputs": False,
         }
         for i, w in enumerate(WORDS)
     ]
@@ -443,7 +540,10 @@ def annotations() -> list[dict]:
 
 def judgments() -> list[dict]:
     verdicts = ["A>>B", "A>B", "A=B", "B>A", "B>>A", None, "A>B", "B>A"]
-    games = [[{"user_prompt": "", "judgment": "", "score": v}, {"user_prompt": "", "judgment": "", "score": v}] for v in verdicts]
+    games = [
+        [{"user_prompt": "", "judgment": "", "score": v}, {"user_prompt": "", "judgment": "", "score": v}]
+        for v in verdicts
+    ]
     return [{"question_id": f"q{i}", "model": "ours", "judge": "judge", "games": g} for i, g in enumerate(games)]
 
 
@@ -472,7 +572,14 @@ def evaluation_args(models: dict[str, str], command: str, kind: str = "alpaca") 
         case "judge", "alpaca":
             own = ["--answers", "ours.json", "--baseline", "theirs.json", "--output", "out"]
         case "judge", _:
-            own = ["--answers", "model_answer/ours.jsonl", "--baseline", "model_answer/theirs.jsonl", "--output", "out"]
+            own = [
+                "--answers",
+                "model_answer/ours.jsonl",
+                "--baseline",
+                "model_answer/theirs.jsonl",
+                "--output",
+                "out",
+            ]
         case _, "alpaca":
             own = ["annotations.json", "--output_dir", "out", "--rounds", "100"]
         case _:
@@ -521,7 +628,9 @@ def evaluations(models: dict[str, str], base: Path) -> Iterator[Input]:
             for name, content in spoilt_bytes(whole):
                 yield of(name, content)
             at = min(3, len(rows) - 1)
-            for where, spoilt in spoilt_trees(rows[at], [None, True, -1, 3.5, float("nan"), "", "much", "\ud83d", [], {}, [None]]):
+            for where, spoilt in spoilt_trees(
+                rows[at], [None, True, -1, 3.5, float("nan"), "", "much", "\ud83d", [], {}, [None]]
+            ):
                 one = [spoilt if i == at else row for i, row in enumerate(rows)]
                 yield of(".".join(map(str, where)), encode(one), f"row {at}", f"line {at + 1}", str(where[0]))
             for value in (None, 3, "x", [], {}):
@@ -560,7 +669,10 @@ def faults() -> list[tuple[str, Any]]:
         found += [(f"{words} {name}", content) for name, content in spoilt_bytes(json.dumps(usual).encode())]
     found += [(f"status {status}", status) for status in (204, 301, 400, 401, 404, 413, 429, 500, 503, 599)]
     found += [(act, act) for act in ("half", "hang_up", "drip")]
-    found += [(f"says {text!r:.20}", completion(text)) for text in ("", "[[C]]", "[[A>B]] [[B>A]]", "\x1b[2J", "m" * 99, "[[")]
+    found += [
+        (f"says {text!r:.20}", completion(text))
+        for text in ("", "[[C]]", "[[A>B]] [[B>A]]", "\x1b[2J", "m" * 99, "[[")
+    ]
     found += [(f"candidates {x}", completion("m", x)) for x in ({"x": -0.1}, {"m": 5.0}, {"m": float("-inf")})]
     return found
 

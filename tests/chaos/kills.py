@@ -1,6 +1,7 @@
 """Commands that are killed or asked to stop at random moments, and then go on: nothing is lost, nothing is stuck."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -54,12 +55,14 @@ class Subject:
         prepare: makes its inputs, before the first run.
         parts: what is hit: the whole group of processes, the parent alone, one of its workers.
         judged: it asks the judge, and must not ask for what it was told already.
+        before: is called in the command's process first.
     """
 
     args: Callable[[World, Path], list[str]]
     prepare: Callable[[World], None] = lambda world: None
     parts: tuple[str, ...] = ("group",)
     judged: bool = False
+    before: Callable[[], None] | None = None
 
 
 # --- subjects
@@ -68,7 +71,7 @@ class Subject:
 def _study(world: World, out: Path, *more: str) -> list[str]:
     recipe = ROOT / "recipes" / "embedded" / "study.yaml"
     own = {**STUDY, "model": world.models["policy"]}
-    return ["reproduce", str(recipe), "--methods", "RTO", *more, "--output_dir", str(out), *flags(own)]
+    return ["reproduce", str(recipe), "--methods", *more, "--output_dir", str(out), *flags(own)]
 
 
 def _stage(command: str, columns: dict[str, str], *more: str) -> Subject:
@@ -81,7 +84,13 @@ def _stage(command: str, columns: dict[str, str], *more: str) -> Subject:
     def args(world: World, out: Path) -> list[str]:
         own = [word.format(**world.models) for word in more]
         return [
-            *(command, "--model_name_or_path", world.models["policy"], "--dataset_name", str(world.base / "rows.jsonl")),
+            *(
+                command,
+                "--model_name_or_path",
+                world.models["policy"],
+                "--dataset_name",
+                str(world.base / "rows.jsonl"),
+            ),
             *("--output_dir", str(out), "--save_steps", "1", "--save_total_limit", "2", "--logging_steps", "1"),
             *("--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--resume_from_checkpoint", "true"),
             *own,
@@ -117,7 +126,9 @@ def _judge(kind: str) -> Subject:
     def prepare(world: World) -> None:
         for model in ("ours", "theirs"):
             if kind == "alpaca":
-                rows = [{**row, "output": f"{model} {i}", "generator": model} for i, row in enumerate(_answers(kind, 48))]
+                rows = [
+                    {**row, "output": f"{model} {i}", "generator": model} for i, row in enumerate(_answers(kind, 48))
+                ]
                 (world.base / f"{model}.json").write_text(json.dumps(rows))
             else:
                 (world.base / "question.jsonl").write_text(
@@ -134,7 +145,14 @@ def _judge(kind: str) -> Subject:
     def args(world: World, out: Path) -> list[str]:
         place, end = (world.base, "json") if kind == "alpaca" else (world.base / "model_answer", "jsonl")
         return [
-            *("evaluate", "judge", "--answers", str(place / f"ours.{end}"), "--baseline", str(place / f"theirs.{end}")),
+            *(
+                "evaluate",
+                "judge",
+                "--answers",
+                str(place / f"ours.{end}"),
+                "--baseline",
+                str(place / f"theirs.{end}"),
+            ),
             *("--output", str(out), "--judge_model", "judge", "--base_url", world.url, "--concurrency", str(TOGETHER)),
         ]
 
@@ -167,6 +185,11 @@ def _inspect() -> Subject:
     return Subject(args, prepare)
 
 
+def fork_workers() -> None:
+    """Workers take over what is imported, where users' begin by importing it: more of the kills then hit work."""
+    multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")  # type: ignore[index]
+
+
 PAIR = {"prompt": "{}", "chosen": "ba{}", "rejected": "zq"}
 SUBJECTS: dict[str, Subject] = {
     "run": Subject(
@@ -181,9 +204,15 @@ SUBJECTS: dict[str, Subject] = {
         *("--dpo_model", "{dpo}", "--reward_funcs", "{reward}", "--value_model", "{reward}"),
         *("--max_completion_length", "16", "--num_mini_batches", "2", "--num_ppo_epochs", "2"),
     ),
-    "study": Subject(lambda world, out: _study(world, out, "--seeds", "1")),
+    "study": Subject(lambda world, out: _study(world, out, "RTO", "--seeds", "1")),
     "study-jobs": Subject(
-        lambda world, out: _study(world, out, "--seeds", "2", "--jobs", "2"), parts=("group", "parent", "worker")
+        lambda world, out: _study(world, out, "RTO", "R-DPO", "--seeds", "1", "--jobs", "2"),
+        parts=("group", "parent", "worker"),
+        before=fork_workers,
+    ),
+    "study-spawned": Subject(
+        lambda world, out: _study(world, out, "DPO", "R-DPO", "--seeds", "1", "--jobs", "2"),
+        parts=("group", "parent", "worker"),
     ),
     "generate-alpaca": _generate("alpaca"),
     "generate-arena": _generate("arena"),
@@ -349,7 +378,7 @@ class Campaign:
 
     def _start(self, *, wait: bool) -> int:
         """Begin the command; where it has workers, come back when they are at work."""
-        child = start(self.subject.args(self.world, self.out), self.log)
+        child = start(self.subject.args(self.world, self.out), self.log, before=self.subject.before)
         begun = time.monotonic()
         while wait and len(self.subject.parts) > 1 and time.monotonic() < begun + 60:
             if not of_group(child) or any(p.stat().st_mtime > time.time() - 0.5 for p in self.out.rglob("log.jsonl")):
@@ -363,7 +392,7 @@ class Campaign:
     def _hit(self, child: int) -> None:
         part = self.draw.choice(self.subject.parts)
         signum = self.draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        workers = [p for p in of_group(child) if p != child and "spawn_main" in command_of(p)]
+        workers = [p for p in of_group(child) if p != child and "resource_tracker" not in command_of(p)]
         if part == "worker" and workers:
             signum = signal.SIGKILL
             os.kill(self.draw.choice(workers), signum)

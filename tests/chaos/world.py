@@ -99,9 +99,7 @@ def build_models(folder: Path) -> dict[str, str]:
 # --- one command in a process of its own
 
 
-def start(
-    args: list[str], log: Path, folder: Path | None = None, before: Callable[[], None] | None = None
-) -> int:
+def start(args: list[str], log: Path, folder: Path | None = None, before: Callable[[], None] | None = None) -> int:
     """The command in a forked process group; its id. Everything is imported already, so that kills hit work.
 
     Args:
