@@ -264,8 +264,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
                 except BrokenProcessPool as error:
                     at_work = ", ".join(str(other.path) for other in (job, *running.values()))
                     raise ChildProcessError(
-                        f"a worker was killed, or ran out of memory, while it was at one of {at_work}: what is done stays "
-                        "done, and the same command goes on; fewer --jobs need less memory"
+                        f"a worker was killed, or ran out of memory, while it was at one of {at_work}: what is done "
+                        "stays done, and the same command goes on; fewer --jobs need less memory"
                     ) from error
                 except Exception as error:
                     pool.shutdown(cancel_futures=True)

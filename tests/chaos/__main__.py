@@ -2,11 +2,11 @@
 
 usage: python tests/chaos [--kills N] [--inputs N] [--minutes M] [--seed N] [--only NAME ...]
 
-A kill is SIGKILL, SIGTERM or SIGINT at a moment drawn from ``--seed``; the same command then goes on, and is hit again,
-until it ends. What it leaves must be what the command leaves when nobody disturbs it: weights byte by byte, logs but
-for the clock, results, answers, judgments. An input is a file or flag that was spoilt; the command must end by itself,
-with exit code 0 where the rest could be used, or 2 and one line that names the file and the row, or the key. Exit code
-1 when anything is lost.
+A kill is SIGKILL, SIGTERM or SIGINT at a moment drawn from ``--seed``; the same command then goes on, and is hit
+again, until it ends. What it leaves must be what the command leaves when nobody disturbs it: weights byte by byte,
+logs but for the clock, results, answers, judgments. An input is a file or flag that was spoilt; the command must end
+by itself, with exit code 0 where the rest could be used, or 2 and one line that names the file and the row, or the
+key. Exit code 1 when anything is lost.
 """
 
 import argparse
