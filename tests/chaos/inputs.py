@@ -268,9 +268,9 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
     tree["data"]["validation_prompts"] = {**tree["data"]["test_prompts"], "split": "validation"}
     tree["learners"] = {"DPO": {}, "R-DPO": {"loss": "rdpo", "loss_kwargs": {"beta": 0.1, "alpha": 0.001}}}
 
-    def of(name: str, content: bytes, *where: str) -> Input:
+    def of(name: str, content: bytes | dict, *where: str) -> Input:
         def write(folder: Path) -> list[str]:
-            (folder / "recipe.yaml").write_bytes(content)
+            (folder / "recipe.yaml").write_bytes(written(content) if isinstance(content, dict) else content)
             return ["run", "recipe.yaml", "--output_dir", "out"]
 
         return Input(f"recipe/{name}/run", write, (("recipe.yaml", "data."), where or ("",)), check_only=True)
@@ -280,7 +280,7 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
 
     for place, spoilt in spoilt_trees(tree, WRONG):
         keys = [str(k) for k in place[:-1] if not isinstance(k, int)]
-        yield of(".".join(map(str, place)), written(spoilt), *keys[-2:], *keys[:1], "RTO_NOT_SET")
+        yield of(".".join(map(str, place)), spoilt, *keys[-2:], *keys[:1], "RTO_NOT_SET")
     for key in (
         "gamma",
         "Seed",
