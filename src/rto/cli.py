@@ -478,8 +478,10 @@ def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:
     """Rows to train on, and held-out ones where there are some."""
     from rto.data.formats import load_rows
 
-    if config.eval_strategy != "no" and data.eval_dataset_name is None:
-        raise ValueError("--eval_strategy needs rows to evaluate on: give --eval_dataset_name")
+    evaluates = {"eval_strategy": config.eval_strategy != "no", "eval_on_start": config.eval_on_start}
+    for flag, given in evaluates.items():
+        if given and data.eval_dataset_name is None:
+            raise ValueError(f"--{flag} needs rows to evaluate on: give --eval_dataset_name")
     rows = load_rows(data.dataset_name, name=data.dataset_config, split=data.dataset_train_split)
     if data.eval_dataset_name is None:
         return rows, None

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -238,6 +239,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
     Raises:
         RecipeError, RuntimeError: a job failed, of its inputs or else; the message names its log. What is done stays
             done.
+        ChildProcessError: a worker process ended before its job.
     """
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done")
@@ -261,6 +263,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
                 job = running.pop(future)
                 try:
                     seconds = future.result()
+                except BrokenProcessPool as error:
+                    at_work = ", ".join(str(other.path) for other in (job, *running.values()))
+                    raise ChildProcessError(
+                        f"a worker was killed, or ran out of memory, while it was at one of {at_work}: what is done "
+                        "stays done, and the same command goes on; fewer --jobs need less memory"
+                    ) from error
                 except Exception as error:
                     pool.shutdown(cancel_futures=True)
                     if (line := told(error)) is not None:

@@ -80,6 +80,9 @@ def check_training(args: TrainingArguments) -> None:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
+    for part in str(args.optim_args or "").replace(" ", "").split(","):
+        if args.optim_args and part.count("=") != 1:
+            raise ValueError(f"optim_args={args.optim_args!r} must be KEY=VALUE, KEY=VALUE, …")
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
