@@ -28,10 +28,12 @@ LINE = 74
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What the picture shows of a run: gold by prompts, levels of the other methods, one reply."""
+    """What the picture and the README's table show of a run; times are those of a machine and stay out."""
     run = read_run(folder)
     gold = {name: method["gold"] for name, method in run.methods.items()}
+    methods = {name: {k: x for k, x in row.items() if k != "seconds"} for name, row in run.methods.items()}
     return {
+        "results": run.results | {"methods": methods},
         "curves": {
             name: {"episodes": [r["episodes"] for r in rows], "gold": [round(r[run.gold_key], 4) for r in rows]}
             for name, rows in run.online.items()
@@ -75,7 +77,7 @@ def curves(ax: Axes, found: dict[str, Any]) -> None:
     ax.set_xlabel("prompts used", fontsize=8.5, color="#5f6368")
     ax.tick_params(labelsize=8, color="#9aa0a6", labelcolor="#5f6368")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8.5, frameon=False, loc="lower right", ncols=2, handlelength=1.6)
+    ax.legend(fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.07), ncols=2, handlelength=1.6)
 
 
 def heat_map(ax: Axes, reply: dict[str, Any]) -> None:

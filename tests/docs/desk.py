@@ -49,7 +49,10 @@ def _teach(model: LlamaForCausalLM, tokenizer: Any, steps: int = 120) -> None:
     rows = []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": GOOD}]
-        rows += [tokenizer.apply_chat_template(messages, return_dict=False), tokenizer(question + GOOD).input_ids + [2]]
+        rows += [
+            tokenizer.apply_chat_template(messages, return_dict=False),
+            [*tokenizer(question + GOOD).input_ids, 2],
+        ]
     batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""Every block of the README, of CONTRIBUTING and of the docs runs as it is written, on a small desk of the reader's own.
+"""Every block of the README, of CONTRIBUTING and of the docs runs as it is written, on a desk of the reader's own.
 
 What a page calls by a name on the hub is a folder of the desk (`HUB`), what takes hours on the data it names is given
 flags that make it small (`SMALLER`), and what cannot run here stands in `CANNOT` with its reason. Nothing else is
@@ -7,6 +7,7 @@ changed. The pages a newcomer reads first run by default, all the others with ``
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ SMALLER = {
         *("--data.test_prompts.rows", "8", "--completion_length", "16"),
     ),
 }
-"""Flags for commands that would take minutes or hours: the same work on less data."""
+"""Flags for commands that would take minutes or hours without a file that says otherwise: the same work on less."""
 
 INSTALL = "it installs packages from an index, or clones from a public host"
 HUB_DATA = "it reads from the hub"
@@ -37,6 +38,11 @@ HOURS = "it is a measurement of many minutes to hours, whose figures the page st
 CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "git clone"): INSTALL,
     ("README.md", "pip install"): INSTALL,
+    ("docs/install.md", "python -m venv"): INSTALL,
+    ("docs/install.md", "git clone"): INSTALL,
+    ("docs/install.md", "pip install"): INSTALL,
+    ("docs/install.md", "uv tool"): INSTALL,
+    ("docs/install.md", "pipx"): INSTALL,
 }
 """(page, start of a command or of a Python block) to why it cannot run here."""
 
@@ -65,7 +71,7 @@ def step(block: Block, words: list[str]) -> dict[str, Any] | None:
     if reason(block.page, line) is not None:
         return None
     if words[0] == "rto":
-        more = next((flags for start, flags in SMALLER.items() if line.startswith(start)), ())
+        more = next((flags for start, flags in SMALLER.items() if re.fullmatch(f"{start}( --.*)?", line)), ())
         return {"at": block.at, "kind": "rto", "words": [*words[1:], *more], "line": line}
     if words[0] == "export":
         return {"at": block.at, "kind": "set", "variables": dict(word.split("=", 1) for word in words[1:])}
@@ -95,7 +101,7 @@ def follow(page: str, plan: list[dict[str, Any]], desk: Path, tmp_path: Path) ->
     }
     program = [sys.executable, str(Path(__file__).with_name("run_blocks.py")), json.dumps(plan)]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, f"{page}: {done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{page}: {done.stderr[-6000:]}"
     print(done.stderr)
 
 
