@@ -1,7 +1,7 @@
 """What the site changes in the pages, so that they read right both here and in a repository's browser.
 
-Links out of ``docs/`` lead to the repository, and pages that stand at its root (the change log, CONTRIBUTING) are taken
-into the site by a line ``{{ FILE }}``, so that no text is written twice.
+Links out of ``docs/`` lead to the repository, and pages that stand at its root (the change log, CONTRIBUTING) are
+taken into the site by a line ``{{ FILE }}``, so that no text is written twice.
 """
 
 import re
@@ -32,4 +32,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 def _at_root(name: str) -> str:
     """A file of the root, with its links as they are from within docs/."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    return _FROM_ROOT.sub(lambda m: f"]({m[1].removeprefix('docs/') if m[1].startswith('docs/') else '../' + m[1]})", text)
+
+    def from_docs(match: re.Match[str]) -> str:
+        inside = match[1].startswith("docs/")
+        return f"]({match[1].removeprefix('docs/') if inside else '../' + match[1]})"
+
+    return _FROM_ROOT.sub(from_docs, text)

@@ -1,4 +1,4 @@
-"""A reader's desk: a small model, the rows of their own that the pages speak of, and what each stage would have made."""
+"""A reader's desk: a small model, the rows that the pages speak of, and what each stage would have made."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -16,10 +17,14 @@ QUESTIONS = (
 )
 GOOD, BAD = "Gladly: ask me more.", "No."
 CONTEXT = 512
+MADE = ("sft", "dpo", "reward", "rto", "dpo-adapter", "reward-adapter")
+"""Folders of models that stages make."""
 
 
 def lay(folder: Path, tiny_model: Callable[..., LlamaForCausalLM], tokenizer: Any) -> None:
-    """Write the files of the desk."""
+    """Write the files of the desk, and lay the clone's own beside them."""
+    for name in ("recipes", "benchmarks", "experiments"):
+        (folder / name).symlink_to(ROOT / name)
     rows = {
         "demos.jsonl": [{"prompt": q, "completion": GOOD} for q in QUESTIONS],
         "pairs.jsonl": [{"prompt": q, "chosen": GOOD, "rejected": BAD} for q in QUESTIONS],
@@ -33,7 +38,7 @@ def lay(folder: Path, tiny_model: Callable[..., LlamaForCausalLM], tokenizer: An
     base = tiny_model(max_position_embeddings=CONTEXT)
     _teach(base, tokenizer)
     _save(base, folder / "base", tokenizer)
-    for seed, name in enumerate(("sft", "dpo")):
+    for seed, name in enumerate(("sft", "dpo", "rto")):
         _save(_moved(base, seed), folder / name, tokenizer)
     _save(_scorer(tokenizer), folder / "reward", tokenizer)
     _save(_adapter(folder / "sft", "CAUSAL_LM"), folder / "dpo-adapter", tokenizer)

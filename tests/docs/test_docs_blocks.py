@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from desk import lay
+from desk import MADE, lay
 from pages import PAGES, ROOT, RUN, SHOWN, Block, blocks, commands
 
 HUB = {"HuggingFaceTB/SmolLM2-135M-Instruct": "base"}
@@ -38,6 +38,16 @@ HOURS = "it is a measurement of many minutes to hours, whose figures the page st
 CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "git clone"): INSTALL,
     ("README.md", "pip install"): INSTALL,
+    ("docs/evaluation.md", "hf download"): HUB_DATA,
+    ("docs/judging.md", "rto evaluate generate --model rto --benchmark alpaca_eval"): HUB_DATA,
+    ("docs/judging.md", "rto evaluate generate --model rto --benchmark arena_hard"): HUB_DATA,
+    ("docs/judging.md", "rto evaluate judge --answers eval/rto/model_outputs.json"): ENDPOINT,
+    ("docs/judging.md", "rto evaluate judge --answers eval/arena/model_answer/rto.jsonl"): ENDPOINT,
+    ("docs/performance.md", "python benchmarks/"): HOURS,
+    ("docs/planning.md", "python benchmarks/plan.py"): HOURS,
+    ("docs/results.md", "rto reproduce"): HOURS,
+    ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
+    ("docs/theory.md", "rto theory --output_dir runs/theory"): HOURS,
     ("docs/install.md", "python -m venv"): INSTALL,
     ("docs/install.md", "git clone"): INSTALL,
     ("docs/install.md", "pip install"): INSTALL,
@@ -49,20 +59,30 @@ CANNOT: dict[tuple[str, str], str] = {
 FIRST = ("README.md", "CONTRIBUTING.md")
 """Pages that run by default, but for `LONG`."""
 LONG = ("rto run", "make")
+MAKES_ALL = ("README.md",)
+"""Pages whose own stages make every model they speak of; the others find them on the desk."""
 
 
 def steps(page: str) -> Iterator[dict[str, Any]]:
-    """What a reader of a page does, from its first block to its last."""
-    for block in blocks(page):
-        text = block.text
-        for name, folder in HUB.items():
-            text = text.replace(name, folder)
+    """What a reader of a page does: write the files it shows, then follow it from its first block to its last."""
+    found = [(block, at_desk(block.text)) for block in blocks(page)]
+    for block, text in found:
         if block.title is not None:
             yield {"at": block.at, "kind": "write", "file": block.title, "text": text}
-        elif block.language == "python" and reason(page, text) is None:
+    for block, text in found:
+        if block.title is not None:
+            continue
+        if block.language == "python" and reason(page, text) is None:
             yield {"at": block.at, "kind": "python", "text": text}
         elif block.language == "bash":
             yield from filter(None, (step(block, words) for words in commands(text)))
+
+
+def at_desk(text: str) -> str:
+    """Folders for names on the hub."""
+    for name, folder in HUB.items():
+        text = text.replace(name, folder)
+    return text
 
 
 def step(block: Block, words: list[str]) -> dict[str, Any] | None:
@@ -92,7 +112,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable, tokeniz
 
 def follow(page: str, plan: list[dict[str, Any]], desk: Path, tmp_path: Path) -> None:
     """Run the steps in a copy of the desk."""
-    shutil.copytree(desk, tmp_path, dirs_exist_ok=True)
+    own = MADE if page in MAKES_ALL else ()
+    shutil.copytree(desk, tmp_path, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(*own))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

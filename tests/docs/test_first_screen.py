@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.image import imread
 from pages import ROOT
-from tables import check_table
 
 from rto.report.table import results_cells
+from tables import check_table
 
 FIGURES = ROOT / "docs" / "figures"
 
