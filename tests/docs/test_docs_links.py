@@ -1,6 +1,6 @@
 """Every relative link of the README, CONTRIBUTING, the change log and the docs leads to something.
 
-`make docs` checks the site's own links, anchors included; this holds for a repository's browser as well, and in seconds.
+`make docs` checks the links of the site; this holds for a repository's browser as well, and in seconds.
 """
 
 import re
