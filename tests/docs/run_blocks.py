@@ -1,7 +1,8 @@
-"""Run the steps of a page one after the other, in one process, as a reader would in one shell and one interpreter.
+"""Run the steps of pages one after the other, as a reader would in one shell and one interpreter a page.
 
 In a process of its own, since the parser of arguments rewrites the annotations of the configurations. A step is
-``{"at": …, "kind": "rto" | "python" | "shell" | "write" | "set", …}``; the first one that fails ends it, by its place.
+``{"at": …, "kind": "open" | "rto" | "python" | "shell" | "write" | "set", …}``; the first one that fails ends it, by its
+place.
 """
 
 import json
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 
 torch.set_num_threads(1)
-NAMES: dict[str, Any] = {"__name__": "__main__"}
+NAMES: dict[str, Any] = {}
 
 
 def run(step: dict[str, Any]) -> None:
     match step["kind"]:
+        case "open":
+            os.chdir(step["folder"])
+            NAMES.clear()
+            NAMES["__name__"] = "__main__"
         case "rto":
             from rto.cli import main
 
