@@ -15,6 +15,7 @@ from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
+from rto.packaged import find_packaged
 from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, yaml_text
 
 STAGES = ("sft", "pairs", "reward", "evaluation")
@@ -251,16 +252,16 @@ def resolved(path: Path) -> dict[str, Any]:
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe (the embedded one when none is named) and apply dotted overrides, ``train.gamma: 0.9``.
+    """Read a recipe, a file or the name of a packaged one (embedded when none is named), and apply dotted overrides.
 
-    ``base: other.yaml`` starts from another recipe, found from this one's folder: mappings are merged key by key,
-    but ``learners`` and ``methods``, where the one here takes the place of the other's.
+    ``base: other.yaml`` starts from another recipe, found from this one's folder, ``base: NAME`` from a packaged one:
+    mappings are merged key by key, but ``learners`` and ``methods``, which take the place of the other's.
 
     Raises:
         RecipeError: the file is missing or no mapping, a key is unknown or missing, a value is of the wrong type or
             out of range, the configuration of a stage cannot be built, or keys contradict each other.
     """
-    path = EMBEDDED if path is None else Path(path)
+    path = EMBEDDED if path is None else _found(Path(path))
     tree = _read(path)
     for key, value in (overrides or {}).items():
         _set(tree, key.split("."), value)
@@ -289,7 +290,18 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base must be the path of a recipe, not {base!r}")
-    return tree if base is None else _merged(_read(path.parent / base, (*seen, path.resolve())), tree)
+    if base is None:
+        return tree
+    beside = path.parent / base
+    return _merged(_read(beside if beside.suffix else _found(beside, base), (*seen, path.resolve())), tree)
+
+
+def _found(path: Path, name: str = "") -> Path:
+    """A recipe's file, or that of the packaged recipe of this name."""
+    try:
+        return path if path.is_file() else find_packaged(name or path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rich.console import Console
 
 from rto.errors import told
 from rto.files import write_atomically
+from rto.packaged import packaged
 from rto.pipeline import Pipeline
 from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
 from rto.report.table import REWARD_MODEL
@@ -156,17 +157,17 @@ def reproduce(
 
 
 def task_recipe(task: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The study of a named task, ``recipes/TASK/study.yaml`` in the present folder, or of a recipe's path.
+    """The study of a named task, the packaged recipe ``TASK/study``, or of a recipe's path.
 
     Raises:
         RecipeError: there is none.
     """
-    path = Path(task) if task.endswith((".yaml", ".yml")) else Path("recipes") / task / "study.yaml"
-    if not path.is_file() and path.parts[0] == "recipes":
-        known = sorted(p.parent.name for p in Path("recipes").glob("*/study.yaml"))
+    path = task if task.endswith((".yaml", ".yml")) else f"{task}/study"
+    if path != task and path not in packaged():
+        known = ", ".join(name.removesuffix("/study") for name in packaged() if name.endswith("/study"))
         raise RecipeError(
-            f"no task {task!r}: there is no {path}. Known here: {', '.join(known) or 'none'}. Tasks are found in a "
-            "checkout of the project, from its root; elsewhere give the path of a recipe"
+            f"no task {task!r}: there are {known}, or give the path of a recipe. Those that need experiments/ run "
+            "in a checkout of the project alone, from its root"
         )
     return load_recipe(path, overrides)
 

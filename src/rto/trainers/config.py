@@ -12,11 +12,13 @@ from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Ran
 from rto.rollout.sampling import SamplingConfig
 from rto.rollout.token_rewards import TOKEN_REWARDS
 from rto.trainers.base import TokenTrainingArguments
+from rto.trl_names import ONLINE, by_trl_names
 from rto.values import check_choice
 
 ESTIMATORS = ("gae", "reinforce++")
 
 
+@by_trl_names(ONLINE)
 @dataclass
 class RTOConfig(TokenTrainingArguments):
     """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.

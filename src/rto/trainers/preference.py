@@ -41,9 +41,11 @@ from rto.trainers.examples import (
     with_reference,
 )
 from rto.trainers.precision import Reading
+from rto.trl_names import PREFERENCE, by_trl_names
 from rto.values import check_choice, json_mapping, typed
 
 
+@by_trl_names(PREFERENCE)
 @dataclass
 class PreferenceConfig(TokenTrainingArguments):
     """Configuration of `PreferenceTrainer`; names and defaults follow TRL's ``DPOConfig`` where they exist there.
