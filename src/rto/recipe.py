@@ -438,6 +438,11 @@ def check_recipe(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"methods.{name} has a score_coef but reward is null: give reward: {{}}, or score_coef: 0"
                 )
+        if recipe.gold is None:
+            raise RecipeError(
+                "nothing would judge the evaluation: give gold, or reward: {} (methods with score_coef: 0 are then "
+                "measured by the reward model, and not paid by it)"
+            )
     for stage in ("sft", "reward"):
         if getattr(recipe, stage) is not None:
             stage_config(recipe, stage, "run")
