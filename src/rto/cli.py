@@ -52,7 +52,8 @@ and:
                       (--completions), token by token
   plan RECIPE.yaml    memory, arithmetic and time before anything runs, and whether it fits: --devices 8 --memory 80
   theory              the paper's statements, run
-  report DIR          write report.html of a run again
+  report DIR          write report.html of a run, or of one stage, again
+  watch DIR           show it in the browser while the run goes on, with alarms
 
 rto COMMAND --help tells the options of a command, rto --version which versions are at work."""
 RUN_USAGE = """usage: rto run [RECIPE] [--output_dir DIR] [--KEY VALUE ...]
@@ -394,6 +395,13 @@ def report(args: list[str]) -> int:
     return 0
 
 
+def watch(args: list[str]) -> int:
+    """`rto watch`."""
+    from rto.report.watch import main as run_watch
+
+    return run_watch(args)
+
+
 def plan(args: list[str]) -> int:
     """`rto plan`."""
     from rto.planning.command import main as run_plan
@@ -420,6 +428,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
+    "watch": watch,
     "plan": plan,
     "theory": theory,
 }
