@@ -172,7 +172,11 @@ class SealedCheckpoints(Trainer):
             self._progress = json.loads(path.read_text(encoding="utf-8"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.engine.take_up_settings(self.optimizer, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            schedule: Any = self.lr_scheduler
+            schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         if checkpoint is not None:
             self._load_state(Path(checkpoint))
 

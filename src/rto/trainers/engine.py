@@ -329,6 +329,21 @@ class Engine:
         mesh = getattr(self.accelerator, "torch_device_mesh", None)
         return None if mesh is None else mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
 
+    def take_up_settings(self, optimizer: Any, checkpoint: Path) -> bool:
+        """Take up the settings of an optimizer that keeps no state; False where there is a state, or nothing is cut.
+
+        torch cannot hand out a whole checkpoint's state (FULL_STATE_DICT) where it is empty, as that of plain SGD.
+        """
+        path = checkpoint / "optimizer.bin"
+        if not self.sharded or not path.is_file():
+            return False
+        saved = torch.load(path, weights_only=True, mmap=True)
+        if saved["state"]:
+            return False
+        for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({name: value for name, value in theirs.items() if name != "params"})
+        return True
+
     @contextmanager
     def whole(self, *models: Any) -> Iterator[None]:
         """Within this context every process holds all weights of some models, which is collective to enter.
