@@ -120,7 +120,9 @@ def read(trainer: Any) -> dict[str, Any]:
     x = collate([[5, 6], [7]], [[8, 9, 10, 11], [12, 13]], pad=0, device=trainer.args.device)
     with trainer.accelerator.autocast():
         logp = trainer.model_wrapped(x.tokens, x.prompt_mask, x.mask).logp[x.mask]
-    return {"logp": str(logp.dtype), "narrow": int((logp == logp.bfloat16().float()).sum())}
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    exact = int((logp == logp.bfloat16().float()).sum())
+    return {"logp": str(logp.dtype), "narrow": exact, "gradients": str(getattr(policy, "reduce_dtype", None))}
 
 
 def layout(model: Any) -> dict[str, Any]:

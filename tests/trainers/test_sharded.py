@@ -150,6 +150,12 @@ def moved(folder: Path, start: Path) -> dict[str, torch.Tensor]:
     return {name: after[name] - before[name] for name in before}
 
 
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """‖a − b‖ / ‖a‖."""
+    gap, size = (sum(x.square().sum().item() for x in xs) for xs in ([a[n] - b[n] for n in a], a.values()))
+    return math.sqrt(gap / size)
+
+
 @pytest.fixture(scope="module")
 def launched(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case of the default suite on two processes, each with half a batch."""
@@ -236,23 +242,23 @@ def test_adapters_of_a_cut_base_are_peft_s(launched: Path) -> None:
 
 
 def test_bf16_computes_in_bf16_and_adds_up_in_fp32(launched: Path, by_one: Callable[..., Path], models: Any) -> None:
-    """Log-probabilities come out in fp32, trained weights stay fp32, frozen ones are bf16; the updates agree.
+    """Log-probabilities come out in fp32, trained weights stay fp32, frozen ones are bf16.
 
-    FSDP2 gathers weights in bf16, so norms and embeddings are rounded, too, where one process's autocast keeps them.
+    FSDP2 gathers weights in bf16, so that norms and embeddings are rounded, too, which one process's autocast keeps:
+    both are as far from fp32, and from each other.
     """
-    folder = at(launched, "bf16")
-    for rank in layouts(folder):
+    for rank in layouts(at(launched, "bf16")):
         assert rank["trained"]["dtypes"] == ["torch.float32"]
         assert rank["reference"]["dtypes"] == ["torch.bfloat16"]
-        assert rank["logp"] == "torch.float32"
+        assert (rank["logp"], rank["gradients"]) == ("torch.float32", "torch.float32")
         assert rank["narrow"] < 3  # of 6
     start = Path(models["whole"][0])
-    one = moved(by_one("bf16", {"run": "prefer", "loss": "dpo", "bf16": True}), start)
-    two = moved(folder, start)
-    apart = (
-        sum((one[n] - two[n]).square().sum() for n in one) ** 0.5 / sum(x.square().sum() for x in one.values()) ** 0.5
-    )
-    assert 0 < apart < 0.03
+    exact = moved(by_one("dpo", EQUAL["dpo"]), start)
+    one = moved(by_one("bf16", EQUAL["dpo"] | {"bf16": True}), start)
+    two = moved(at(launched, "bf16"), start)
+    assert 0 < apart(exact, one) < 0.06
+    assert 0 < apart(exact, two) < 0.09
+    assert 0 < apart(one, two) < 0.12
 
 
 # --- one launch each, or many: not in the default suite

@@ -211,7 +211,7 @@ class TokenTrainer(SealedCheckpoints):
         if actor.value_model is not None:
             groups["value"] = actor.value_parameters
         self._norms = self.engine.clip(groups, self.args.max_grad_norm)
-        return self._norms["policy"]
+        return next(iter(self._norms.values()))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.engine.before_preparing(self.model)

@@ -253,11 +253,11 @@ class Engine:
     def clip(self, groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
         """Clip each group of parameters by its own norm; the norms before that.
 
-        DeepSpeed has clipped and stepped by now: by one norm over all groups, which is what comes back for each.
+        DeepSpeed has clipped and stepped by now: by one norm over all groups, which comes back as ``joint``.
         """
         if self.deepspeed:
             norm = self.accelerator.clip_grad_norm_([], max_norm)
-            return {name: torch.as_tensor(0.0 if norm is None else norm) for name in groups}
+            return {"joint": torch.as_tensor(0.0 if norm is None else norm)}
         self.accelerator.unscale_gradients()
         norms: dict[str, Tensor] = {}
         for name, parameters in groups.items():
@@ -376,6 +376,11 @@ class Engine:
         inside = self._root is not None and any(m is module for m in self._root.modules())
         extra = [self._root] if inside and module is not self._root else []
         return [*extra, *_units(module)]
+
+    @property
+    def in_pieces(self) -> bool:
+        """Checkpoints hold each process's own pieces (SHARDED_STATE_DICT)."""
+        return self.sharded and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """The whole state of a cut model, on the main process (elsewhere nothing); None where models are whole.
