@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.errors import make_folder, users_code
-from rto.evaluation.comparison import Answers, answer, summary
+from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
-from rto.inspection import pieces, spoken
+from rto.inspection.reading import pieces, spoken
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
