@@ -62,8 +62,8 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
         on_this_machine(self)
-        super().__post_init__()
         check_layout(self)
+        super().__post_init__()
         _ = self.init_kwargs  # refused here, not when models are loaded
 
 

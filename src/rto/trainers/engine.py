@@ -45,29 +45,45 @@ class EngineError(ValueError):
 
 
 def check_layout(args: Any) -> None:
-    """Refuse a layout that would train something else, or not at all, before any model is loaded.
+    """Refuse a layout that would train something else, or not at all, before any library or model is loaded for it.
 
     Args:
-        args: `transformers.TrainingArguments`; what `accelerate launch` was told is in the environment.
+        args: a configuration with ``deepspeed`` and ``fsdp_config`` of `transformers.TrainingArguments` as they were
+            given; what `accelerate launch` was told is in the environment.
 
     Raises:
         EngineError: it is DeepSpeed's ZeRO-3, or the first FSDP.
     """
     warn_of_one_process()
-    remedy = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    plugin = getattr(args, "deepspeed_plugin", None)
-    stage = getattr(plugin, "zero_stage", None)
-    if plugin is None and launched and not os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    if stage == 3:
-        raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {remedy}")
-    fsdp = getattr(args, "fsdp_plugin_args", None)
-    first = fsdp is not None and fsdp.get("fsdp_version") == 1
-    if fsdp is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        first = os.environ.get("FSDP_VERSION", "1") == "1"
-    if first:
-        raise EngineError(f"FSDP of version 1 is not supported: {remedy}")
+    deepspeed, fsdp = _settings(args.deepspeed), _settings(args.fsdp_config)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if _launched("DEEPSPEED"):
+        told = _settings(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")).get("zero_optimization", {}).get("stage")
+        stage = told or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    if str(stage) == "3":
+        raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {REMEDY}")
+    version = fsdp.get("version", fsdp.get("fsdp_version", 2)) if args.fsdp else 2
+    if not args.fsdp and _launched("FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+    if str(version) == "1":
+        raise EngineError(f"FSDP of version 1 is not supported: {REMEDY}")
+
+
+REMEDY = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
+
+
+def _launched(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """A configuration that is given as such, as a file, or not at all; what cannot be read is the library's to tell."""
+    if isinstance(given, dict):
+        return given
+    if isinstance(given, str) and Path(given).is_file():
+        found = read_yaml(Path(given).read_text(encoding="utf-8"))  # JSON is YAML
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 # --- processes of one launch
@@ -167,7 +183,7 @@ class Engine:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise EngineError("DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: use FSDP2")
+            raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {REMEDY}")
         self._root: nn.Module | None = None
         self._held: Counter[int] = Counter()
 
@@ -392,7 +408,7 @@ class Engine:
             return None
         first: dict[int, str] = {}
         tied = [n for n, p in model.named_parameters(remove_duplicate=False) if first.setdefault(id(p), n) != n]
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {name: x for name, x in state.items() if name not in tied}
 
 
@@ -411,7 +427,7 @@ def _make_root(model: nn.Module) -> None:
     register_fsdp_forward_method(model, "_begin")
     model._begin()  # type: ignore[operator]
     del model._begin
-    model.reshard()  # type: ignore[operator]
+    model.reshard()
 
 
 def _begin(self: nn.Module) -> None:
