@@ -77,7 +77,7 @@ def _launched(what: str) -> bool:
 
 
 def _settings(given: Any) -> dict[str, Any]:
-    """A configuration that is given as such, as a file, or not at all; what cannot be read is the library's to tell."""
+    """A configuration given as such, as a file, or not at all; what cannot be read is the library's to tell."""
     if isinstance(given, dict):
         return given
     if isinstance(given, str) and Path(given).is_file():
@@ -417,15 +417,15 @@ def _units(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
-def _make_root(model: nn.Module) -> None:
+def _make_root(model: Any) -> None:
     """Let FSDP2 know the model as the root of its units, also where only parts of it are called.
 
     FSDP2 takes the first unit that runs for the root. A method that counts as a forward pass, and does nothing, makes
     it this one.
     """
-    model._begin = _begin.__get__(model)  # type: ignore[assignment]
+    model._begin = _begin.__get__(model)
     register_fsdp_forward_method(model, "_begin")
-    model._begin()  # type: ignore[operator]
+    model._begin()
     del model._begin
     model.reshard()
 
