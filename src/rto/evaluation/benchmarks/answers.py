@@ -23,7 +23,6 @@ from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout import scoring
 from rto.rollout.sampling import Sampler
 
-
 logger = logging.getLogger(__name__)
 
 
