@@ -25,9 +25,9 @@ class Carrier:
         return len(next(iter(self.tensors().values())))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are not None."""
+        """The fields that hold a tensor."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x for name, x in named.items() if x is not None}
+        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
     def rows(self: _Carrier, index: Tensor) -> _Carrier:
         """The chosen rows of every field."""
@@ -88,6 +88,12 @@ class Samples(Sequences):
 
     ended: Bool[Tensor, " B"]
     """EOS was sampled before the length limit."""
+    sampler_logp: Float[Tensor, "B T"] | None = None
+    """Of the distribution that was drawn from, temperature included; NaN where the sampler gives none."""
+    stopped: Int[Tensor, " B"] | None = None
+    """Why a completion stops: 0 the length limit, 1 EOS, 2 another stop."""
+    version: int = 0
+    """Of the policy's weights: how many batches had been learned from when they were handed to the sampler."""
 
 
 @dataclass(frozen=True, kw_only=True)

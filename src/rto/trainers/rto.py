@@ -53,7 +53,9 @@ from rto.models.roles import Role, SharedBase, adapt, place, shared_base, traina
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
 from rto.rollout.rewards import Completed, RewardFunc, RewardModel, distinct, reward_source
-from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SampleFunction, Sampler, SamplingConfig, as_sampler
+from rto.rollout.samplers.randomness import row_seeds
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.token_rewards import TOKEN_REWARDS, Ensemble, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import (
     VALUE_MODEL,
@@ -255,7 +257,8 @@ class RTOTrainer(TokenTrainer):
         train_dataset: prompts in TRL's prompt-only format; other columns are handed to reward functions.
         eval_dataset: prompts for ``evaluate``, or a dictionary of such data sets.
         processing_class: the tokenizer; None loads the model's.
-        sampler: draws completions; None decodes with transformers.
+        sampler: draws completions: a `Sampler`, or a function of policy, prompts and seed; None decodes with
+            transformers.
         peft_config: train a new PEFT adapter on the policy instead of the whole model. Where the policy is an
             adapter, each other model that is given as the folder of an adapter on the same base shares that base
             (`rto.models.roles`); any other model is one of its own.
@@ -283,7 +286,7 @@ class RTOTrainer(TokenTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | SampleFunction | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -309,7 +312,7 @@ class RTOTrainer(TokenTrainer):
         policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
         check_derivative(source_name(model), policy)
         check_output_layer(policy)
-        self.sampler: Sampler = sampler or TransformersSampler.of(
+        self.sampler: Sampler | SampleFunction = sampler or TransformersSampler.of(
             policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens
         )
         if peft_config is not None:
@@ -423,7 +426,9 @@ class RTOTrainer(TokenTrainer):
         actor: Actor = self.accelerator.unwrap_model(model)
         with together(self.accelerator), self.accelerator.autocast():
             try:
-                return self.sampler(actor.policy, [p.ids for p in prompts], seed)
+                sampler = as_sampler(self.sampler)
+                sampler.sync(actor.policy, self.state.global_step // self.args.updates_per_rollout)
+                return sampler.draw([p.ids for p in prompts], row_seeds(seed, len(prompts)))
             except NotFiniteError as error:
                 at = "" if error.row is None else f" ({_shown_prompt(prompts, error.row)})"
                 raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
