@@ -26,8 +26,8 @@ import numpy as np
 from scipy.optimize import root
 from scipy.special import expit
 
-from rto.evaluation.length_control import LengthControlData, fit_length_controlled, refit_win_rates
-from rto.evaluation.winrate import preference_shares
+from rto.evaluation.statistics.length_control import LengthControlData, fit_length_controlled, refit_win_rates
+from rto.evaluation.statistics.winrate import preference_shares
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "gpt4_1106_preview"

@@ -180,7 +180,7 @@ def build(hidden_size: int, layers: int, vocabulary: int) -> tuple[Any, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rto.data.embedded import build_tokenizer
+    from rto.demo.embedded import build_tokenizer
 
     tokenizer = build_tokenizer(language_texts()[:20_000], vocab_size=vocabulary)
     tokenizer.model_max_length = CONTEXT

@@ -32,7 +32,9 @@ from transformers.utils import logging as hf_logging
 from rto import PreferenceConfig, PreferenceTrainer
 from rto.batches import Sequences
 from rto.data.formats import Pair, load_rows, read_pairs
-from rto.evaluation.inspection import (
+from rto.files import write_atomically
+from rto.inspection.reading import Inspector
+from rto.inspection.statistics import (
     RewardedPair,
     Span,
     by_word,
@@ -41,8 +43,6 @@ from rto.evaluation.inspection import (
     report_on_pairs,
     words,
 )
-from rto.files import write_atomically
-from rto.inspection import Inspector
 from rto.models.actor import hidden_states
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, scalar_head
 from rto.pipeline import Pipeline
@@ -72,7 +72,7 @@ class Task:
 
 
 TASKS = {
-    "embedded": Task(None, {}, 1500, 250, "rto.data.embedded:gold_credit", (3e-5, 1e-4, 3e-4), 48, 32),
+    "embedded": Task(None, {}, 1500, 250, "rto.demo.embedded:gold_credit", (3e-5, 1e-4, 3e-4), 48, 32),
     "stories": Task(
         ROOT / "recipes" / "stories" / "run.yaml",
         {},

@@ -9,7 +9,7 @@ _EXPORTS = {
     "RTOConfig": "rto.trainers.rto",
     "PreferenceTrainer": "rto.trainers.preference",
     "PreferenceConfig": "rto.trainers.preference",
-    "WinRateCallback": "rto.evaluation.callback",
+    "WinRateCallback": "rto.evaluation.judging.callback",
 }
 __all__ = list(_EXPORTS)
 

@@ -179,9 +179,9 @@ def reproduce(args: list[str]) -> int:
     from transformers.utils import logging as hf_logging
 
     from rto.recipe import Recipe
-    from rto.report.study import write_study
-    from rto.reproduce import reproduce as run_study
-    from rto.reproduce import task_recipe
+    from rto.studies.report import write_study
+    from rto.studies.reproduce import reproduce as run_study
+    from rto.studies.reproduce import task_recipe
 
     hf_logging.disable_progress_bar()
     folder = flags.output_dir or Path("runs") / f"{Path(flags.task).stem}-study"
@@ -302,8 +302,8 @@ def inspect(args: list[str]) -> int:
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as hf_logging
 
-    from rto.inspection import InspectArguments
-    from rto.inspection import inspect as look
+    from rto.inspection.reading import InspectArguments
+    from rto.inspection.reading import inspect as look
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([InspectArguments], "rto inspect").read(args)
@@ -313,7 +313,7 @@ def inspect(args: list[str]) -> int:
     inspection = look(parsed)
     from rich.console import Console
 
-    from rto.report.inspection import inspection_text, write_inspection
+    from rto.inspection.page import inspection_text, write_inspection
 
     console = Console()
     console.print(inspection_text(inspection))

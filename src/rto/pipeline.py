@@ -7,26 +7,25 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.errors import make_folder, users_code
-from rto.evaluation.comparison import Answers, answer, summary
+from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
-from rto.inspection import pieces, spoken
+from rto.inspection.reading import pieces, spoken
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
@@ -44,6 +43,7 @@ from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
+from rto.trainers.engine import processes, shared_out, wait_for_all
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
@@ -63,9 +63,9 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         DataError: an input cannot be used.
     """
     pipeline = Pipeline(recipe, Path(output_dir), Console())
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         make_folder(pipeline.folder, "--output_dir")
-    with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
+    with alone(pipeline.folder) if processes().is_main_process else nullcontext():
         pipeline.check()
         pipeline.claim()
         pipeline.sft()
@@ -135,10 +135,10 @@ class Pipeline:
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
                 )
-        elif PartialState().is_main_process:
+        elif processes().is_main_process:
             make_folder(self.folder, "--output_dir")
             write_atomically(saved, self.recipe.to_yaml())
-        PartialState().wait_for_everyone()
+        wait_for_all()
 
     # --- stages
 
@@ -159,8 +159,9 @@ class Pipeline:
             if recipe.sft is None:
                 start: Any = load_policy(model)
                 _check_policy(start, tokenizer)
-                start.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                if processes().is_main_process:
+                    start.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
             rows = recipe.data.demonstrations.load(recipe.seed)
@@ -175,8 +176,14 @@ class Pipeline:
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
-            elif trainer.args.should_save:  # a whole model: the base that the adapters of all later stages share
-                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                return
+            # A whole model: the base that the adapters of all later stages share.
+            merged: Any = trainer.accelerator.unwrap_model(trainer.model)
+            if trainer.engine.sharded:
+                trainer.save_model(str(folder / "adapter"))
+                merged = load_policy(folder / "adapter") if trainer.args.should_save else None
+            if trainer.args.should_save:
+                merged = merged.merge_and_unload()
                 stop_at_eos(merged, tokenizer)
                 merged.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -188,12 +195,14 @@ class Pipeline:
         with self._stage(
             "pairs", "pairs: two completions a prompt, labelled by Bradley–Terry on the gold reward"
         ) as folder:
-            if folder is None or not PartialState().is_main_process:
+            if folder is None:
                 return
             recipe = self.recipe
             assert recipe.gold is not None
             assert recipe.data.pair_prompts is not None
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
+            if not processes().is_main_process:
+                return
             scores = [scores_by(recipe.gold, side) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
@@ -273,10 +282,10 @@ class Pipeline:
     def evaluate(self) -> Path:
         """Every policy on the same held-out prompts; the table and the report."""
         with self._stage("evaluation", "evaluation on held-out prompts") as folder:
-            if folder is not None and PartialState().is_main_process:
+            if folder is not None:
                 self._evaluate(folder)
         report = self.folder / "report.html"
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             report = write_report(self.folder)
             results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
@@ -287,7 +296,7 @@ class Pipeline:
         """What one policy wrote for ``test_prompts`` or ``validation_prompts``: a number a prompt, in its folder."""
         folder = self.folder / self.recipe.policies[name]
         path = folder / f"{prompts}.json"
-        if path.is_file() or not PartialState().is_main_process:
+        if path.is_file() or not processes().is_main_process:
             return
         examiner = self._examiner(prompts)
         found = examiner.answer(str(folder))
@@ -301,10 +310,17 @@ class Pipeline:
         recipe = self.recipe
         examiner = self._examiner("test_prompts")
         raw = [prompt.raw for prompt in examiner.asked]
-        answers: dict[str, Answers] = {}
         methods: dict[str, Any] = {}
-        for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
-            answers[name] = examiner.answer(str(self.folder / where))
+
+        def ask(where: str) -> Answers:
+            found = examiner.answer(str(self.folder / where))
+            return replace(found, samples=found.samples.to("cpu"))
+
+        found = self._shared_out(list(recipe.policies.values()), ask, "sampling and judging")
+        if not processes().is_main_process:
+            return
+        answers = dict(zip(recipe.policies, found))
+        for name, where in recipe.policies.items():
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
             methods[name] = summary(
                 answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
@@ -350,7 +366,7 @@ class Pipeline:
     ) -> None:
         """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
         name = list(answers)[-1]
-        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
+        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw)))).to(self._device)
         learner = next(iter(self.recipe.learners))
         source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft")).to(self._device)
         ratios = source(rows)
@@ -391,14 +407,30 @@ class Pipeline:
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
-        drawn: list[tuple[str, bool]] = []
-        for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
+
+        def draw(i: int) -> list[tuple[str, bool]]:
             part = ids[i : i + SIDE_BY_SIDE]
             samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
             kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-            drawn += zip(completion_texts(tokenizer, part, kept), samples.ended.tolist())
+            return list(zip(completion_texts(tokenizer, part, kept), samples.ended.tolist()))
+
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), draw, "sampling completions")
+        drawn = [one for part in parts for one in part]
         sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
         return prompts, sides
+
+    def _shared_out(self, items: Sequence[Any], work: Callable[[Any], Any], title: str) -> list[Any]:
+        """`shared_out` with the main process's own progress, which is about that of all."""
+        bar = Progress(console=self.console, disable=not processes().is_main_process)
+        task = bar.add_task(title, total=-(-len(items) // processes().num_processes))
+
+        def watched(item: Any) -> Any:
+            found = work(item)
+            bar.advance(task)
+            return found
+
+        with bar:
+            return shared_out(items, watched)
 
     def _pairs(self) -> Dataset:
         if self.recipe.data.pairs is not None:
@@ -416,7 +448,7 @@ class Pipeline:
     @contextmanager
     def _stage(self, name: str, title: str) -> Iterator[Path | None]:
         """The folder of a stage that has work left, or None; marks it done when the work is."""
-        main = PartialState().is_main_process
+        main = processes().is_main_process
 
         def tell(again: str | None) -> None:
             name = escape(title)
@@ -426,10 +458,10 @@ class Pipeline:
                 self.console.print(f"[bold]{name}[/bold]" + (f" (continues from {again})" if again else ""))
 
         with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
-            PartialState().wait_for_everyone()
+            wait_for_all()
             yield folder
-            PartialState().wait_for_everyone()
-        PartialState().wait_for_everyone()
+            wait_for_all()
+        wait_for_all()
         gc.collect()
 
     def _inputs(self, name: str) -> dict[str, str | None]:
@@ -466,7 +498,7 @@ class Pipeline:
 
     @property
     def _device(self) -> torch.device:
-        return PartialState().device
+        return processes().device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import torch
 
-from rto import reproduce  # noqa: F401  (and with it everything that a command imports)
 from rto.cli import main as rto
+from rto.studies import reproduce  # noqa: F401  (and with it everything that a command imports)
 
 torch.set_num_threads(1)
 CLOCK = ("seconds", "tokens_per_second", "train_runtime", "train_samples_per", "train_steps_per", "total_flos")
@@ -188,7 +188,7 @@ VALUES = [
 
 
 def model_folder(folder: Path) -> str:
-    from rto.data.embedded import build
+    from rto.demo.embedded import build
 
     for part in build(0):
         part.save_pretrained(folder)

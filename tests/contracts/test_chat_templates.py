@@ -25,10 +25,10 @@ from rto.data.chat import (
     without_tail,
 )
 from rto.data.formats import DataError, read_labelled, read_pairs, read_prompts
-from rto.evaluation.files import Question
-from rto.evaluation.generate import encode
-from rto.evaluation.inspection import carried_by_kind
-from rto.inspection import Inspector
+from rto.evaluation.benchmarks.answers import encode
+from rto.evaluation.benchmarks.types import Question
+from rto.inspection.reading import Inspector
+from rto.inspection.statistics import carried_by_kind
 from rto.models.loading import eos_ids
 from rto.rollout.rewards import Completed, RewardModel
 from rto.rollout.token_rewards import token_source

@@ -10,7 +10,7 @@ from scipy.special import expit
 from scipy.stats import ks_2samp
 from sources import read_csv
 
-from rto.evaluation.arena_hard import (
+from rto.evaluation.statistics.arena_hard import (
     STYLE,
     VERDICTS,
     Games,
@@ -22,7 +22,7 @@ from rto.evaluation.arena_hard import (
     style_controlled,
     style_difference,
 )
-from rto.evaluation.estimates import bootstrap_weights, percentile_interval
+from rto.evaluation.statistics.estimates import bootstrap_weights, percentile_interval
 
 
 def bootstrap_by_question(games: Games, rounds: int, seed: int) -> np.ndarray:

@@ -11,10 +11,10 @@ from sources import run_folder
 
 from rto.data.errors import DataError
 from rto.evaluation.commands import compare as main
-from rto.evaluation.compare import compare
-from rto.evaluation.comparison_page import markdown, show
-from rto.evaluation.measures import Settings
-from rto.evaluation.sources import read_sources
+from rto.evaluation.table.measures import Settings
+from rto.evaluation.table.page import markdown, show
+from rto.evaluation.table.significance import compare
+from rto.evaluation.table.sources import read_sources
 
 
 def column(comparison, key):
@@ -235,7 +235,7 @@ def test_difficulties_must_fit_the_rows(annotations, tmp_path):
 def test_the_statistics_need_no_model_library():
     """They import in a fresh process where neither torch nor transformers can be had."""
     code = """
-        import importlib, sys
+        import importlib, pkgutil, sys
 
         class Blocked:
             def find_spec(self, name, path=None, target=None):
@@ -243,8 +243,12 @@ def test_the_statistics_need_no_model_library():
                     raise ImportError(f"{name} is blocked")
 
         sys.meta_path.insert(0, Blocked())
-        for name in ("estimates", "winrate", "logistic", "length_control", "arena_hard", "files", "comparison_page"):
-            importlib.import_module(f"rto.evaluation.{name}")
+        rooms = [importlib.import_module(f"rto.evaluation.{room}") for room in ("statistics", "table")]
+        names = [m.name for room in rooms for m in pkgutil.iter_modules(room.__path__, f"{room.__name__}.")]
+        assert len(names) >= 9, names
+        others = ["evaluation.benchmarks.formats", "inspection.statistics", "studies.replicates"]
+        for name in [*names, *(f"rto.{other}" for other in others)]:
+            importlib.import_module(name)
         print("whole")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rto.evaluation.estimates import (
+from rto.evaluation.statistics.estimates import (
     Estimate,
     bootstrap_weights,
     holm,

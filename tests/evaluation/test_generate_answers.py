@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rto.cli import main
 from rto.data.formats import DataError
-from rto.evaluation import generate as generating
-from rto.evaluation.files import BENCHMARKS, Question, benchmark_of, read_match, read_questions
-from rto.evaluation.generate import batches, encode, generate, journal_of, record_of
+from rto.evaluation.benchmarks import answers as generating
+from rto.evaluation.benchmarks.answers import batches, encode, generate, journal_of, record_of
+from rto.evaluation.benchmarks.formats import BENCHMARKS, benchmark_of, read_match, read_questions
+from rto.evaluation.benchmarks.types import Question
 from rto.files import Journal
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 

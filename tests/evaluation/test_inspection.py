@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from rto.evaluation import inspection
-from rto.evaluation.inspection import (
+from rto.inspection import statistics as inspection
+from rto.inspection.reading import pieces
+from rto.inspection.statistics import (
     KINDS,
     Carried,
     Rewarded,
@@ -30,7 +31,6 @@ from rto.evaluation.inspection import (
     spearman,
     words,
 )
-from rto.inspection import pieces
 
 exactly = pytest.approx
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from judge_server import LOGPROBS, Handler, JudgeServer, completion
 
-from rto.evaluation.endpoint import Cache, Endpoint, EndpointError, Failure, Patience, Prices, Reply, _seconds
+from rto.evaluation.judging.endpoint import Cache, Endpoint, EndpointError, Failure, Patience, Prices, Reply, _seconds
 
 KEY = "sk-test-0123456789abcdef"
 SOON = Patience(base=0.01, timeout=0.3, retries=2)

@@ -13,11 +13,12 @@ import pytest
 from judge_server import LOGPROBS, Handler, JudgeServer, completion
 
 from rto.cli import main
-from rto.data import embedded
 from rto.data.errors import DataError
-from rto.evaluation.endpoint import Endpoint, EndpointError, Patience, Reply
-from rto.evaluation.files import Battle, Game, Question, read_match
-from rto.evaluation.judges import (
+from rto.demo import embedded
+from rto.evaluation.benchmarks.formats import read_match
+from rto.evaluation.benchmarks.types import Battle, Game, Question
+from rto.evaluation.judging.endpoint import Endpoint, EndpointError, Patience, Reply
+from rto.evaluation.judging.judges import (
     CONTROL,
     FIVE_WAY,
     WEIGHTED,

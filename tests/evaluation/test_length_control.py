@@ -7,7 +7,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 from sources import read_csv
 
-from rto.evaluation.length_control import (
+from rto.evaluation.statistics.length_control import (
     GamedBaselines,
     LengthControlData,
     fit_length_controlled,
@@ -15,8 +15,8 @@ from rto.evaluation.length_control import (
     published_win_rate,
     refit_win_rates,
 )
-from rto.evaluation.logistic import fit_logistic
-from rto.evaluation.winrate import preference_shares
+from rto.evaluation.statistics.logistic import fit_logistic
+from rto.evaluation.statistics.winrate import preference_shares
 
 
 def data_of(rows, difficulty=None):

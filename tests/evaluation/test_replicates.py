@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rto.evaluation.replicates import at_level, interval, over_optimisation, paired, smooth
+from rto.studies.replicates import at_level, interval, over_optimisation, paired, smooth
 
 A, B = [2.4, 3.1, 2.2, 2.9, 3.6], [2.1, 2.2, 2.3, 2.0, 3.0]
 

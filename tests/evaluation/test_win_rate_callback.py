@@ -22,11 +22,11 @@ from watched import HELD_OUT, Broken, build, fuller
 
 from rto import PreferenceConfig, PreferenceTrainer
 from rto.data.formats import DataError
-from rto.evaluation.callback import WinRateCallback, undisturbed
-from rto.evaluation.estimates import wilson
-from rto.evaluation.files import Game
-from rto.evaluation.generate import draw
-from rto.evaluation.judges import Sight
+from rto.evaluation.benchmarks.answers import draw
+from rto.evaluation.benchmarks.types import Game
+from rto.evaluation.judging.callback import WinRateCallback, undisturbed
+from rto.evaluation.judging.judges import Sight
+from rto.evaluation.statistics.estimates import wilson
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
 
@@ -57,7 +57,7 @@ class Scripted:
 
     def __call__(self, sights: list[Sight]) -> list[Game]:
         """Ours is told apart by its order: `hold` draws that from the instruction and the seed."""
-        from rto.evaluation.judges import is_switched
+        from rto.evaluation.judging.judges import is_switched
 
         wins = next(self.wins)
         won = [2.0 if i < wins else 1.0 for i in range(len(sights))]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rto.evaluation.winrate import length_bias, position_bias, preference_shares, win_rate
+from rto.evaluation.statistics.winrate import length_bias, position_bias, preference_shares, win_rate
 
 
 def test_every_complete_model_of_the_leaderboard(slim, leaderboard):

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from rto import RTOConfig, RTOTrainer
-from rto.evaluation.callback import WinRateCallback
+from rto.evaluation.judging.callback import WinRateCallback
 from rto.rollout.sampling import SamplingConfig
 
 HELD_OUT = [{"prompt": w * (1 + i % 3)} for i, w in enumerate(["ab", "cab", "fable", "jab", "kebab", "lab", "dab"])]

@@ -45,7 +45,7 @@ RECIPES = [
     ({"data__prompts": {"rows": 3}}, ["data.prompts", "path"]),
     ({"data__prompts": "prompts.jsonl"}, ["data.prompts", "must be a mapping"]),
     ({"gold": None}, ["without data.pairs", "gold"]),
-    ({"gold": "rto.data.embedded:golden"}, ["gold", "golden", "cannot be imported"]),
+    ({"gold": "rto.demo.embedded:golden"}, ["gold", "golden", "cannot be imported"]),
     ({"peft": {"rank": 4}}, ["peft.rank is not known"]),
     ({"peft": {"task_type": "SEQ_CLS"}}, ["peft.task_type is set by the stages themselves"]),
     ({"peft": {"bias": "all"}}, ["peft: ", "leave the base as it is"]),

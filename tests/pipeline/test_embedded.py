@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from rto.data import embedded
-from rto.data.embedded import (
+from rto.demo import embedded
+from rto.demo.embedded import (
     best_reply,
     build_model,
     build_tokenizer,
@@ -19,6 +19,7 @@ from rto.data.embedded import (
     prompts,
     reply,
 )
+from rto.recipe import resolve
 
 # Everything below is written by hand: the facts are a kettle and a damage.
 PROMPT = "Customer: Hello, the blue kettle I bought last week arrived with a crack in it. What can you do?\nAgent:"
@@ -239,7 +240,7 @@ def test_seeds_decide_everything_and_the_hash_seed_nothing():
     assert demonstrations(20, 7) == demonstrations(20, 7)
     assert prompts(20, 7, "rl") == prompts(30, 7, "rl")[:20]
     assert prompts(20, 7, "rl") != prompts(20, 8, "rl")
-    code = "from rto.data.embedded import demonstrations; print(demonstrations(20, 7))"
+    code = "from rto.demo.embedded import demonstrations; print(demonstrations(20, 7))"
     for hash_seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
@@ -283,3 +284,8 @@ def test_model_is_small_seeded_and_leaves_the_global_state(tokenizer):
     with torch.no_grad():  # the untrained loss is about log V: nothing is mis-scaled
         ids = tokenizer(PROMPT + BEST, return_tensors="pt").input_ids
         assert first(input_ids=ids, labels=ids).loss == pytest.approx(torch.tensor(len(tokenizer)).log(), abs=1.0)
+
+
+def test_recipes_may_call_the_task_by_its_old_name():
+    for name in ("build", "demonstrations", "prompts", "gold_reward", "gold_credit"):
+        assert resolve(f"rto.data.embedded:{name}") is resolve(f"rto.demo.embedded:{name}")

@@ -93,7 +93,7 @@ def test_a_missing_gold_is_told(imdb: ModuleType) -> None:
 
 
 def test_rows_of_the_language_model_end_where_reviews_do(imdb: ModuleType) -> None:
-    from rto.data.embedded import build_tokenizer
+    from rto.demo.embedded import build_tokenizer
 
     tokenizer = build_tokenizer(["a b c d"] * 4, vocab_size=300)
     text = "abcd" * 60  # 240 tokens and EOS: a full row and one of 113

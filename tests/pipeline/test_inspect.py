@@ -19,11 +19,11 @@ from test_cli import rto, write
 from test_report import ATTACK, Page
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rto.evaluation.comparison import Estimate
-from rto.evaluation.inspection import CreditReport, Rewarded, RewardedPair, report_on_pairs
-from rto.inspection import InspectArguments, Inspection, Shown
+from rto.evaluation.statistics.estimates import Estimate
+from rto.inspection.page import inspection_text, interval, noise, number, sections, significant, write_inspection
+from rto.inspection.reading import InspectArguments, Inspection, Shown
+from rto.inspection.statistics import CreditReport, Rewarded, RewardedPair, report_on_pairs
 from rto.report import heatmap
-from rto.report.inspection import inspection_text, interval, noise, number, sections, significant, write_inspection
 
 PAIRS = [
     {"prompt": "ab:", "chosen": " abba cab.", "rejected": " zzz"},
@@ -234,7 +234,7 @@ def test_a_reward_that_is_not_finite_is_refused(folders: Path, tokenizer: Any) -
     from datasets import Dataset
 
     from rto.data.formats import read_pairs
-    from rto.inspection import Inspector
+    from rto.inspection.reading import Inspector
 
     class Broken:
         def __call__(self, sequences: Any, *, ref_logp: Any = None, completed: Any = None) -> Any:
@@ -538,7 +538,7 @@ def test_how_numbers_are_written(x: float, plain: str, short: str) -> None:
 
 def test_calibration_error_that_chance_gives() -> None:
     """Against simulation: pairs labelled with the very probability that is predicted."""
-    from rto.evaluation.inspection import calibrate
+    from rto.inspection.statistics import calibrate
 
     rng = np.random.default_rng(0)
     size = np.abs(rng.normal(0, 15, 400))

@@ -17,11 +17,22 @@ import torch
 import yaml
 from rich.console import Console
 
-from rto import reproduce as module
 from rto.cli import main
 from rto.recipe import Recipe, RecipeError, load_recipe
-from rto.report.study import Study, markdown, write_study
-from rto.reproduce import Job, Trial, _work, best, collect, plan, reproduce, run_jobs, task_recipe, with_fractions
+from rto.studies import reproduce as module
+from rto.studies.report import Study, markdown, write_study
+from rto.studies.reproduce import (
+    Job,
+    Trial,
+    _work,
+    best,
+    collect,
+    plan,
+    reproduce,
+    run_jobs,
+    task_recipe,
+    with_fractions,
+)
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {

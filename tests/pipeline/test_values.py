@@ -59,7 +59,7 @@ REFUSED = [
     ({"study.fractions": ["x"]}, ["study.fractions.0 must be a number, not 'x'"]),
     ({"study.tune": 5}, ["study.tune must be a mapping"]),
     ({"gold": "nomod:f"}, ["gold: nomod:f cannot be imported", "no module nomod"]),
-    ({"logged": "rto.data.embedded:gold_rewrd"}, ["logged: ", "did you mean gold_reward?"]),
+    ({"logged": "rto.demo.embedded:gold_rewrd"}, ["logged: ", "did you mean gold_reward?"]),
     ({"gold": "rto.recipe:EMBEDDED"}, ["gold: ", "EMBEDDED in rto.recipe is not a function"]),
     ({"data.prompts.path": "nomod:f"}, ["data.prompts.path: nomod:f cannot be imported"]),
 ]
@@ -85,7 +85,7 @@ def test_recipe_values_are_refused(changes: dict, says: list[str]) -> None:
         ("sft.save_strategy", "no", "no"),
         ("sft.run_name", 2024, "2024"),
         ("data.prompts.rows", 1e3, 1000),
-        ("logged", "rto.data.embedded:gold_reward", ["rto.data.embedded:gold_reward"]),
+        ("logged", "rto.demo.embedded:gold_reward", ["rto.demo.embedded:gold_reward"]),
         ("study.scaled", "RTO", ["RTO"]),
     ],
 )
@@ -167,7 +167,7 @@ def read(kinds: list[Any], *args: str) -> list[Any]:
 
 def test_config_files_and_flags(tmp_path: Path) -> None:
     from rto.cli import RewardArguments
-    from rto.inspection import InspectArguments
+    from rto.inspection.reading import InspectArguments
 
     file = tmp_path / "c.yaml"
     file.write_text(

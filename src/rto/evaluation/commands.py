@@ -12,18 +12,10 @@ from rich.text import Text
 
 from rto.data.errors import DataError
 from rto.errors import make_folder
-from rto.evaluation.endpoint import Cache, Endpoint, Patience, Prices
-from rto.evaluation.files import (
-    BENCHMARKS,
-    Benchmark,
-    Match,
-    Question,
-    benchmark_of,
-    check_judged,
-    read_match,
-    read_questions,
-    write_judgments,
-)
+from rto.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Match, benchmark_of, read_match, read_questions
+from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
+from rto.evaluation.benchmarks.types import Question
+from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
 from rto.files import printable, safe_name
 from rto.flags import OneLine
 from rto.values import nearest
@@ -69,8 +61,8 @@ def generate(args: list[str]) -> int:
     import torch
     from transformers.utils import logging as hf_logging
 
-    from rto.evaluation.generate import encode, weights_digest
-    from rto.evaluation.generate import generate as draw
+    from rto.evaluation.benchmarks.answers import encode, weights_digest
+    from rto.evaluation.benchmarks.answers import generate as draw
     from rto.models.loading import freeze, load_policy, load_tokenizer, max_positions
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
@@ -162,7 +154,7 @@ def judge(args: list[str]) -> int:
     """`rto evaluate judge`."""
     flags = _judge_parser().parse_args(args)
     match = read_match(flags.answers, flags.baseline, flags.questions)
-    from rto.evaluation.judges import hold, unread
+    from rto.evaluation.judging.judges import hold, unread
 
     kind = match.benchmark.name
     folder = flags.output or match.benchmark.folder(flags.answers)
@@ -236,7 +228,7 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
         raise ValueError("--parameters must be a JSON object, like '{\"seed\": 0}'")
     if flags.retries < 0 or flags.timeout <= 0:
         raise ValueError("--retries must be at least 0 and --timeout positive")
-    from rto.evaluation.judges import PROTOCOLS, ChatJudge, read_template
+    from rto.evaluation.judging.judges import PROTOCOLS, ChatJudge, read_template
 
     prices = None
     if flags.price_prompt is not None:
@@ -260,12 +252,12 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
 def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, None]:
     if flags.judge_model is not None:
         raise ValueError("--judge and --judge_model are two judges: name one")
-    from rto.evaluation.judges import ScoreJudge
+    from rto.evaluation.judging.judges import ScoreJudge
     from rto.models.loading import check_weights, find_config
     from rto.recipe import is_function, resolve
     from rto.rollout.rewards import RewardFunc, reward_source
 
-    name = "rto.data.embedded:gold_reward" if flags.judge == "gold" else flags.judge
+    name = "rto.demo.embedded:gold_reward" if flags.judge == "gold" else flags.judge
     source: RewardFunc = name
     if is_function(name):
         source = resolve(name, "--judge")
@@ -282,10 +274,10 @@ def compare(args: list[str]) -> int:
     """`rto evaluate compare`."""
     flags = vars(_compare_parser().parse_args(args))
     sources, folder = flags.pop("sources"), flags.pop("output_dir")
-    from rto.evaluation.compare import compare as run
-    from rto.evaluation.comparison_page import show, write
-    from rto.evaluation.measures import Settings
-    from rto.evaluation.sources import read_sources
+    from rto.evaluation.table.measures import Settings
+    from rto.evaluation.table.page import show, write
+    from rto.evaluation.table.significance import compare as run
+    from rto.evaluation.table.sources import read_sources
 
     settings = Settings(**flags)
     entries, notes = read_sources(sources)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
@@ -69,10 +69,10 @@ def render(run: Run) -> str:
     )
 
 
-def template(name: str) -> Template:
-    """A page of this folder; what it is given is text and is escaped."""
+def template(name: str, package: str = "rto.report") -> Template:
+    """A page of a package, over this one's layout and parts; what it is given is text and is escaped."""
     environment = Environment(
-        loader=PackageLoader("rto.report", ""),
+        loader=ChoiceLoader([PackageLoader(p, "") for p in dict.fromkeys((package, "rto.report"))]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

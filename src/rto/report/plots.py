@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rto.evaluation.inspection import Calibration, Carried
 from rto.report.folder import Log, Run, number
 
 STYLE: Any = {
@@ -47,7 +46,6 @@ METADATA = ("Creator", "Date", "Format", "Type")  # left out of the SVG
 METHODS = {"SFT": "#6b7075", "start": "#6b7075", "DPO": "#2a8159", "PPO": "#0b6fb3", "RTO": "#cb4b16"}
 OTHERS = ("#8e5aa8", "#b07d00", "#3a9bb5", "#c2528b", "#5b6abf", "#7a7a2e")
 SOURCES = {"token": ("token reward", "#8e5aa8"), "kl": ("KL penalty", "#b8bec4"), "score": ("score", "#e0a800")}
-CARRIED = {"reward": ("share of Σ|reward|", SOURCES["token"][1]), "tokens": ("share of tokens", "#b8bec4")}
 PHASES = {"sample": "#264e70", "score": "#5b8fb0", "credit": "#e0a800", "update": "#b4cfdf"}
 
 
@@ -110,8 +108,8 @@ def curves(
     if not drawn:
         return None
     levels = levels or {}
-    with _style():
-        figure, ax = _axes(size, x[1])
+    with styled():
+        figure, ax = axes(size, x[1])
         ends = {}
         for name, (at, ys) in drawn.items():
             mean = smooth(ys)
@@ -126,7 +124,7 @@ def curves(
             _name_lines(ax, {**ends, **levels}, colours)
         said = [f"{name} from {smooth(ys)[0]:.3g} to {ends[name]:.3g}" for name, (_, ys) in drawn.items()]
         said += [f"{name} at {level:.3g}" for name, level in levels.items()]
-        return _panel(figure, f"{title} against {x[1]}: {'; '.join(said)}.", title=title, unit=unit)
+        return panel(figure, f"{title} against {x[1]}: {'; '.join(said)}.", title=title, unit=unit)
 
 
 def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
@@ -143,8 +141,8 @@ def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
     }
     if not paths and not points:
         return None
-    with _style():
-        figure, ax = _axes(LARGE, "KL from the reference, nats per completion")
+    with styled():
+        figure, ax = axes(LARGE, "KL from the reference, nats per completion")
         ax.set_ylabel(run.measure)
         for name, (at, path) in paths.items():
             ax.plot(at, path, color=colours[name], alpha=0.55, linewidth=1.1)
@@ -157,7 +155,7 @@ def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
         figure.subplots_adjust(left=0.13)
         said = [f"{name} at KL {kl:.3g}, {run.measure} {gold:.3g}" for name, (kl, gold, *_) in points.items()]
         title = run.measure.capitalize()
-        return _panel(figure, f"{title} against KL. {'; '.join(said) or ', '.join(paths)}.", title=title, unit="by KL")
+        return panel(figure, f"{title} against KL. {'; '.join(said) or ', '.join(paths)}.", title=title, unit="by KL")
 
 
 def reward_shares(name: str, log: Log) -> Panel | None:
@@ -167,15 +165,15 @@ def reward_shares(name: str, log: Log) -> Panel | None:
         return None
     xs, _ = series(rows, "share/token")
     shares = {label: smooth(series(rows, f"share/{s}")[1]) for s, (label, _) in SOURCES.items()}
-    with _style():
-        figure, ax = _axes(SMALL, "prompts used")
+    with styled():
+        figure, ax = axes(SMALL, "prompts used")
         ax.stackplot(xs, *shares.values(), colors=[colour for _, colour in SOURCES.values()], linewidth=0)
         ax.set_ylim(0, 1)
         ax.set_xlim(xs[0], xs[-1] if len(xs) > 1 else xs[0] + 1)
         ax.grid(False)
         figure.subplots_adjust(left=0.15, right=0.96)
         said = ", ".join(f"{label} {share[-1]:.0%}" for label, share in shares.items())
-        return _panel(
+        return panel(
             figure,
             f"{name}: share of the reward by source at the end: {said}.",
             title=f"{name}: reward by source",
@@ -193,8 +191,8 @@ def seconds_per_phase(logs: Mapping[str, Log]) -> Panel | None:
     means = {name: phases for name, phases in means.items() if sum(phases.values()) > 0}
     if not means:
         return None
-    with _style():
-        figure, ax = _axes(SMALL, "seconds per batch of rollouts")
+    with styled():
+        figure, ax = axes(SMALL, "seconds per batch of rollouts")
         left = np.zeros(len(means))
         for phase, colour in PHASES.items():
             width = np.array([phases[phase] for phases in means.values()])
@@ -211,7 +209,7 @@ def seconds_per_phase(logs: Mapping[str, Log]) -> Panel | None:
         said = "; ".join(
             f"{name}: " + ", ".join(f"{p} {s:.3g}" for p, s in phases.items()) for name, phases in means.items()
         )
-        return _panel(
+        return panel(
             figure,
             f"Seconds per batch of rollouts. {said}.",
             title="Time by phase",
@@ -220,56 +218,13 @@ def seconds_per_phase(logs: Mapping[str, Log]) -> Panel | None:
         )
 
 
-def reliability(calibration: Calibration) -> Panel:
-    """How often the side that the reward prefers was chosen, against the probability it gave; p ≥ ½."""
-    predicted = np.array([b.predicted for b in calibration.bins])
-    observed, low, high = np.array([(b.observed.rate, b.observed.low, b.observed.high) for b in calibration.bins]).T
-    with _style():
-        figure, ax = _axes(LARGE, "predicted: mean σ(β · margin)")
-        ax.set_ylabel("observed")
-        ax.plot([0.5, 1], [0.5, 1], color="#9aa0a6", linewidth=0.9, linestyle=(0, (1, 2)))
-        error = np.clip([observed - low, high - observed], 0, None)  # at 0 and 1 rounding would turn them negative
-        ax.errorbar(predicted, observed, error, fmt="o", markersize=3.5, color=METHODS["PPO"], elinewidth=0.9)
-        ax.set_xlim(0.5 - 0.01, 1 + 0.01)
-        ax.set_ylim(min(0.5, float(low.min())) - 0.02, 1.02)
-        figure.subplots_adjust(left=0.13)
-        said = "; ".join(f"{p:.3g} predicted, {o:.3g} observed" for p, o in zip(predicted, observed))
-        return _panel(figure, f"Calibration: {said}.", title="Calibration", unit="95 % intervals; dotted: perfect")
-
-
-def carried_shares(carried: Mapping[str, Carried]) -> Panel:
-    """How much of the reward each kind of token carries, beside how many of the tokens it is."""
-    with _style():
-        figure, ax = _axes(LARGE, "share")
-        for i, (part, (_, colour)) in enumerate(CARRIED.items()):
-            shares = np.nan_to_num([getattr(share, part) for share in carried.values()])
-            at = np.arange(len(carried)) + 0.38 * (i - 0.5)
-            ax.barh(at, shares, height=0.34, color=colour)
-            for y, share in zip(at, shares):
-                ax.text(share + 0.012, y, f"{share:.2f}", va="center", color="#5f6368")
-        ax.set_yticks(range(len(carried)), list(carried), parse_math=False)
-        ax.set_ylim(len(carried) - 0.4, -0.6)
-        ax.set_xlim(0, 1.08)
-        ax.grid(False)
-        ax.spines["left"].set_visible(False)
-        figure.subplots_adjust(left=0.2)
-        said = "; ".join(
-            f"{kind}: {c.reward:.3g} of the reward, {c.tokens:.3g} of tokens" for kind, c in carried.items()
-        )
-        return _panel(
-            figure,
-            f"What carries the reward. {said}.",
-            title="What carries the reward",
-            unit="by kind of token",
-            legend=tuple(CARRIED.values()),
-        )
-
-
-def _style() -> AbstractContextManager[None]:
+def styled() -> AbstractContextManager[None]:
+    """Within it, figures are drawn in the page's style."""
     return matplotlib.rc_context(STYLE)
 
 
-def _axes(size: tuple[float, float], xlabel: str) -> tuple[Figure, Axes]:
+def axes(size: tuple[float, float], xlabel: str) -> tuple[Figure, Axes]:
+    """An empty figure of a size in inches, and its one axis."""
     figure = Figure(figsize=size)
     ax = figure.subplots()
     ax.set_xlabel(xlabel)
@@ -322,7 +277,7 @@ def _name_point(ax: Axes, name: str, x: float, y: float, colour: str) -> None:
     )
 
 
-def _panel(figure: Figure, alt: str, *, title: str, unit: str, legend: tuple[tuple[str, str], ...] = ()) -> Panel:
+def panel(figure: Figure, alt: str, *, title: str, unit: str, legend: tuple[tuple[str, str], ...] = ()) -> Panel:
     """The figure as an inline SVG that says in words what it shows."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": alt}):  # the same run gives the same bytes

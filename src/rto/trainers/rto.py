@@ -378,10 +378,8 @@ class RTOTrainer(TokenTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        self.reference.to(self.args.device)
-        for scorer in (self.token_reward, *(s.model for s in self._reward_models())):
-            if scorer is not None:
-                scorer.to(self.args.device)
+        for frozen in self._frozen():
+            self.engine.lay_out(frozen)
 
     # --- the algorithm
 
@@ -395,16 +393,26 @@ class RTOTrainer(TokenTrainer):
                 found[f"dpo_model {i}"] = model
         return found | {f"reward model {i}": s.model for i, s in enumerate(self._reward_models())}
 
+    def _frozen(self, source: Any = None) -> list[nn.Module]:
+        """Every model that is only read; of a source of token rewards its own."""
+        if source is None:
+            mine = [self.reference, *(s.model for s in self._reward_models())]
+            return mine + ([] if self.token_reward is None else self._frozen(self.token_reward))
+        members = source.members if isinstance(source, Ensemble) else [source]
+        found = [getattr(m, name, None) for m in members for name in ("dpo_model", "ref_model", "model")]
+        return [m for m in found if isinstance(m, nn.Module)]
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """One update on the rollouts of a list of `Prompt`; on the first of them: sample → score → credit."""
         args = self.args
         iteration, update = divmod(self.state.global_step, args.updates_per_rollout)
         if update == 0:
             self._seconds = {}
-            with self._phase("sample"):
-                samples = self.sample(model, inputs, self._seed(iteration))
-            with self._phase("score"):
-                rollout = self.score(model, samples, inputs)
+            with self.engine.whole(self.model.policy):  # gathered once for all that is read of it
+                with self._phase("sample"):
+                    samples = self.sample(model, inputs, self._seed(iteration))
+                with self._phase("score"):
+                    rollout = self.score(model, samples, inputs)
             with self._phase("credit"):
                 self._targets = self.credit(rollout)
         assert self._targets is not None
@@ -424,7 +432,7 @@ class RTOTrainer(TokenTrainer):
             NotFiniteError: the sampler's logits are NaN or infinite.
         """
         actor: Actor = self.accelerator.unwrap_model(model)
-        with together(self.accelerator), self.accelerator.autocast():
+        with self.engine.whole(actor.policy), together(self.accelerator), self.accelerator.autocast():
             try:
                 sampler = as_sampler(self.sampler)
                 sampler.sync(actor.policy, self.state.global_step // self.args.updates_per_rollout)
@@ -453,11 +461,14 @@ class RTOTrainer(TokenTrainer):
             NotFiniteError: a number is NaN or infinite; the message names model and row.
         """
         model.eval()
-        acting, completed = self._act(model, samples), self._completed(samples, prompts)
+        with self.engine.whole(self.model):
+            acting = self._act(model, samples)
+        completed = self._completed(samples, prompts)
         with self.accelerator.autocast():
             ref_logp = self._reference_logprobs(samples)
             logratio = None
-            if self.token_reward is not None:
+        if self.token_reward is not None:
+            with self.accelerator.autocast(), self.engine.whole(*self._frozen(self.token_reward)):
                 logratio = self.token_reward(samples, ref_logp=ref_logp, completed=completed)
         assert acting.logp is not None
         assert acting.entropy is not None
@@ -557,7 +568,7 @@ class RTOTrainer(TokenTrainer):
 
         # The policy's graph is gone before the critic's is built: a step holds the activations of one model. Sharded
         # models run in step with each other and keep to one pass.
-        passes = [("policy", "value")] if self.sharded else [("policy",), ("value",)]
+        passes = [("policy", "value")] if self.engine.deepspeed else [("policy",), ("value",)]
         passes = passes if self.estimator.needs_values else [("policy",)]
         shares_of = [(rows, parts) for rows in self.micro_batches(batch.lengths.cpu()) for parts in passes]
         total = self.backward(model, shares_of, loss, whole=len(passes) == 1)
@@ -586,9 +597,10 @@ class RTOTrainer(TokenTrainer):
 
     def _reference_logprobs(self, samples: Sequences) -> Float[Tensor, "B T"]:
         args = self.args
-        return score_logprobs(
-            self.reference, samples, temperature=args.temperature, max_tokens=args.max_tokens_per_micro_batch
-        )
+        with self.engine.whole(self.reference):
+            return score_logprobs(
+                self.reference, samples, temperature=args.temperature, max_tokens=args.max_tokens_per_micro_batch
+            )
 
     def _scores(
         self, samples: Samples, batch: Completed, counted: Bool[Tensor, " B"] | None = None
@@ -600,7 +612,8 @@ class RTOTrainer(TokenTrainer):
             return total
         logged: dict[str, list[float]] = {}
         for name, source, weight in zip(self.score_names, self.score_sources, self.score_weights):
-            with together(self.accelerator), self.accelerator.autocast():
+            read = self.engine.whole(getattr(source, "model", None))
+            with read, together(self.accelerator), self.accelerator.autocast():
                 scores = logged[name] = source(batch)
             as_float32 = torch.tensor(scores, dtype=torch.float32, device=total.device)
             self.watch.see(as_float32, f"score of {name} (as float32)", tell=lambda row: shown(batch.completions[row]))
@@ -705,17 +718,10 @@ class RTOTrainer(TokenTrainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip policy and critic each by its own norm: a young critic's large gradient must not stall the policy."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
-        actor: Actor = self.accelerator.unwrap_model(model)
-        self.accelerator.unscale_gradients()  # under fp16; once, for one optimizer has the weights of both
-        norm = nn.utils.clip_grad_norm_(actor.policy_parameters, self.args.max_grad_norm)
-        if actor.value_model is not None:
-            value_norm = nn.utils.clip_grad_norm_(actor.value_parameters, self.args.max_grad_norm)
-            self.watch.see(value_norm, "gradient norm of the critic")
-            self.record(**{"grad_norm/value": value_norm})
-        self.record(**{"grad_norm/policy": norm})
+        norm = super()._clip_grad_norm(model)
+        if "value" in self._norms:
+            self.watch.see(self._norms["value"], "gradient norm of the critic")
+        self.record(**{f"grad_norm/{name}": x for name, x in self._norms.items()})
         return norm
 
     # --- data

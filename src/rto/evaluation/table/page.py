@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rto.evaluation.compare import ALPHA, Column, Comparison, Pair
-from rto.evaluation.measures import Cell
+from rto.evaluation.table.measures import Cell
+from rto.evaluation.table.significance import ALPHA, Column, Comparison, Pair
 from rto.files import printable, write_atomically
 from rto.report.table import MISSING
 

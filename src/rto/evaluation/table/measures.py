@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rto.data.errors import DataError
-from rto.evaluation import arena_hard, length_control, winrate
-from rto.evaluation.estimates import Z, bootstrap_weights, percentile_interval
-from rto.evaluation.files import AlpacaAnnotations, Key, read_difficulties, read_gamed
-from rto.evaluation.sources import Entry, RunMethod
+from rto.evaluation.benchmarks.judgments import AlpacaAnnotations, read_difficulties, read_gamed
+from rto.evaluation.benchmarks.types import Key
+from rto.evaluation.statistics import arena_hard, length_control, winrate
+from rto.evaluation.statistics.estimates import Z, bootstrap_weights, percentile_interval
+from rto.evaluation.table.sources import Entry, RunMethod
 from rto.report.table import REWARD_MODEL, measure
 
 

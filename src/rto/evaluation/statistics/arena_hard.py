@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from rto.evaluation.logistic import fit_logistic
+from rto.evaluation.statistics.logistic import fit_logistic
 
 BASELINE = "gpt-4-0314"
 STRONG = 3

@@ -13,9 +13,11 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rto.evaluation.comparison import Estimate
-from rto.evaluation.estimates import Z
-from rto.evaluation.inspection import (
+from rto.evaluation.statistics.estimates import Estimate, Z
+from rto.files import write_atomically
+from rto.inspection import figures
+from rto.inspection.reading import Inspection, Shown
+from rto.inspection.statistics import (
     Agreement,
     Calibration,
     Carried,
@@ -27,8 +29,6 @@ from rto.evaluation.inspection import (
     Share,
     SuggestedBeta,
 )
-from rto.files import write_atomically
-from rto.inspection import Inspection, Shown
 from rto.report import heatmap, plots
 from rto.report.page import template
 from rto.report.table import MISSING
@@ -95,7 +95,7 @@ def render(inspection: Inspection) -> str:
     """The page: one file without script or request."""
     scale = scale_of(inspection.shown)
     found = sections(inspection)
-    return template("inspection.html.j2").render(
+    return template("inspection.html.j2", "rto.inspection").render(
         source=heatmap.printable(inspection.source),
         data=heatmap.printable(inspection.data),
         sections=found,
@@ -232,7 +232,7 @@ def _calibration(calibration: Calibration) -> Section:
         headings=["predicted", "observed", "95 %", "pairs"],
         rows=rows,
         note="Predicted: the probability that the preferred side was chosen. Bins hold equally many pairs.",
-        draw=lambda: plots.reliability(calibration),
+        draw=lambda: figures.reliability(calibration),
     )
 
 
@@ -272,7 +272,7 @@ def _carried(carried: dict[str, Carried]) -> Section:
         headings=["kind of token", "share of Σ|r|", "share of tokens", "ratio"],
         rows=rows,
         note="Last token: EOS where the completion ended. White space: tokens that add nothing else.",
-        draw=lambda: plots.carried_shares(carried),
+        draw=lambda: figures.carried_shares(carried),
     )
 
 

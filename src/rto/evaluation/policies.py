@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Samples
 from rto.data.chat import completion_texts
-from rto.evaluation.estimates import Estimate
+from rto.evaluation.statistics.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
 from rto.rollout.sampling import SamplingConfig, TransformersSampler

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rto.evaluation import measures
-from rto.evaluation.estimates import Difference, holm, paired_difference
-from rto.evaluation.measures import Cell, Measure, Settings, Told
-from rto.evaluation.sources import Entry
+from rto.evaluation.statistics.estimates import Difference, holm, paired_difference
+from rto.evaluation.table import measures
+from rto.evaluation.table.measures import Cell, Measure, Settings, Told
+from rto.evaluation.table.sources import Entry
 
 ALPHA = 0.05
 

@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rto.evaluation.estimates import holm
-from rto.evaluation.replicates import Interval, at_level, interval, over_optimisation, paired, smooth
+from rto.evaluation.statistics.estimates import holm
 from rto.files import write_atomically
 from rto.report.plots import METADATA, STYLE, palette
 from rto.report.table import duration, measure
-from rto.reproduce import fraction_name
+from rto.studies.replicates import Interval, at_level, interval, over_optimisation, paired, smooth
+from rto.studies.reproduce import fraction_name
 
 LEVELS = (0.25, 0.5, 1.0)
 """Shares of the KL that both of two methods reach on every seed."""
@@ -185,7 +185,7 @@ def tuning_table(study: Study) -> list[list[str]]:
     trials = study.results["tuning"]
     if not trials:
         return []
-    from rto.reproduce import Trial, best
+    from rto.studies.reproduce import Trial, best
 
     rows = [["", *(f"× {trial['factor']:g}" for trial in next(iter(trials.values())))]]
     for name, found in trials.items():

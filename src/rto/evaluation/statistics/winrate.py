@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from rto.evaluation.estimates import Estimate
+from rto.evaluation.statistics.estimates import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,11 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from rto.data.formats import DataError, Prompt, read_prompts
-from rto.evaluation.estimates import Estimate, wilson
-from rto.evaluation.files import Battle, Contest, Question, read_answers
-from rto.evaluation.generate import batch_seed, batches, draw, weights_digest
-from rto.evaluation.judges import Judge, ScoreJudge, hold, unread
+from rto.evaluation.benchmarks.answers import batch_seed, batches, draw, weights_digest
+from rto.evaluation.benchmarks.formats import read_answers
+from rto.evaluation.benchmarks.types import Battle, Contest, Question
+from rto.evaluation.judging.judges import Judge, ScoreJudge, hold, unread
+from rto.evaluation.statistics.estimates import Estimate, wilson
 from rto.files import Row, check_settings, shown, write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import Source, freeze, load_policy, max_positions, source_name, unwrap_peft

@@ -7,8 +7,8 @@ import pytest
 from sources import run_folder
 
 from rto.data.errors import DataError
-from rto.evaluation.files import read_difficulties, read_gamed
-from rto.evaluation.sources import read_sources
+from rto.evaluation.benchmarks.judgments import read_difficulties, read_gamed
+from rto.evaluation.table.sources import read_sources
 from rto.files import read_rows
 
 ROWS = [{"a": i, "games": [{"s": [1]}, [2]], "text": 'a "quoted" ] } \u2028 naïve 漢字\\ '} for i in range(3)]

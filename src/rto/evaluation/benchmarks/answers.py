@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rto.data.chat import completion_texts, prompt_ids
 from rto.data.formats import DataError, Skipped
-from rto.evaluation.files import Answer, Benchmark, Question
+from rto.evaluation.benchmarks.formats import Benchmark
+from rto.evaluation.benchmarks.types import Answer, Question
 from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout.sampling import Sampler
 

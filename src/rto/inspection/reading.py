@@ -25,7 +25,7 @@ from rto.data.chat import (
 )
 from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
 from rto.errors import users_code
-from rto.evaluation.inspection import (
+from rto.inspection.statistics import (
     CreditReport,
     PairReport,
     Rewarded,

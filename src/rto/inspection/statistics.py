@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from rto.evaluation.estimates import Estimate, wilson
+from rto.evaluation.statistics.estimates import Estimate, wilson
 
 
 @dataclass(frozen=True, kw_only=True)

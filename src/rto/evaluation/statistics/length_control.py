@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rto.evaluation.logistic import fit_logistic, sigmoid
+from rto.evaluation.statistics.logistic import fit_logistic, sigmoid
 
 FOLDS = 5
 PENALTIES = 10

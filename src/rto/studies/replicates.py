@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from rto.evaluation.estimates import LEVEL
+from rto.evaluation.statistics.estimates import LEVEL
 
 
 @dataclass(frozen=True, kw_only=True)

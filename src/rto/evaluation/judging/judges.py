@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import yaml
 
 from rto.data.errors import DataError
-from rto.evaluation.arena_hard import VERDICTS
-from rto.evaluation.endpoint import Endpoint, EndpointError, Failure, Reply
-from rto.evaluation.files import Battle, Contest, Game
+from rto.evaluation.benchmarks.types import Battle, Contest, Game
+from rto.evaluation.judging.endpoint import Endpoint, EndpointError, Failure, Reply
+from rto.evaluation.statistics.arena_hard import VERDICTS
 from rto.files import Row
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, asked_for
 

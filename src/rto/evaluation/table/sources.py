@@ -8,18 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto.data.errors import DataError
-from rto.evaluation.files import (
-    AlpacaAnnotations,
-    ArenaJudgments,
-    Key,
-    Row,
-    checked,
-    numbered,
-    read_annotations,
-    read_judgments,
-    read_rows,
-    shown,
-)
+from rto.evaluation.benchmarks.formats import numbered
+from rto.evaluation.benchmarks.judgments import AlpacaAnnotations, ArenaJudgments, read_annotations, read_judgments
+from rto.evaluation.benchmarks.types import Key
+from rto.files import Row, checked, read_rows, shown
 from rto.report.table import measure
 
 
