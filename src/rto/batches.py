@@ -6,7 +6,7 @@ always holds the last prompt token. A mask is True = keep.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,14 @@ class Carrier:
     def __len__(self) -> int:
         return len(next(iter(self.tensors().values())))
 
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None: what another carrier is built of."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in named.items() if x is not None}
+
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold a tensor."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        return {name: x for name, x in self.given().items() if isinstance(x, Tensor)}
 
     def rows(self: _Carrier, index: Tensor) -> _Carrier:
         """The chosen rows of every field."""
@@ -119,6 +123,9 @@ class Targets(Sequences):
     advantages: Float[Tensor, "B T"]
     old_values: Float[Tensor, "B T"] | None
     returns: Float[Tensor, "B T"] | None
+    sampler_logp: Float[Tensor, "B T"] | None = None
+    """As `Samples` has it: what the tokens were really drawn from."""
+    version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

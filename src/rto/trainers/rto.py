@@ -473,7 +473,7 @@ class RTOTrainer(TokenTrainer):
         assert acting.logp is not None
         assert acting.entropy is not None
         rollout = Rollout(
-            **samples.tensors(),
+            **samples.given(),
             policy_logp=acting.logp,
             ref_logp=ref_logp,
             token_logratio=logratio,
@@ -528,6 +528,8 @@ class RTOTrainer(TokenTrainer):
             advantages=advantages,
             old_values=rollout.values,
             returns=None if rollout.values is None else returns,
+            sampler_logp=rollout.sampler_logp,
+            version=rollout.version,
         )
 
     def update(self, model: nn.Module, batch: Targets) -> Tensor:
@@ -880,7 +882,8 @@ class RTOTrainer(TokenTrainer):
         if self.state.global_step % self.args.updates_per_rollout:
             assert self._targets is not None
             tensors = {name: x.cpu().contiguous() for name, x in self._targets.tensors().items()}
-            safetensors.torch.save_file(tensors, folder / f"rollout_{self.accelerator.process_index}.safetensors")
+            path = folder / f"rollout_{self.accelerator.process_index}.safetensors"
+            safetensors.torch.save_file(tensors, path, metadata={"version": str(self._targets.version)})
 
     def _load_state(self, folder: Path) -> None:
         super()._load_state(folder)
@@ -896,8 +899,10 @@ class RTOTrainer(TokenTrainer):
             self.kl_control.load_state_dict(state["kl_control"])
         rollout = folder / f"rollout_{self.accelerator.process_index}.safetensors"
         if rollout.is_file():
-            fields: dict[str, Any] = dict.fromkeys(Targets.__dataclass_fields__) | safetensors.torch.load_file(rollout)
-            self._targets = Targets(**fields).to(self.args.device)
+            with safetensors.safe_open(rollout, framework="pt") as file:  # earlier versions say no version
+                fields: dict[str, Any] = {"version": int((file.metadata() or {}).get("version", 0))}
+                fields |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._targets = Targets(**{"old_values": None, "returns": None} | fields).to(self.args.device)
 
 
 class RolloutSampler(IndexSampler[list[int]]):
