@@ -40,6 +40,10 @@ class SamplingConfig:
             )
 
 
+class SamplerError(ValueError):
+    """A sampler cannot be reached, or does not do what it says; the message names it and a remedy."""
+
+
 class Sampler(ABC):
     """Anything that completes prompts: transformers in this process, or an inference engine.
 
