@@ -4,8 +4,8 @@
 
 π is the policy before the update by the trainer's own forward pass, μ what the sampler drew from: other kernels,
 another precision, the weights of a version before. The clipped surrogate keeps its ratio to π; ρ, bounded, multiplies
-it as a constant: truncated importance sampling (Ionides, 2008, "Truncated importance sampling"; for engines of RLHF: Yao et
-al., 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+it as a constant: truncated importance sampling (Ionides, 2008, "Truncated importance sampling"; for engines of RLHF:
+Yao et al., 2025, "Your efficient RL framework secretly brings you off-policy RL training").
 """
 
 from collections.abc import Callable

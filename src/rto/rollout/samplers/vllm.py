@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +163,32 @@ def _random_states() -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
+def is_main() -> bool:
+    """Whether this process speaks for all of its run."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def by_main(work: Callable[[], None]) -> None:
+    """The main process does it, when all have come here; if it fails, all fail.
+
+    Raises:
+        SamplerError: what the main process met.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return work()
+    torch.distributed.barrier()
+    met: list[str | None] = [None]
+    if is_main():
+        try:
+            work()
+        except SamplerError as error:
+            met = [str(error)]
+    torch.distributed.broadcast_object_list(met)
+    if met[0] is not None:
+        raise SamplerError(met[0])
+    return None
+
+
 ADAPTER = "rto-policy"
 """What an adapter is called on a server."""
 CONNECTIONS = 64
@@ -197,22 +223,35 @@ class Server:
         """See `Engine`."""
         self._loads += 1  # a path that was not used before: nothing computed with older weights is used again
         at = Path(self._own_folder.name) / str(self._loads)
-        at.mkdir()
-        try:
-            if is_adapted(policy):
-                write_adapter(policy, at)
-                what = {"lora_name": ADAPTER, "lora_path": str(at), "load_inplace": True}
-                self._ask("POST", "/v1/load_lora_adapter", what, remedy=ADAPTERS)
-                self._model = ADAPTER
-            else:
-                weights = {name: x.cpu().contiguous() for name, x in named_weights(policy)}
-                safetensors.torch.save_file(weights, at / "weights.safetensors")
-                what = {"method": "load_file", "args": [str(at / "weights.safetensors")], "timeout": self.timeout}
-                self._ask("POST", "/collective_rpc", what, remedy=EXTENSION)
-                self._model = self._base
+        self._model = ADAPTER if is_adapted(policy) else self._base
+        send = self._send_adapter if is_adapted(policy) else self._send_weights
+        by_main(send(policy, at))
+
+    def _send_adapter(self, policy: nn.Module, at: Path) -> Callable[[], None]:
+        def send() -> None:
+            write_adapter(policy, at)
+            what = {"lora_name": ADAPTER, "lora_path": str(at), "load_inplace": True}
+            self._ask("POST", "/v1/load_lora_adapter", what, remedy=ADAPTERS)
             self._ask("POST", "/reset_prefix_cache", remedy=EXTENSION)
-        finally:
             shutil.rmtree(at)
+
+        return send
+
+    def _send_weights(self, policy: nn.Module, at: Path) -> Callable[[], None]:
+        weights = {}
+        for name, x in named_weights(policy):  # a sharded policy is gathered, which takes all processes
+            if is_main():
+                weights[name] = x.cpu().contiguous()
+
+        def send() -> None:
+            at.mkdir()
+            safetensors.torch.save_file(weights, at / "weights.safetensors")
+            what = {"method": "load_file", "args": [str(at / "weights.safetensors")], "timeout": self.timeout}
+            self._ask("POST", "/collective_rpc", what, remedy=EXTENSION)
+            self._ask("POST", "/reset_prefix_cache", remedy=EXTENSION)
+            shutil.rmtree(at)
+
+        return send
 
     def complete(
         self, prompts: list[list[int]], seeds: Sequence[int], config: SamplingConfig, stop_ids: tuple[int, ...]
