@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
+from rto.data.chat import TEMPLATE_COLUMNS
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
@@ -41,6 +41,7 @@ from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
 from rto.trainers.engine import processes, shared_out, wait_for_all
@@ -408,14 +409,13 @@ class Pipeline:
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
 
-        def draw(i: int) -> list[tuple[str, bool]]:
-            part = ids[i : i + SIDE_BY_SIDE]
-            samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
-            kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-            return list(zip(completion_texts(tokenizer, part, kept), samples.ended.tolist()))
+        def part(i: int) -> list[tuple[str, bool]]:
+            seed = self.recipe.seed * 1_000_003 + i
+            drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed)
+            return list(zip(drawn.texts, drawn.ended, strict=True))
 
-        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), draw, "sampling completions")
-        drawn = [one for part in parts for one in part]
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), part, "sampling completions")
+        drawn = [one for some in parts for one in some]
         sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
         return prompts, sides
 

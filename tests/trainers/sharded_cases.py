@@ -63,7 +63,9 @@ RTO_SETTINGS = SETTINGS | {
 def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     """RTO, or PPO where β₁ = 0, with a model for each role, or (``lora``) a role for each on one base."""
     policy, dpo, reward = models
-    own: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
+    own: dict[str, Any] = (
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
+    )
     flow = {name: kwargs.pop(name) for name in ("kill", "resume") if name in kwargs}
     args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
     if args.dpo_coef:

@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from rto.batches import collate
 from rto.data.chat import (
     completion_ids,
-    completion_texts,
     prompt_ids,
     stop_ids,
     template_options,
     without_tail,
 )
-from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
+from rto.data.formats import DataError, Pair, Prompt, load_rows, normalized, read_pairs
 from rto.errors import users_code
 from rto.inspection.statistics import (
     CreditReport,
@@ -49,6 +48,7 @@ from rto.models.loading import (
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
 from rto.values import check_choice
 
@@ -271,16 +271,13 @@ class Inspector:
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> list[Rewarded]:
         """One side of some rows."""
-        columns = {
-            name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side, "sides", "sampled")
-        }
-        completed = Completed(
-            prompts=[row["prompt"] for row in raw],
-            completions=[row[side] for row in raw],
-            completion_ids=completions,
-            ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
-            columns=columns,
-        )
+        names = [name for name in raw[0] if name not in ("prompt", side, "sides", "sampled")]
+        asked = [
+            Prompt(ids=ids, raw=row["prompt"], columns={name: row[name] for name in names})
+            for ids, row in zip(prompts, raw)
+        ]
+        ended = [bool(row.get(f"{side}_ended", True)) for row in raw]
+        completed = Completed.of(asked, [row[side] for row in raw], ended, completions)
         sequences = collate(prompts, completions, pad=pad_id(self.tokenizer), device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
         for row, text in zip(rewards, completed.completions):
@@ -509,7 +506,5 @@ def _sample(
     )
     config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
     sampler = TransformersSampler.of(policy, tokenizer, config)
-    drawn = sampler(policy, [ids] * 2, args.seed)
-    responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
-    texts = completion_texts(tokenizer, [ids] * 2, responses)
-    return list(zip(texts, responses, drawn.ended.tolist(), strict=True))
+    drawn = draw(sampler, policy, tokenizer, [ids] * 2, args.seed)
+    return list(zip(drawn.texts, drawn.ids, drawn.ended, strict=True))

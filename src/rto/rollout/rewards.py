@@ -49,22 +49,25 @@ class Completed:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], texts: Sequence[str], ended: list[bool], ids: list[list[int]] | None = None
+        cls, prompts: Sequence[Prompt], texts: Sequence[Any], ended: list[bool], ids: list[list[int]] | None = None
     ) -> "Completed":
         """The completions of prompts as a data set has them, each in the format of its prompt: text, or a message.
 
+        The one place where reward functions' batches are made. Columns are those that every prompt has.
+
         Args:
-            prompts: one for each completion, all with the same columns.
-            texts: the completions.
+            prompts: one for each completion.
+            texts: the completions: text, or messages already.
             ended: whether each ended by itself.
             ids: their token ids, for functions that ask for them; None where there are none.
         """
+        names = [name for name in prompts[0].columns if all(name in p.columns for p in prompts)] if prompts else []
         return cls(
             prompts=[p.raw for p in prompts],
             completions=[said(p.raw, text) for p, text in zip(prompts, texts, strict=True)],
             completion_ids=[[] for _ in texts] if ids is None else ids,
             ended=ended,
-            columns={name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
+            columns={name: [p.columns[name] for p in prompts] for name in names},
         )
 
     def row(self, i: int) -> dict[str, Any]:
@@ -72,9 +75,9 @@ class Completed:
         return {name: column[i] for name, column in self.columns.items()}
 
 
-def said(prompt: Any, text: str) -> Any:
-    """A completion in the format of its prompt: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def said(prompt: Any, text: Any) -> Any:
+    """A completion in the format of its prompt: text, or a message; messages stay as they are."""
+    return text if isinstance(prompt, str) or not isinstance(text, str) else [{"role": "assistant", "content": text}]
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:

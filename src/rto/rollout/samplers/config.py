@@ -1,5 +1,6 @@
 """Which sampler a run draws with, and how its distance to the policy is made up for."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from rto.rollout.samplers.engines import EngineSampler
 from rto.rollout.samplers.vllm import Colocated, Server
 from rto.values import check_choice
 
+logger = logging.getLogger(__name__)
 VLLM_MODES = ("colocate", "server")
 
 
@@ -72,13 +74,19 @@ class VLLMArguments:
     }
 
     def check_vllm(self) -> None:
-        """Refuse a mode that is none.
+        """Refuse a mode that is none, and warn of samples that nothing weighs.
 
         Raises:
             ValueError: it is none; the message names those that are.
         """
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, tuple(MODES))
+        args: Any = self
+        if (args.top_p < 1 or args.top_k) and not self.vllm_importance_sampling_correction:
+            logger.warning(
+                "top_p and top_k draw from another distribution than the policy's, and "
+                "vllm_importance_sampling_correction=False does not make up for it: the gradient is biased"
+            )
 
     def correction(self) -> Correction | None:
         """Weights of the policy's loss; None where they are off."""

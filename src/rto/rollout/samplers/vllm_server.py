@@ -3,9 +3,9 @@
     python -m rto.rollout.samplers.vllm_server MODEL [options of vllm serve]
 
 It sets what weights need to come in: our worker extension, vLLM's development routes, adapters that may be replaced;
-and what token ids need to go out: a route for them, and log-probabilities of the distribution that is drawn from. ``--enable-lora`` is yours to add for a LoRA policy.
-The development routes let whoever reaches the port replace the weights: it listens on this machine alone unless
-``--host`` says otherwise.
+and what token ids need to go out: a route for them, and log-probabilities of the distribution that is drawn from.
+``--enable-lora`` is yours to add for a LoRA policy. The development routes let whoever reaches the port replace the
+weights: it listens on this machine alone unless ``--host`` says otherwise.
 """
 
 import os
