@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -214,7 +215,8 @@ class Server:
             raise SamplerError(f"vllm_server_base_url must be like http://localhost:8000, got {base_url}")
         self.base_url, self.timeout, self.parts = base_url.rstrip("/"), timeout, parts
         self.name = f"the vLLM server at {self.base_url}"
-        self._own_folder = tempfile.TemporaryDirectory(prefix="rto-vllm-", dir=folder)
+        self._folder = Path(tempfile.mkdtemp(prefix="rto-vllm-", dir=folder))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._loads = 0
         self._model: str = self._ask("GET", "/v1/models")["data"][0]["id"]
         self._base = self._model
@@ -222,7 +224,7 @@ class Server:
     def load(self, policy: nn.Module) -> None:
         """See `Engine`."""
         self._loads += 1  # a path that was not used before: nothing computed with older weights is used again
-        at = Path(self._own_folder.name) / str(self._loads)
+        at = self._folder / str(self._loads)
         self._model = ADAPTER if is_adapted(policy) else self._base
         send = self._send_adapter if is_adapted(policy) else self._send_weights
         by_main(send(policy, at))
