@@ -341,6 +341,9 @@ def numbers(inspection: Inspection) -> list[str]:
     plain += [pairs.clipping.fraction, pairs.clipping.removed, pairs.agreement.correlation, credit.total]
     found += [f"{x:.3f}" for x in plain]
     found += [f"{x:.3g}" for x in (pairs.calibration.fitted_beta, pairs.suggested.beta, pairs.suggested.reward_spread)]
+    assert pairs.stacked is not None
+    weights = [pairs.stacked.token_weight, pairs.stacked.score_weight, pairs.stacked.token_adds]
+    found += [f"{x:.3g}" for weight in weights for x in (weight.value, weight.low, weight.high)]
     return [text.replace("-", "−") for text in found]
 
 

@@ -17,6 +17,7 @@ from rto.evaluation.statistics.estimates import Estimate, Z
 from rto.files import write_atomically
 from rto.inspection import figures
 from rto.inspection.reading import Inspection, Shown
+from rto.inspection.stacking import Stacked, Weight
 from rto.inspection.statistics import (
     Agreement,
     Calibration,
@@ -141,6 +142,7 @@ def _of_pairs(report: PairReport) -> list[Section]:
     ]
     found += [] if report.clipping is None else [_clipping(report.clipping, report.accuracy)]
     found += [] if report.agreement is None else [_agreement(report.agreement)]
+    found += [] if report.stacked is None else [_stacked(report.stacked)]
     return [*found, _suggested(report.suggested)]
 
 
@@ -299,6 +301,47 @@ def _agreement(agreement: Agreement) -> Section:
         ),
     ]
     return Section(title="Does it agree with the sentence reward?", findings=findings)
+
+
+def _stacked(stacked: Stacked) -> Section:
+    loss = stacked.log_loss
+    findings = [
+        _weight("weight of the token reward", stacked.token_weight, _earns(stacked.token_weight, "a larger β₁")),
+        _weight("weight of the score", stacked.score_weight, _earns(stacked.score_weight, "a larger β₃")),
+        Finding(name="β₁ : β₃", value=significant(stacked.ratio), reading=_ratio(stacked)),
+        _weight("the token reward adds", stacked.token_adds, _adds(stacked.token_adds, loss["score"], "the score")),
+        _weight("the score adds", stacked.score_adds, _adds(stacked.score_adds, loss["token"], "the token reward")),
+        Finding(
+            name="log loss of both",
+            value=number(loss["both"]),
+            reading="cross-fitted, nats a pair; 0.693 says nothing",
+        ),
+    ]
+    return Section(title="What does each source add to the other?", findings=findings)
+
+
+def _weight(name: str, weight: Weight, reading: str) -> Finding:
+    interval = f"[{significant(weight.low)}, {significant(weight.high)}]"
+    return Finding(name=name, value=f"{significant(weight.value)} {interval}", reading=reading)
+
+
+def _earns(weight: Weight, what: str) -> str:
+    if weight.low > 0:
+        return "with the other one held, it still tells the sides apart"
+    if weight.high < 0:
+        return f"with the other one held, it points the wrong way: {what} would hurt"
+    return f"with the other one held, nothing is seen of it: {what} will not help at equal KL"
+
+
+def _ratio(stacked: Stacked) -> str:
+    if math.isnan(stacked.ratio):
+        return "no ratio is better than one source alone"
+    return "what these pairs are likeliest under; the optimum of Eq. 4.7 depends on it and on β₂"
+
+
+def _adds(gain: Weight, alone: float, other: str) -> str:
+    told = "" if gain.low > 0 or gain.high < 0 else "; not told from nothing"
+    return f"nats a pair off the log loss {number(alone)} of {other} alone{told}"
 
 
 def _suggested(suggested: SuggestedBeta | None) -> Section:
