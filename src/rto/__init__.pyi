@@ -3,6 +3,7 @@
 One line a name; a name here is in ``rto.__all__``, imported when it is first used.
 """
 
+from rto.alarms import Bounds as Bounds
 from rto.batches import Rollout as Rollout
 from rto.batches import Samples as Samples
 from rto.batches import Sequences as Sequences
@@ -54,6 +55,7 @@ from rto.rollout.token_rewards import TokenFunction as TokenFunction
 from rto.rollout.token_rewards import TokenReward as TokenReward
 from rto.rollout.token_rewards import TokenRewardSpec as TokenRewardSpec
 from rto.rollout.token_rewards import TokenSource as TokenSource
+from rto.trainers.alarms import AlarmCallback as AlarmCallback
 from rto.trainers.checkpoints import CheckpointError as CheckpointError
 from rto.trainers.preference import PreferenceConfig as PreferenceConfig
 from rto.trainers.preference import PreferenceTrainer as PreferenceTrainer

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -21,6 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from rto.batches import Rollout
+from rto.data.pieces import drawn
 from rto.files import write_atomically
 from rto.functional.masked import AllReduce, masked_mean
 from rto.rollout.rewards import Completed
@@ -117,9 +120,20 @@ def length_metrics(
 
 
 def write_completions(
-    folder: Path, step: int, batch: Completed, scores: dict[str, Float[Tensor, " B"]], *, most: int, evaluation: bool
+    folder: Path,
+    step: int,
+    batch: Completed,
+    scores: dict[str, Float[Tensor, " B"]],
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    most: int,
+    evaluation: bool,
 ) -> None:
-    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so."""
+    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so.
+
+    Where there is a token reward, its raw numbers stand beside the text of the tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = {f"score/{name}" if name else "score": x.tolist() for name, x in scores.items()}
     with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
@@ -127,6 +141,10 @@ def write_completions(
             row = {"step": step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
             row |= {"split": "eval"} if evaluation else {}
             row |= {name: column[i] for name, column in values.items()}
+            if rollout.token_logratio is not None:
+                rewards = rollout.token_logratio[i][rollout.mask[i]].tolist()
+                row["tokens"] = drawn(tokenizer, batch.completion_ids[i])
+                row["token_rewards"] = [float(f"{r:.6g}") for r in rewards]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
