@@ -120,9 +120,8 @@ class Colocated:
 
     def _start(self, policy: nn.Module) -> Any:
         """An engine of the policy's shape with random weights: what it computes is what `load` gives it."""
-        from vllm.platforms import current_platform
-
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         settings: dict[str, Any] = {"enforce_eager": True} if current_platform.is_cpu() else {}
         self.sleep = self.sleep and current_platform.is_sleep_mode_available()
