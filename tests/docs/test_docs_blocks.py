@@ -46,6 +46,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/judging.md", "rto evaluate judge --answers eval/arena/model_answer/rto.jsonl"): ENDPOINT,
     ("docs/performance.md", "python benchmarks/"): HOURS,
     ("docs/planning.md", "python benchmarks/plan.py"): HOURS,
+    ("docs/report.md", "rto watch"): "it serves until it is interrupted",
     ("docs/results.md", "rto reproduce"): HOURS,
     ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
     ("docs/install.md", "python -m venv"): INSTALL,
