@@ -31,25 +31,42 @@ import sharded  # noqa: E402
 PROMPTS = 64
 
 
+CALLS = {
+    # function: which tensor is the whole one, how often a ring sends it
+    "all_gather_single": (0, 1),
+    "all_gather_into_tensor": (0, 1),
+    "reduce_scatter_single": (1, 1),
+    "reduce_scatter_tensor": (1, 1),
+    "all_reduce": (0, 2),
+    "broadcast": (0, 1),
+}
+NAMES = {"output_tensor": 0, "output": 0, "tensor": 0, "input_tensor": 1, "input": 1}
+
+
 class Wire:
     """Bytes by phase and kind, from wrapped collectives of `torch.distributed`."""
 
     def __init__(self) -> None:
         self.phase, self.sent = "other", Counter[tuple[str, str]]()
-        self._count("all_gather_into_tensor", lambda out, given, *rest, **kw: out, 1)
-        self._count("reduce_scatter_tensor", lambda out, given, *rest, **kw: given, 1)
-        self._count("all_reduce", lambda x, *rest, **kw: x, 2)
-        self._count("broadcast", lambda x, *rest, **kw: x, 1)
+        self._inside = False  # one may be made of another
+        for name, (which, times) in CALLS.items():
+            if hasattr(dist, name):
+                self._count(name, which, times)
 
-    def _count(self, name: str, whole: Any, times: int) -> None:
+    def _count(self, name: str, which: int, times: int) -> None:
         plain = getattr(dist, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            given = {"output_tensor": "out", "input_tensor": "given", "output": "out", "input": "given", "tensor": "x"}
-            x = whole(*args, **{given.get(n, n): v for n, v in kwargs.items()})
+            if self._inside:
+                return plain(*args, **kwargs)
+            given = {**{NAMES[n]: x for n, x in kwargs.items() if n in NAMES}, **dict(enumerate(args))}
             share = (dist.get_world_size() - 1) / dist.get_world_size()
-            self.sent[self.phase, name] += int(times * share * x.numel() * x.element_size())
-            return plain(*args, **kwargs)
+            self.sent[self.phase, name] += int(times * share * given[which].numel() * given[which].element_size())
+            self._inside = True
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._inside = False
 
         setattr(dist, name, counted)
 

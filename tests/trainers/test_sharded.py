@@ -378,3 +378,18 @@ def test_two_hosts_train_as_one(
     for name in chosen:
         assert len(layouts(at(tmp_path, name))) == 2
         check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_stage_of_a_run_is_cut(adapters: bool, tmp_path: Path) -> None:
+    """SFT and reward model, too: trained cut, exported whole, each the start of the next."""
+    values = {"peft.r": 4, "peft.target_modules": "all-linear"} if adapters else {}
+    whole = {"run": "sharded_cases:pipeline", "output": str(tmp_path / "run"), "batch": 4, "launched": LAUNCHED}
+    launch([whole | values], tmp_path)
+    for rank in layouts(tmp_path / "run"):
+        assert rank.keys() == {"SFTTrainer", "PreferenceTrainer", "RewardTrainer", "RTOTrainer"}
+        assert all(layout["cut"] and layout["units"] > 1 for layout in rank.values())
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
+    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert results["RTO"]["kl"] != 0
