@@ -93,10 +93,10 @@ def write_inspection(inspection: Inspection, folder: Path) -> Path:
 
 
 def render(inspection: Inspection) -> str:
-    """The page: one file without script or request."""
+    """The page: one file that asks for no other."""
     scale = scale_of(inspection.shown)
     found = sections(inspection)
-    return template("inspection.html.j2", "rto.inspection").render(
+    return template("inspection.html.j2", "rto.inspection", scripts=("step",)).render(
         source=heatmap.printable(inspection.source),
         data=heatmap.printable(inspection.data),
         sections=found,
@@ -105,7 +105,7 @@ def render(inspection: Inspection) -> str:
             (
                 heatmap.printable(shown.prompt),
                 [
-                    (name, _head(side), heatmap.cells(drawn(side), side.rewards.tolist(), scale, unit=""))
+                    (name, _head(side, scale), heatmap.cells(drawn(side), side.rewards.tolist(), scale))
                     for name, side in shown.sides.items()
                 ],
             )
@@ -440,7 +440,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], justify: str)
 
 
 def _legend(scale: heatmap.Scale) -> Text:
-    ends = [f" ≤ {heatmap.signed(-scale.limit, 2)} ", " 0 ", f" ≥ {heatmap.signed(scale.limit, 2)} "]
+    limit = heatmap.signed(scale.limit, scale.digits)
+    ends = [f" ≤ {limit.replace('+', '−')} ", " 0 ", f" ≥ {limit} "]
     return heatmap.heatmap_text(ends, [-scale.limit, 0.0, scale.limit], scale=scale)
 
 
@@ -466,19 +467,19 @@ class _Sides:
 
 def _block(name: str, side: Rewarded, scale: heatmap.Scale) -> Group:
     return Group(
-        Text.assemble((name, "bold"), f"  {_head(side)}"),
+        Text.assemble((name, "bold"), f"  {_head(side, scale)}"),
         heatmap.heatmap_text(drawn(side), side.rewards.tolist(), scale=scale),
-        Text(_extremes(side), style="dim"),
+        Text(_extremes(side, scale), style="dim"),
         "",
     )
 
 
-def _head(side: Rewarded) -> str:
+def _head(side: Rewarded, scale: heatmap.Scale) -> str:
     score = "" if side.score is None else f" · score {heatmap.signed(side.score, 2)}"
-    return f"Σ {heatmap.signed(side.total, 2)} over {len(side.rewards):,} tokens{score}"
+    return f"Σ {heatmap.signed(side.total, scale.digits)} over {len(side.rewards):,} tokens{score}"
 
 
-def _extremes(side: Rewarded) -> str:
+def _extremes(side: Rewarded, scale: heatmap.Scale) -> str:
     """The tokens of most and least reward in words, since a terminal may have no colours."""
     ranked = sorted(
         (r, token) for r, token in zip(side.rewards.tolist(), drawn(side), strict=True) if not math.isnan(r)
@@ -487,7 +488,9 @@ def _extremes(side: Rewarded) -> str:
     least = [x for x in ranked[:EXTREMES] if x[0] < 0]
     return "\n".join(
         f"{name:5} "
-        + ", ".join(f"“{heatmap.visible(token).rstrip(chr(10))}” {heatmap.signed(r, 2)}" for r, token in some)
+        + ", ".join(
+            f"“{heatmap.visible(token).rstrip(chr(10))}” {heatmap.signed(r, scale.digits)}" for r, token in some
+        )
         for name, some in (("most", most), ("least", least))
         if some
     )

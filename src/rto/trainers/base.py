@@ -27,7 +27,7 @@ from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
-from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.trainers.precision import PrecisionArguments, for_saving, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
 
 _Part = TypeVar("_Part")
@@ -80,6 +80,9 @@ def check_training(args: TrainingArguments) -> None:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
+    for part in str(args.optim_args or "").replace(" ", "").split(","):
+        if args.optim_args and part.count("=") != 1:
+            raise ValueError(f"optim_args={args.optim_args!r} must be KEY=VALUE, KEY=VALUE, …")
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
@@ -261,7 +264,7 @@ class TokenTrainer(SealedCheckpoints):
                 part.save_pretrained(where, state_dict=own)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
-        torch.save(self.args, folder / "training_args.bin")
+        torch.save(for_saving(self.args), folder / "training_args.bin")
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

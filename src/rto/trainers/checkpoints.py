@@ -254,7 +254,10 @@ def check_seal(folder: Path) -> None:
         )
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
-        sizes, digests = dict(sealed["files"]), dict(sealed.get("blake2b", {}))
+        sizes = dict(sealed["files"])
+        digests = dict(sealed["blake2b"]) if "blake2b" in sealed else {}
+        if "blake2b" in sealed and digests.keys() != sizes.keys():
+            raise ValueError("its sizes and digests are of different files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: the checkpoint is damaged; {remedy}") from error
     for name, size in sizes.items():

@@ -23,6 +23,7 @@ from rto.data.formats import (
     Rows,
     Skipped,
     listed,
+    name_of,
     read_demonstration,
     read_pairs,
     read_sets,
@@ -158,12 +159,13 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
                 workers = {"num_proc": args.dataset_num_proc}
                 with global_then_local_main_first():
                     dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
-            dataset = self._without_refused(dataset, what)
+            dataset = self._without_refused(dataset, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _without_refused(self, dataset: Dataset, what: str) -> Dataset:
-        """The rows that could be read; the others are counted."""
-        skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
+    def _without_refused(self, dataset: Dataset, part: str) -> Dataset:
+        """The rows of ``train`` or ``eval`` that could be read; the others are counted."""
+        what = name_of(dataset, f"{part}_dataset")
+        skipped = self.skipped[part] = Skipped(total=len(dataset))
         for i, reason in enumerate(dataset["refused"]):
             if reason:
                 skipped.add(reason, i)
