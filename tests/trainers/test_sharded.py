@@ -8,9 +8,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,73 @@ def test_the_best_model_is_loaded_and_reading_may_come_first(models: Any, tmp_pa
     losses: Sequence[float] = logged(best, "eval_loss")[0]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # π = π_ref before training
     assert losses[1] > losses[3]
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces on one wire: the beginning of a command on each."""
+    names = [f"rto{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("two hosts are two network namespaces, which take root and iproute2")
+    try:
+        ip("netns", "add", names[0])
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine makes no network namespaces")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one(
+    hosts: list[list[str]], models: Any, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    """torchrun on two hosts that reach each other by one address each: the models are cut over both."""
+    chosen = ("tdpo", "rto")
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([case(models, name, EQUAL[name], tmp_path, processes=2) for name in chosen]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "wire"}
+    started = []
+    for rank, host in enumerate(hosts):
+        command = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command += ["--node_rank", str(rank), "--master_addr", "10.77.0.1", "--master_port", "29400"]
+        with (tmp_path / f"host{rank}.log").open("w") as log:
+            started.append(
+                subprocess.Popen([*command, str(PROGRAM), str(path)], env=environment, stdout=log, stderr=log)
+            )
+    try:
+        codes = [process.wait(timeout=500) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], [(tmp_path / f"host{rank}.log").read_text()[-2000:] for rank in range(2)]
+    for name in chosen:
+        assert len(layouts(at(tmp_path, name))) == 2
+        check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_stage_of_a_run_is_cut(adapters: bool, tmp_path: Path) -> None:
+    """SFT and reward model, too: trained cut, exported whole, each the start of the next."""
+    values = {"peft.r": 4, "peft.target_modules": "all-linear"} if adapters else {}
+    whole = {"run": "sharded_cases:pipeline", "output": str(tmp_path / "run"), "batch": 4, "launched": LAUNCHED}
+    launch([whole | values], tmp_path)
+    for rank in layouts(tmp_path / "run"):
+        assert rank.keys() == {"SFTTrainer", "PreferenceTrainer", "RewardTrainer", "RTOTrainer"}
+        assert all(layout["cut"] and layout["units"] > 1 for layout in rank.values())
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
+    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert results["RTO"]["kl"] != 0
