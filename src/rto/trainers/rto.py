@@ -25,7 +25,7 @@ from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.batches import Rollout, Samples, Sequences, Targets
-from rto.data.chat import completion_texts
+from rto.data.chat import completion_texts, split_special_tokens
 from rto.data.errors import DataError
 from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
 from rto.files import shown, write_atomically
@@ -44,7 +44,6 @@ from rto.models.loading import (
     is_adapter,
     load_policy,
     load_scalar,
-    load_tokenizer,
     shared_context,
     source_name,
     trusts,
@@ -294,7 +293,7 @@ class RTOTrainer(TokenTrainer):
         functions = _listed(reward_funcs)
         token_rewards = _listed(dpo_model)
         _check_rewards(args, token_rewards, functions)
-        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        tokenizer = reading.read_tokenizer(model, processing_class)
         roles: list[tuple[str, Any]] = [("model", model), ("ref_model", ref_model)]
         if args.dpo_coef != 0:
             roles += [("dpo_ref_model", dpo_ref_model), *(("dpo_model", spec) for spec in token_rewards)]
@@ -331,6 +330,8 @@ class RTOTrainer(TokenTrainer):
             )
             for f, placed, t in zip(functions, scorers, tokenizers, strict=True)
         ]
+        for judge in self._reward_models():  # a policy that writes EOS in words must not end a text by that
+            split_special_tokens(judge.tokenizer, args.split_special_tokens)
         self.score_names = distinct([source.name for source in self.score_sources])
         self.score_weights = args.reward_weights or [1.0] * len(functions)
         prompts, held_out, _ = read_sets(self._with_room, prompts, held_out)
