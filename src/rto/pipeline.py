@@ -7,21 +7,20 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
+from rto.data.chat import TEMPLATE_COLUMNS
 from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
@@ -43,9 +42,11 @@ from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
 from rto.terminal import Terminal
+from rto.trainers.engine import processes, shared_out, wait_for_all
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
@@ -65,9 +66,9 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         DataError: an input cannot be used.
     """
     pipeline = Pipeline(recipe, Path(output_dir), Terminal())
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         make_folder(pipeline.folder, "--output_dir")
-    with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
+    with alone(pipeline.folder) if processes().is_main_process else nullcontext():
         pipeline.check()
         pipeline.claim()
         pipeline.sft()
@@ -145,12 +146,12 @@ class Pipeline:
                     f"{self.folder}: the environment variable {name}, which the recipe reads, was another when this "
                     "run began: set it back, or choose another --output_dir"
                 )
-        elif PartialState().is_main_process:
+        elif processes().is_main_process:
             make_folder(self.folder, "--output_dir")
             if self.recipe.references:
                 write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
-        PartialState().wait_for_everyone()
+        wait_for_all()
 
     # --- stages
 
@@ -171,8 +172,9 @@ class Pipeline:
             if recipe.sft is None:
                 start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
-                start.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                if processes().is_main_process:
+                    start.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
             rows = recipe.data.demonstrations.load(recipe.seed)
@@ -187,8 +189,14 @@ class Pipeline:
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
-            elif trainer.args.should_save:  # a whole model: the base that the adapters of all later stages share
-                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                return
+            # A whole model: the base that the adapters of all later stages share.
+            merged: Any = trainer.accelerator.unwrap_model(trainer.model)
+            if trainer.engine.sharded:
+                trainer.save_model(str(folder / "adapter"))
+                merged = load_policy(folder / "adapter") if trainer.args.should_save else None
+            if trainer.args.should_save:
+                merged = merged.merge_and_unload()
                 stop_at_eos(merged, tokenizer)
                 merged.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -200,12 +208,14 @@ class Pipeline:
         with self._stage(
             "pairs", "pairs: two completions a prompt, labelled by Bradley–Terry on the gold reward"
         ) as folder:
-            if folder is None or not PartialState().is_main_process:
+            if folder is None:
                 return
             recipe = self.recipe
             assert recipe.gold is not None
             assert recipe.data.pair_prompts is not None
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
+            if not processes().is_main_process:
+                return
             scores = [scores_by(recipe.gold, side) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
@@ -285,10 +295,10 @@ class Pipeline:
     def evaluate(self) -> Path:
         """Every policy on the same held-out prompts; the table and the report."""
         with self._stage("evaluation", "evaluation on held-out prompts") as folder:
-            if folder is not None and PartialState().is_main_process:
+            if folder is not None:
                 self._evaluate(folder)
         report = self.folder / "report.html"
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             report = write_report(self.folder)
             results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
@@ -299,7 +309,7 @@ class Pipeline:
         """What one policy wrote for ``test_prompts`` or ``validation_prompts``: a number a prompt, in its folder."""
         folder = self.folder / self.recipe.policies[name]
         path = folder / f"{prompts}.json"
-        if path.is_file() or not PartialState().is_main_process:
+        if path.is_file() or not processes().is_main_process:
             return
         examiner = self._examiner(prompts)
         found = examiner.answer(str(folder))
@@ -313,10 +323,17 @@ class Pipeline:
         recipe = self.recipe
         examiner = self._examiner("test_prompts")
         raw = [prompt.raw for prompt in examiner.asked]
-        answers: dict[str, Answers] = {}
         methods: dict[str, Any] = {}
-        for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
-            answers[name] = examiner.answer(str(self.folder / where))
+
+        def ask(where: str) -> Answers:
+            found = examiner.answer(str(self.folder / where))
+            return replace(found, samples=found.samples.to("cpu"))
+
+        found = self._shared_out(list(recipe.policies.values()), ask, "sampling and judging")
+        if not processes().is_main_process:
+            return
+        answers = dict(zip(recipe.policies, found))
+        for name, where in recipe.policies.items():
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
             methods[name] = summary(
                 answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
@@ -369,7 +386,7 @@ class Pipeline:
     ) -> None:
         """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
         name = list(answers)[-1]
-        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
+        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw)))).to(self._device)
         learner = next(iter(self.recipe.learners))
         source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
         source.to(self._device)
@@ -401,14 +418,29 @@ class Pipeline:
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
-        drawn: list[tuple[str, bool]] = []
-        for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
-            part = ids[i : i + SIDE_BY_SIDE]
-            samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
-            kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-            drawn += zip(completion_texts(tokenizer, part, kept), samples.ended.tolist())
+
+        def part(i: int) -> list[tuple[str, bool]]:
+            seed = self.recipe.seed * 1_000_003 + i
+            drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed)
+            return list(zip(drawn.texts, drawn.ended, strict=True))
+
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), part, "sampling completions")
+        drawn = [one for some in parts for one in some]
         sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
         return prompts, sides
+
+    def _shared_out(self, items: Sequence[Any], work: Callable[[Any], Any], title: str) -> list[Any]:
+        """`shared_out` with the main process's own progress, which is about that of all."""
+        bar = Progress(console=self.console, disable=not processes().is_main_process)
+        task = bar.add_task(title, total=-(-len(items) // processes().num_processes))
+
+        def watched(item: Any) -> Any:
+            found = work(item)
+            bar.advance(task)
+            return found
+
+        with bar:
+            return shared_out(items, watched)
 
     def _pairs(self) -> Dataset:
         if self.recipe.data.pairs is not None:
@@ -426,7 +458,7 @@ class Pipeline:
     @contextmanager
     def _stage(self, name: str, title: str) -> Iterator[Path | None]:
         """The folder of a stage that has work left, or None; marks it done when the work is."""
-        main = PartialState().is_main_process
+        main = processes().is_main_process
 
         def tell(again: str | None) -> None:
             if again is None:
@@ -435,10 +467,10 @@ class Pipeline:
                 self.console.print(Text.assemble((title, "bold"), f" (continues from {again})" if again else ""))
 
         with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
-            PartialState().wait_for_everyone()
+            wait_for_all()
             yield folder
-            PartialState().wait_for_everyone()
-        PartialState().wait_for_everyone()
+            wait_for_all()
+        wait_for_all()
         gc.collect()
 
     def _inputs(self, name: str) -> dict[str, str | None]:
@@ -480,7 +512,7 @@ class Pipeline:
 
     @property
     def _device(self) -> torch.device:
-        return PartialState().device
+        return processes().device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from pydantic import Field
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
 from rto.imports import import_module, taken
+from rto.packaged import find_packaged
 from rto.references import below, put_back, read_unresolved
 from rto.references import resolve as resolve_references
 from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, yaml_text
@@ -282,16 +283,16 @@ def _at(tree: Any, path: tuple[str | int, ...], default: Any) -> Any:
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe (the embedded one when none is named) and apply dotted overrides, ``train.gamma: 0.9``.
+    """Read a recipe, a file or the name of a packaged one (embedded when none is named), and apply dotted overrides.
 
-    ``base: other.yaml`` starts from another recipe, found from this one's folder: mappings are merged key by key,
-    but ``learners`` and ``methods``, where the one here takes the place of the other's.
+    ``base: other.yaml`` starts from another recipe, found from this one's folder, ``base: NAME`` from a packaged one:
+    mappings are merged key by key, but ``learners`` and ``methods``, which take the place of the other's.
 
     Raises:
         RecipeError: the file is missing or no mapping, a key is unknown or missing, a value is of the wrong type or
             out of range, the configuration of a stage cannot be built, or keys contradict each other.
     """
-    path = EMBEDDED if path is None else Path(path)
+    path = EMBEDDED if path is None else _found(Path(path))
     tree = _read(path)
     for key, value in (overrides or {}).items():
         _set(tree, key.split("."), value)
@@ -320,7 +321,18 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base, _ = resolve_references(tree.pop("base", None))
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base must be the path of a recipe, not {base!r}")
-    return tree if base is None else _merged(_read(path.parent / base, (*seen, path.resolve())), tree)
+    if base is None:
+        return tree
+    beside = path.parent / base
+    return _merged(_read(beside if beside.suffix else _found(beside, base), (*seen, path.resolve())), tree)
+
+
+def _found(path: Path, name: str = "") -> Path:
+    """A recipe's file, or that of the packaged recipe of this name."""
+    try:
+        return path if path.is_file() else find_packaged(name or path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -426,6 +438,11 @@ def check_recipe(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"methods.{name} has a score_coef but reward is null: give reward: {{}}, or score_coef: 0"
                 )
+        if recipe.gold is None:
+            raise RecipeError(
+                "nothing would judge the evaluation: give gold, or reward: {} (methods with score_coef: 0 are then "
+                "measured by the reward model, and not paid by it)"
+            )
     for stage in ("sft", "reward"):
         if getattr(recipe, stage) is not None:
             stage_config(recipe, stage, "run")

@@ -17,14 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from rto.batches import collate
 from rto.data.chat import (
     completion_ids,
-    completion_texts,
     prompt_ids,
     split_special_tokens,
     stop_ids,
     template_options,
     without_tail,
 )
-from rto.data.formats import DataError, Pair, Skipped, load_rows, normalized, read_pairs
+from rto.data.formats import DataError, Pair, Prompt, Skipped, load_rows, normalized, read_pairs
 from rto.errors import users_code
 from rto.inspection.statistics import (
     CreditReport,
@@ -50,6 +49,7 @@ from rto.models.loading import (
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
 from rto.values import check_choice
 
@@ -257,7 +257,9 @@ class Inspector:
         found = []
         for pair in pairs:
             raw = normalized(rows[pair.row], ("chosen", "rejected"), self.tokenizer)
-            sides = [self._completed([getattr(pair, side)], [raw], side) for side in ("chosen", "rejected")]
+            sides = [
+                self._completed([pair.prompt], [getattr(pair, side)], [raw], side) for side in ("chosen", "rejected")
+            ]
             why = next((reason for side in sides for reason in self.score.unread(side) if reason is not None), None)
             if why is None:
                 found.append(pair)
@@ -292,24 +294,23 @@ class Inspector:
             found.append(Shown(prompt=spoken(row["prompt"]), sides=sides))
         return found
 
-    def _completed(self, completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str) -> Completed:
+    def _completed(
+        self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
+    ) -> Completed:
         """One side of some rows, as reward functions see it."""
-        columns = {
-            name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side, "sides", "sampled")
-        }
-        return Completed(
-            prompts=[row["prompt"] for row in raw],
-            completions=[row[side] for row in raw],
-            completion_ids=completions,
-            ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
-            columns=columns,
-        )
+        names = [name for name in raw[0] if name not in ("prompt", side, "sides", "sampled")]
+        asked = [
+            Prompt(ids=ids, raw=row["prompt"], columns={name: row[name] for name in names})
+            for ids, row in zip(prompts, raw)
+        ]
+        ended = [bool(row.get(f"{side}_ended", True)) for row in raw]
+        return Completed.of(asked, [row[side] for row in raw], ended, completions)
 
     def _reward(
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> list[Rewarded]:
         """One side of some rows."""
-        completed = self._completed(completions, raw, side)
+        completed = self._completed(prompts, completions, raw, side)
         sequences = collate(prompts, completions, pad=pad_id(self.tokenizer), device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
         for row, text in zip(rewards, completed.completions):
@@ -540,7 +541,5 @@ def _sample(
     )
     config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
     sampler = TransformersSampler.of(policy, tokenizer, config)
-    drawn = sampler(policy, [ids] * 2, args.seed)
-    responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
-    texts = completion_texts(tokenizer, [ids] * 2, responses)
-    return list(zip(texts, responses, drawn.ended.tolist(), strict=True))
+    drawn = draw(sampler, policy, tokenizer, [ids] * 2, args.seed)
+    return list(zip(drawn.texts, drawn.ids, drawn.ended, strict=True))

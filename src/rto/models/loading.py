@@ -99,13 +99,15 @@ def check_weights(role: str, source: str | Path) -> None:
 def told_of(source: str | Path) -> Iterator[None]:
     """What the libraries raise when they read a model's folder or hub id becomes one line that says what is wrong.
 
+    A damaged folder can raise anything: the libraries index, convert and construct what its files say unchecked.
+
     Raises:
         ValueError: that line.
     """
     try:
         yield
-    except (OSError, ImportError, SafetensorError, ValueError) as error:
-        if isinstance(error, LoadingError):
+    except Exception as error:
+        if isinstance(error, LoadingError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
             raise
         folder, why = Path(source), str(error).strip().partition("\n")[0]
         if folder.is_file():
@@ -125,7 +127,8 @@ def told_of(source: str | Path) -> Iterator[None]:
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
             what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
         else:
-            what = f"cannot be read: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            what = f"cannot be read: {kind}{' '.join(str(error).split())}"
         raise LoadingError(f"{source} {what}") from error
 
 

@@ -117,10 +117,23 @@ class Role(nn.Module):
         super().requires_grad_(requires_grad)
         return self
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the role as an adapter that PEFT reads, its head in ``modules_to_save``."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        head: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the role as an adapter that PEFT reads, its head in ``modules_to_save``.
+
+        Args:
+            folder: where to.
+            state_dict: the base's, where it is sharded over processes; None reads the base.
+            head: the head's, likewise.
+        """
         assert self.adapter is not None
-        save_adapter(self.base.model, self.adapter, Path(folder), head=self.score, state_dict=state_dict)
+        if head is None and self.score is not None:
+            head = self.score.state_dict()
+        save_adapter(self.base.model, self.adapter, Path(folder), head=head, state_dict=state_dict)
 
     def load_weights(self, folder: Path) -> None:
         """Put what `save_pretrained` wrote back in place.
@@ -372,7 +385,7 @@ def save_adapter(
     adapter: str,
     folder: Path,
     *,
-    head: nn.Linear | None = None,
+    head: dict[str, Tensor] | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter of a PEFT model as PEFT reads it, without the others on the same base.
@@ -381,7 +394,7 @@ def save_adapter(
         model: the PEFT model.
         adapter: the adapter's name on it.
         folder: where to; the adapter is its only one and stands at its root.
-        head: its scalar head; the folder is then a sequence classifier's.
+        head: the state of its scalar head; the folder is then a sequence classifier's.
         state_dict: the whole model's, where it is sharded over processes; None reads the model's own.
     """
     from peft import TaskType, get_peft_model_state_dict
@@ -395,7 +408,7 @@ def save_adapter(
     )
     if head is not None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, list(HEAD_NAMES)
-        weights |= {f"base_model.model.score.{name}": x for name, x in head.state_dict().items()}
+        weights |= {f"base_model.model.score.{name}": x for name, x in head.items()}
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
     safetensors.torch.save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -49,22 +49,25 @@ class Completed:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], texts: Sequence[str], ended: list[bool], ids: list[list[int]] | None = None
+        cls, prompts: Sequence[Prompt], texts: Sequence[Any], ended: list[bool], ids: list[list[int]] | None = None
     ) -> "Completed":
         """The completions of prompts as a data set has them, each in the format of its prompt: text, or a message.
 
+        The one place where reward functions' batches are made. Columns are those that every prompt has.
+
         Args:
-            prompts: one for each completion, all with the same columns.
-            texts: the completions.
+            prompts: one for each completion.
+            texts: the completions: text, or messages already.
             ended: whether each ended by itself.
             ids: their token ids, for functions that ask for them; None where there are none.
         """
+        names = [name for name in prompts[0].columns if all(name in p.columns for p in prompts)] if prompts else []
         return cls(
             prompts=[p.raw for p in prompts],
             completions=[said(p.raw, text) for p, text in zip(prompts, texts, strict=True)],
             completion_ids=[[] for _ in texts] if ids is None else ids,
             ended=ended,
-            columns={name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
+            columns={name: [p.columns[name] for p in prompts] for name in names},
         )
 
     def at(self, rows: Sequence[int]) -> "Completed":
@@ -82,9 +85,9 @@ class Completed:
         return {name: column[i] for name, column in self.columns.items()}
 
 
-def said(prompt: Any, text: str) -> Any:
-    """A completion in the format of its prompt: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def said(prompt: Any, text: Any) -> Any:
+    """A completion in the format of its prompt: text, or a message; messages stay as they are."""
+    return text if isinstance(prompt, str) or not isinstance(text, str) else [{"role": "assistant", "content": text}]
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:
@@ -144,7 +147,7 @@ class RewardModel:
         self.context = max_positions(model)
         caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
         self._kwargs = {"use_cache": False} if caches else {}
-        self._pad = self._inert_padding()
+        self.padding = self._inert_padding()
 
     @torch.no_grad()
     def __call__(self, batch: Completed) -> list[float]:
@@ -157,9 +160,9 @@ class RewardModel:
         self._check_lengths(ids, batch)
         scores = torch.zeros(len(ids))
         lengths = torch.tensor([len(row) for row in ids])
-        cuts = torch.arange(len(ids)).split(1) if self._pad is None else micro_batches(lengths, self.max_tokens)
+        cuts = torch.arange(len(ids)).split(1) if self.padding is None else micro_batches(lengths, self.max_tokens)
         for rows in cuts:
-            scores[rows] = self._score([ids[i] for i in rows], pad=self._pad or 0)
+            scores[rows] = self._score([ids[i] for i in rows], pad=self.padding or 0)
         return finite(f"reward model {self.name}", scores.tolist(), batch.completions)
 
     def unread(self, batch: Completed) -> list[str | None]:

@@ -37,6 +37,11 @@ class FromTRL(SealedCheckpoints):
         self._texts = []
         return norm
 
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """The last log is of training, and TRL tells that by the model's mode: also where no update was left to do."""
+        cast(nn.Module, self.model).train()
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
     def _see_outputs(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         """Note what the loss is made of, row by row: log-probabilities of a language model, scores of another."""
         ids = kwargs.get("input_ids")

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import yaml
 
 from rto.data.errors import DataError
+from rto.data.formats import Prompt
 from rto.evaluation.benchmarks.types import Battle, Contest, Game
 from rto.evaluation.judging.endpoint import Endpoint, EndpointError, Failure, Reply
 from rto.evaluation.statistics.arena_hard import VERDICTS
@@ -434,19 +435,11 @@ class ScoreJudge:
 
     def _completed(self, sights: Sequence[Sight], side: str) -> Completed:
         prompts: list[Any] = [s.instruction for s in sights]
-        texts: list[Any] = [getattr(s, side) for s in sights]
         chat = isinstance(self.source, RewardModel) and self.source.tokenizer.chat_template is not None
         if chat or sights[0].messages is not None:
             prompts = [s.messages or [{"role": "user", "content": s.instruction}] for s in sights]
-            texts = [[{"role": "assistant", "content": y}] for y in texts]
-        names = set.intersection(*(set(s.columns) for s in sights))
-        return Completed(
-            prompts=prompts,
-            completions=texts,
-            completion_ids=[[] for _ in texts],
-            ended=[True] * len(texts),
-            columns={name: [s.columns[name] for s in sights] for name in names},
-        )
+        asked = [Prompt(ids=[], raw=x, columns=dict(s.columns)) for x, s in zip(prompts, sights)]
+        return Completed.of(asked, [getattr(s, side) for s in sights], [True] * len(sights))
 
 
 def _by_score(first: float, second: float) -> Game:
