@@ -67,13 +67,12 @@ def full(tmp_path: Path) -> Path:
     return folder
 
 
-def ran(folder: Path, words: list[str], *, path: str = "") -> tuple[set[str], subprocess.CompletedProcess]:
+def ran(folder: Path, words: list[str]) -> tuple[set[str], subprocess.CompletedProcess]:
     """The traps that a process of Python fell into."""
     marks = folder.parent / "marks"
     for mark in marks.iterdir():
         mark.unlink()
-    own = os.pathsep.join([path + p for p in [os.environ.get("PYTHONPATH", "")] if p or path])
-    environment = {**os.environ, "RTO_MARK": str(marks), "HF_HUB_OFFLINE": "1", "PYTHONPATH": own}
+    environment = {**os.environ, "RTO_MARK": str(marks), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
