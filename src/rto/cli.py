@@ -213,7 +213,7 @@ def init(args: list[str]) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output")
     write_atomically(path, text)
-    print(f"{path}: look it over, then rto run {path} --dry_run")
+    say(f"{path}: look it over, then rto run {path} --dry_run")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from rto.data.chat import split_special_tokens
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     Source,
@@ -159,7 +160,7 @@ class Named:
         """Reward models and functions; a model that the critic may copy is read as trained models are."""
         tokenizers = self.reward_tokenizers or [None] * len(self.reward_funcs)
         placed = [place(base, f, "reward_model", scalar=True) for f in self.reward_funcs]
-        return [
+        sources = [
             reward_source(
                 model,
                 own or _tokenizer_on_base(model, tokenizer),
@@ -168,6 +169,10 @@ class Named:
             )
             for named, model, own in zip(self.reward_funcs, placed, tokenizers, strict=True)
         ]
+        for source in sources:
+            if isinstance(source, RewardModel):  # a policy that writes EOS in words must not end a text by that
+                split_special_tokens(source.tokenizer, reading.split)
+        return sources
 
     def _critic(
         self,

@@ -32,7 +32,7 @@ from rto.functional.importance import log_ratio, mismatch
 from rto.functional.masked import masked_mean, masked_sum
 from rto.functional.ppo import approx_kl, policy_loss, value_loss
 from rto.models.actor import Actor, TokenOutputs
-from rto.models.loading import Source, load_tokenizer, shared_context, source_name
+from rto.models.loading import Source, shared_context
 from rto.rollout.rewards import RewardFunc
 from rto.rollout.samplers.base import SampleFunction, Sampler
 from rto.rollout.scoring import Scored, complete
@@ -122,7 +122,7 @@ class RTOTrainer(TokenTrainer):
         )
         named.check(args)
         reading = Reading.of(args, model)
-        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        tokenizer = reading.read_tokenizer(model, processing_class)
         readers = named.readers(args, tokenizer, reading)
         self.args, self.processing_class = args, tokenizer
         self._context = room(args, shared_context(readers, reading.tokenizer))

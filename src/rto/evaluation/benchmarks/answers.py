@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import prompt_ids
+from rto.data.chat import prompt_ids, special_tokens_in
 from rto.data.formats import DataError, Skipped
 from rto.evaluation.benchmarks.formats import Benchmark
 from rto.evaluation.benchmarks.types import Answer, Question
@@ -75,10 +75,12 @@ def encode(
         else:
             kept.append(question)
             ids.append(row)
+            skipped.note_special(special_tokens_in(question.text, tokenizer), i)
     if not kept:
         raise DataError(f"{skipped.report('prompts')}: lower max_new_tokens, or take a model with a longer context")
     if skipped.counts:
         logger.warning(skipped.report("prompts"))
+    skipped.tell_special("prompts", tokenizer)
     return Encoded(questions=kept, ids=ids, skipped=skipped, template="chat" if chat else "plain")
 
 
