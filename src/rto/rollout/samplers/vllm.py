@@ -153,8 +153,8 @@ class Colocated:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _on_processors(self, policy: nn.Module) -> dict[str, Any]:
-        # No kernels are compiled, and the cache is as large as the rows need: vLLM's own measure of what is free counts
-        # the trainer's memory as its own.
+        # No kernels are compiled, and the cache is as large as the rows need: vLLM's own measure of what is free takes
+        # the trainer's memory for its own.
         rows, block = self.arguments.get("max_num_seqs") or 256, 128
         length = self.arguments.get("max_model_len") or max_positions(policy) or 2048
         need = rows * (length + block) * cache_bytes(policy)
