@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test lint slow chaos vllm vllm-test clean
+.PHONY: demo test lint slow chaos docs vllm vllm-test clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
@@ -32,6 +32,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, into site/; a warning is an error. mkdocs reads sources, so it needs none of the others.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet $$($(PYTHON) -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 # torch comes first and pinned: left to the resolver, pip takes a CUDA build of several gigabytes.
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -56,4 +66,4 @@ $(VLLM_VENV)/.installed: tests/vllm_engine/requirements.txt constraints.txt pypr
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(VENV)-docs $(VLLM_VENV) runs site

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS
-from rto.data.formats import DataError, Prompt, load_rows, read_prompts
+from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
@@ -36,7 +36,8 @@ from rto.models.loading import (
     max_positions,
     stop_at_eos,
 )
-from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, resolved, stage_config
+from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, saved_tree, stage_config
+from rto.references import changed, digests
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
@@ -44,11 +45,12 @@ from rto.rollout.sampling import SamplingConfig, TransformersSampler
 from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
+from rto.terminal import Terminal
 from rto.trainers.engine import processes, shared_out, wait_for_all
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
-from rto.values import read_yaml
+from rto.values import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
 SHOWN = 16  # completions whose token rewards are kept for the heat-map
@@ -63,7 +65,7 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         RecipeError: the folder holds a run of another recipe, or a model cannot be had.
         DataError: an input cannot be used.
     """
-    pipeline = Pipeline(recipe, Path(output_dir), Console())
+    pipeline = Pipeline(recipe, Path(output_dir), Terminal())
     if processes().is_main_process:
         make_folder(pipeline.folder, "--output_dir")
     with alone(pipeline.folder) if processes().is_main_process else nullcontext():
@@ -109,7 +111,7 @@ class Pipeline:
         }
         for key, (source, stages) in models.items():
             if self._left(stages) and not is_function(source):
-                find_config(key, source)
+                find_config(key, source, **self._trust)
                 check_weights(key, source)
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
@@ -128,16 +130,26 @@ class Pipeline:
         Raises:
             RecipeError: it is another's already; the message names the first key that differs.
         """
-        saved = self.folder / "recipe.yaml"
+        saved, environment = self.folder / "recipe.yaml", self.folder / "environment.json"
         if saved.is_file():
-            theirs, ours = resolved(saved), read_yaml(self.recipe.to_yaml())
-            if theirs != ours:
+            theirs, ours = saved_tree(saved), read_yaml(self.recipe.to_yaml())
+            if theirs not in (ours, read_yaml(write_yaml(self.recipe.tree(resolved=True)))):  # it was saved resolved
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
                 )
+            if (
+                environment.is_file()
+                and (name := changed(json.loads(environment.read_text()), self.recipe.references)) is not None
+            ):
+                raise RecipeError(
+                    f"{self.folder}: the environment variable {name}, which the recipe reads, was another when this "
+                    "run began: set it back, or choose another --output_dir"
+                )
         elif processes().is_main_process:
             make_folder(self.folder, "--output_dir")
+            if self.recipe.references:
+                write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
         wait_for_all()
 
@@ -156,9 +168,9 @@ class Pipeline:
                 with users_code(recipe.model):
                     model, tokenizer = function(recipe.seed)
             else:
-                tokenizer = load_tokenizer(recipe.model)
+                tokenizer = load_tokenizer(recipe.model, **self._trust)
             if recipe.sft is None:
-                start: Any = load_policy(model)
+                start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
                 if processes().is_main_process:
                     start.save_pretrained(folder)
@@ -246,7 +258,7 @@ class Pipeline:
             if folder is None:
                 return
             start = self.recipe.reward_model or str(self.folder / "sft")
-            tokenizer = load_tokenizer(start)
+            tokenizer = load_tokenizer(start, **self._trust)
             trainer = RewardTrainer(
                 model=start,
                 args=stage_config(self.recipe, "reward", folder),
@@ -290,7 +302,7 @@ class Pipeline:
             report = write_report(self.folder)
             results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
-            self.console.print(f"report: {report}")
+            self.console.print(Text(f"report: {report}"))
         return report
 
     def measure(self, name: str, prompts: str) -> None:
@@ -342,21 +354,28 @@ class Pipeline:
     def _examiner(self, prompts: str) -> "Examiner":
         """What every policy is asked, and how it is judged."""
         recipe, start = self.recipe, self.folder / "sft"
-        tokenizer, reference = load_tokenizer(start), load_policy(str(start)).eval().to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        reference = load_policy(str(start), **self._trust).eval().to(self._device)
         asked, _ = read_prompts(
             getattr(recipe.data, prompts).load(recipe.seed),
             tokenizer,
             max_length=_room(reference, recipe.completion_length),
             what=f"data.{prompts}",
         )
-        judge, judged_by = self._judge(asked)
+        if recipe.gold is None:
+            scorer = self._scorer()
+            asked = readable(scorer, asked, recipe.completion_length, what=f"data.{prompts}")
+            judge, judged_by = _judge(scorer, asked), REWARD_MODEL
+        else:
+            gold = recipe.gold
+            judge, judged_by = _judge(lambda y: scores_by(gold, y), asked), function_name(resolve(gold))
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
         )
         ids = [p.ids for p in asked]
 
         def ask(folder: str) -> Answers:
-            policy = load_policy(folder).eval().to(self._device)
+            policy = load_policy(folder, **self._trust).eval().to(self._device)
             seed = recipe.seed + 1_000_003
             return answer(policy, reference, tokenizer, ids, judge, sampling, seed=seed, max_tokens=MAX_TOKENS)
 
@@ -369,7 +388,8 @@ class Pipeline:
         name = list(answers)[-1]
         rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw)))).to(self._device)
         learner = next(iter(self.recipe.learners))
-        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft")).to(self._device)
+        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
+        source.to(self._device)
         ratios = source(rows)
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
@@ -381,29 +401,19 @@ class Pipeline:
             lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
-    def _judge(self, asked: list[Prompt]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
-        """The gold reward where the task has one, else the learned reward model; and what to call it."""
-        if self.recipe.gold is not None:
-            gold = self.recipe.gold
-
-            def true(texts: list[str], ended: list[bool]) -> list[float]:
-                return scores_by(gold, Completed.of(asked, texts, ended))
-
-            return true, function_name(resolve(gold))
+    def _scorer(self) -> RewardModel:
+        """The learned reward model: the judge where a task has no gold reward."""
         where = self.folder / "reward"
-        model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
-
-        def learned(texts: list[str], ended: list[bool]) -> list[float]:
-            return model(Completed.of(asked, texts, ended))
-
-        return learned, REWARD_MODEL
+        model, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
+        return RewardModel(model.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
 
     # --- help
 
     def _complete_twice(self, rows: Dataset) -> tuple[list[Prompt], list[Completed]]:
         """Prompts that fit, and two completions of each by the starting policy."""
         start = self.folder / "sft"
-        tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        policy = load_policy(str(start), **self._trust).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
@@ -451,11 +461,10 @@ class Pipeline:
         main = processes().is_main_process
 
         def tell(again: str | None) -> None:
-            name = escape(title)
             if again is None:
-                self.console.print(f"[dim]{name}: done[/dim]")
+                self.console.print(Text(f"{title}: done", "dim"))
             else:
-                self.console.print(f"[bold]{name}[/bold]" + (f" (continues from {again})" if again else ""))
+                self.console.print(Text.assemble((title, "bold"), f" (continues from {again})" if again else ""))
 
         with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
             wait_for_all()
@@ -497,6 +506,11 @@ class Pipeline:
         return {**made("sft"), **pairs, **rows("eval_pairs")}
 
     @property
+    def _trust(self) -> dict[str, Any]:
+        """For everything that is loaded here rather than by a trainer."""
+        return {"trust_remote_code": self.recipe.trust_remote_code}
+
+    @property
     def _device(self) -> torch.device:
         return processes().device
 
@@ -519,6 +533,33 @@ def scores_by(function: str, completed: Completed) -> list[float]:
         ValueError: the function returns another number of scores, or one that is not finite.
     """
     return FunctionReward(resolve(function))(completed)
+
+
+def _judge(
+    scores: Callable[[Completed], list[float]], asked: list[Prompt]
+) -> Callable[[list[str], list[bool]], list[float]]:
+    """What scores the answers to some prompts."""
+    return lambda texts, ended: scores(Completed.of(asked, texts, ended))
+
+
+def readable(scorer: RewardModel, asked: list[Prompt], completion_length: int, *, what: str) -> list[Prompt]:
+    """Prompts that leave room for a completion in what a reward model reads; the others are counted and told.
+
+    Raises:
+        DataError: none is left.
+    """
+    if scorer.context is None:
+        return asked
+    room, skipped = scorer.context - completion_length, Skipped(total=len(asked))
+    fit = [n <= room for n in scorer.prompt_lengths(asked)]
+    for i, fits in enumerate(fit):
+        if not fits:
+            skipped.add(f"with no room for a completion in the {scorer.context} tokens that the reward model reads", i)
+    if not any(fit):
+        raise DataError(f"{skipped.report(what)}: lower completion_length, or take a reward_model of a longer context")
+    if skipped.counts:
+        logger.warning(skipped.report(what))
+    return [prompt for prompt, fits in zip(asked, fit) if fits]
 
 
 def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:

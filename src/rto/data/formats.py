@@ -34,6 +34,7 @@ __all__ = [
     "column_names",
     "listed",
     "load_rows",
+    "name_of",
     "normalized",
     "read_demonstration",
     "read_labelled",
@@ -248,7 +249,7 @@ def read_labelled(
     kept, skipped = _read(dataset, ("prompt", "completion", "label"), read, what, remedy)
     if len({row.desirable for row in kept}) == 1:
         raise DataError(
-            f"{_name(dataset, what)}: every label is {kept[0].desirable}: a preference needs desirable (true) and "
+            f"{name_of(dataset, what)}: every label is {kept[0].desirable}: a preference needs desirable (true) and "
             "undesirable (false) completions"
         )
     return kept, skipped
@@ -412,7 +413,7 @@ def _read(
     Raises:
         DataError: it is no data set, lacks a column, or no row is left.
     """
-    what = _name(dataset, what)
+    what = name_of(dataset, what)
     rows = listed(dataset, what)
     found = column_names(rows)
     if len(rows):
@@ -476,7 +477,7 @@ def _need_columns(needed: Iterable[str], columns: list[str], what: str) -> None:
         )
 
 
-def _name(dataset: Any, what: str) -> str:
+def name_of(dataset: Any, what: str) -> str:
     """How messages call a data set: by its argument, and the file it came from."""
     source = getattr(getattr(dataset, "info", None), "dataset_name", None)
     return f"{what} ({source})" if source and source not in what else what

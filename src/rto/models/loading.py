@@ -21,11 +21,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    dynamic_module_utils,
 )
 from transformers.utils import logging as hf_logging
 
 from rto.data.chat import stop_ids
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
+
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+"""The library asks on standard input where nothing decides about a model's own code; here that is an error at once."""
 
 Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
@@ -95,13 +99,15 @@ def check_weights(role: str, source: str | Path) -> None:
 def told_of(source: str | Path) -> Iterator[None]:
     """What the libraries raise when they read a model's folder or hub id becomes one line that says what is wrong.
 
+    A damaged folder can raise anything: the libraries index, convert and construct what its files say unchecked.
+
     Raises:
         ValueError: that line.
     """
     try:
         yield
-    except (OSError, ImportError, SafetensorError, ValueError) as error:
-        if isinstance(error, LoadingError):
+    except Exception as error:
+        if isinstance(error, LoadingError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
             raise
         folder, why = Path(source), str(error).strip().partition("\n")[0]
         if folder.is_file():
@@ -111,12 +117,18 @@ def told_of(source: str | Path) -> Iterator[None]:
             what = f"is neither a folder here nor on the hub ({'no such folder' if local else why})"
         elif not (folder / "config.json").is_file() and not is_adapter(folder):
             what = "is no model's folder: it has no config.json"
+        elif "trust_remote_code" in str(error):
+            what = (
+                "brings code of its own, which does not run unasked: read it, then set trust_remote_code (a flag of "
+                "every command, a key of recipes)"
+            )
         elif isinstance(error, SafetensorError):
             what = f"has damaged weights ({why}): copy or train them again"
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
             what = "has no tokenizer: save one into the folder (tokenizer.save_pretrained)"
         else:
-            what = f"cannot be read: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            what = f"cannot be read: {kind}{' '.join(str(error).split())}"
         raise LoadingError(f"{source} {what}") from error
 
 
@@ -192,6 +204,11 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
         )
+    if not is_scorer(config):
+        raise ValueError(
+            f"{source} is an adapter of a language model, whose kind has no scalar head: merge it first with "
+            "`rto export`, or start from its base"
+        )
     base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
     base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config, trusts(init_kwargs))
     model: Any = _load_adapter(base, source, config)
@@ -208,7 +225,8 @@ def pad_of_adapter(source: str | Path, base_config: Any, trust_remote_code: bool
     saved = Path(source) / "tokenizer_config.json"
     pad = None
     if saved.is_file():
-        pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
+        with told_of(source):
+            pad = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).pad_token_id
     return base_config.get_text_config().pad_token_id if pad is None else int(pad)
 
 
@@ -516,7 +534,8 @@ def check_same_vocabulary(
     folder = Path(str(source))
     if isinstance(source, nn.Module) or not (folder / "tokenizer_config.json").is_file():
         return
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
+    with told_of(folder):
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts(init_kwargs))
     theirs, ours = loaded.get_vocab(), tokenizer.get_vocab()
     if theirs != ours:
         token = next(iter(sorted(set(theirs.items()) ^ set(ours.items()))))

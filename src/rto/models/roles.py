@@ -40,6 +40,7 @@ from rto.models.loading import (
     source_name,
     split_head,
     stop_at_eos,
+    trusts,
     unwrap_peft,
     zero_head,
 )
@@ -153,13 +154,14 @@ class SharedBase:
 
     Args:
         model: the policy, a PEFT model; its base is frozen.
+        trust_remote_code: whether code that comes with the tokenizer of another adapter may run.
 
     Raises:
         ValueError: its adapter cannot share a base: prompt tuning, trained biases, or one that changed the base.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.policy = model, str(model.active_adapter)
+    def __init__(self, model: Any, *, trust_remote_code: bool = False) -> None:
+        self.model, self.policy, self._trust = model, str(model.active_adapter), trust_remote_code
         check_adapter("the policy's adapter", model.peft_config[self.policy])
         self.active = [self.policy]
         self._layers = _adapter_layers(model)
@@ -205,7 +207,7 @@ class SharedBase:
         _fill(self.model, name, state, str(source))
         if not scalar:
             return Role(self, name, source=str(source))
-        pad = pad_of_adapter(source, self.model.config)
+        pad = pad_of_adapter(source, self.model.config, self._trust)
         return Role(self, name, source=str(source), head=self._head(head), pad_token_id=pad)
 
     def copy(self, role: Role | None, name: str) -> Role:
@@ -371,9 +373,11 @@ def adapt(model: nn.Module, peft_config: Any, *, revision: str | None = None) ->
     return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
 
 
-def shared_base(model: nn.Module) -> SharedBase | None:
+def shared_base(model: nn.Module, *, trust_remote_code: bool = False) -> SharedBase | None:
     """The base under a PEFT model, for other roles to share; None for a model that is trained whole."""
-    return SharedBase(model) if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else None
+    if not (hasattr(model, "get_base_model") and hasattr(model, "peft_config")):
+        return None
+    return SharedBase(model, trust_remote_code=trust_remote_code)
 
 
 def save_adapter(
@@ -458,7 +462,7 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     if not (hasattr(source, "merge_and_unload") if isinstance(source, nn.Module) else is_adapter(source)):
         raise ValueError(f"{source_name(source)} is no adapter: it is a whole model already")
     model: Any = load_policy(source, **init_kwargs)
-    tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model))
+    tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model), init_kwargs)
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -472,8 +476,9 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     return target
 
 
-def _tokenizer(source: str | Path, base: str) -> Any:
-    return load_tokenizer(source if (Path(source) / "tokenizer_config.json").is_file() else base)
+def _tokenizer(source: str | Path, base: str, init_kwargs: dict[str, Any]) -> Any:
+    own = (Path(source) / "tokenizer_config.json").is_file()
+    return load_tokenizer(source if own else base, trust_remote_code=trusts(init_kwargs))
 
 
 def _adapter_layers(model: nn.Module) -> list[Any]:

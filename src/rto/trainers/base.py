@@ -27,7 +27,7 @@ from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
-from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.trainers.precision import PrecisionArguments, for_saving, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
 
 _Part = TypeVar("_Part")
@@ -62,8 +62,8 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
         on_this_machine(self)
-        super().__post_init__()
         check_layout(self)
+        super().__post_init__()
         _ = self.init_kwargs  # refused here, not when models are loaded
 
 
@@ -80,6 +80,9 @@ def check_training(args: TrainingArguments) -> None:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs={kwargs} of {kind.value}: {error}") from error
+    for part in str(args.optim_args or "").replace(" ", "").split(","):
+        if args.optim_args and part.count("=") != 1:
+            raise ValueError(f"optim_args={args.optim_args!r} must be KEY=VALUE, KEY=VALUE, …")
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none", "all"))
@@ -211,7 +214,7 @@ class TokenTrainer(SealedCheckpoints):
         if actor.value_model is not None:
             groups["value"] = actor.value_parameters
         self._norms = self.engine.clip(groups, self.args.max_grad_norm)
-        return self._norms["policy"]
+        return next(iter(self._norms.values()))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.engine.before_preparing(self.model)
@@ -261,7 +264,7 @@ class TokenTrainer(SealedCheckpoints):
                 part.save_pretrained(where, state_dict=own)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
-        torch.save(self.args, folder / "training_args.bin")
+        torch.save(for_saving(self.args), folder / "training_args.bin")
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -13,11 +13,13 @@ from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.config import VLLMArguments
 from rto.rollout.token_rewards import TOKEN_REWARDS
 from rto.trainers.base import TokenTrainingArguments
+from rto.trl_names import ONLINE, by_trl_names
 from rto.values import check_choice
 
 ESTIMATORS = ("gae", "reinforce++")
 
 
+@by_trl_names(ONLINE)
 @dataclass
 class RTOConfig(VLLMArguments, TokenTrainingArguments):
     """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.

@@ -23,6 +23,7 @@ from rto.data.formats import (
     Skipped,
     column_names,
     listed,
+    name_of,
     read_labelled,
     read_pairs,
 )
@@ -70,7 +71,7 @@ def read_examples(
     rows, skipped = read(dataset, tokenizer, max_length=max_length, context=context, what=what)
     examples = [_example(row, tokenizer) for row in rows]
     limit = max_length if context is None else min(max_length, context)
-    return (mismatch(examples, limit, what) if unpaired else examples), skipped
+    return (mismatch(examples, limit, name_of(dataset, what)) if unpaired else examples), skipped
 
 
 def _example(row: Pair | Labelled, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -18,6 +18,7 @@ from rto.models.loading import (
     load_policy,
     load_scalar,
     source_name,
+    trusts,
 )
 from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
@@ -117,7 +118,7 @@ class Named:
         if self.peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, self.peft_config, revision=reading.init.get("revision"))
-        base = shared_base(policy)
+        base = shared_base(policy, trust_remote_code=trusts(reading.init))
         seeds_critic = needs_values and self.value_model is None and base is None
         sources = self._score_sources(base, tokenizer, reading, args, seeds_critic=seeds_critic)
         scorers = [s for s in sources if isinstance(s, RewardModel)]

@@ -27,6 +27,7 @@ from rto.models.loading import (
     pad_id,
     shared_context,
     source_name,
+    trusts,
 )
 from rto.models.precision import check_derivative
 from rto.models.roles import Role, adapt, place, shared_base
@@ -41,9 +42,11 @@ from rto.trainers.examples import (
     with_reference,
 )
 from rto.trainers.precision import Reading
+from rto.trl_names import PREFERENCE, by_trl_names
 from rto.values import check_choice, json_mapping, typed
 
 
+@by_trl_names(PREFERENCE)
 @dataclass
 class PreferenceConfig(TokenTrainingArguments):
     """Configuration of `PreferenceTrainer`; names and defaults follow TRL's ``DPOConfig`` where they exist there.
@@ -160,7 +163,7 @@ class PreferenceTrainer(TokenTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
             policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
-        self._base = shared_base(policy)
+        self._base = shared_base(policy, trust_remote_code=trusts(reading.init))
         self._frozen_dtype = reading.frozen_dtype
         if ref_model is not None and self.loss.needs_reference:
             placed = place(self._base, ref_model, "ref_model")

@@ -148,6 +148,8 @@ class RTOTrainer(TokenTrainer):
             raise ValueError("offload_frozen does not go with FSDP: let it off-load (fsdp_config: cpu_offload)")
         self.scoring.reading = self._reading
         self.scoring.lay_out(self.args.device, self.engine.lay_out)
+        for scorer in self.scoring.reward_models:  # it was tried on weights that other processes may not have read
+            scorer.padding = self.engine.of_main(scorer.padding)
 
     # --- the algorithm
 
@@ -431,8 +433,9 @@ class RTOTrainer(TokenTrainer):
         mine = [prompts[i % len(prompts)] for i in at]
         counted = torch.tensor([i < len(prompts) for i in at], device=self.args.device)
         kept, self._metrics = self._metrics, defaultdict(list)
-        samples = self.sample(self.model, mine, seed=self.args.seed)
-        rollout = self.score(self.model, samples, mine, counted)
+        with self.engine.whole(self.model.policy):
+            samples = self.sample(self.model, mine, seed=self.args.seed)
+            rollout = self.score(self.model, samples, mine, counted)
         kl = masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)
         self.record(kl=mean_over(kl, counted, self.all_reduce))
         found = {f"{metric_key_prefix}_{name}": values[-1] for name, values in self._metrics.items()}

@@ -23,6 +23,7 @@ from rto.data.formats import (
     Rows,
     Skipped,
     listed,
+    name_of,
     read_demonstration,
     read_pairs,
     read_sets,
@@ -43,6 +44,7 @@ from rto.models.precision import check_derivative
 from rto.models.roles import trainable
 from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
+from rto.trainers.engine import check_layout
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 from rto.trainers.trl import FromTRL
 
@@ -71,6 +73,7 @@ class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_arguments(self)
         on_this_machine(self)
+        check_layout(self)
         super().__post_init__()
 
 
@@ -81,6 +84,7 @@ class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_arguments(self)
         on_this_machine(self)
+        check_layout(self)
         super().__post_init__()
 
 
@@ -155,12 +159,13 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
                 workers = {"num_proc": args.dataset_num_proc}
                 with global_then_local_main_first():
                     dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
-            dataset = self._without_refused(dataset, what)
+            dataset = self._without_refused(dataset, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _without_refused(self, dataset: Dataset, what: str) -> Dataset:
-        """The rows that could be read; the others are counted."""
-        skipped = self.skipped[what.removesuffix("_dataset")] = Skipped(total=len(dataset))
+    def _without_refused(self, dataset: Dataset, part: str) -> Dataset:
+        """The rows of ``train`` or ``eval`` that could be read; the others are counted."""
+        what = name_of(dataset, f"{part}_dataset")
+        skipped = self.skipped[part] = Skipped(total=len(dataset))
         for i, reason in enumerate(dataset["refused"]):
             if reason:
                 skipped.add(reason, i)
