@@ -84,8 +84,8 @@ class Named:
             raise ValueError("use_vllm names a sampler, and another one is given: leave out one of them")
         if args.async_rollouts and not isinstance(self.sampler, EngineSampler | None):
             raise ValueError(
-                "async_rollouts draws while the policy moves, so a sampler that is given must hold weights of its own: an "
-                "EngineSampler (rto.rollout.samplers.engines), or async_rollouts=0"
+                "async_rollouts draws while the policy moves, so a sampler that is given must hold weights of its "
+                "own: an EngineSampler (rto.rollout.samplers.engines), or async_rollouts=0"
             )
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward_funcs")
