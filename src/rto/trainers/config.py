@@ -31,6 +31,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     Attributes:
         learning_rate: of the policy (paper: 5e-7).
         value_learning_rate: of the critic (paper: 9e-6).
+        critic_warmup_steps: updates in which the critic alone learns, before the policy moves.
         total_episodes: stop after so many rollouts on all processes; None goes by ``num_train_epochs``.
         num_ppo_epochs: passes over each rollout batch.
         num_mini_batches: updates in one pass.
@@ -55,6 +56,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Learning rate of the critic."})
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Updates in which the critic alone learns, before the policy moves."}
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Rollouts a process draws in one iteration."}
@@ -109,6 +113,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         **TokenTrainingArguments.ranges,
         **VLLMArguments.vllm_ranges,
         "value_learning_rate": NOT_NEGATIVE,
+        "critic_warmup_steps": NOT_NEGATIVE,
         "total_episodes": COUNT,
         "num_ppo_epochs": COUNT,
         "num_mini_batches": COUNT,
@@ -154,6 +159,8 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
                 "allows and per_device_train_batch_size to the rollouts of an iteration"
             )
+        if self.critic_warmup_steps and self.advantage_estimator != "gae":
+            raise ValueError("critic_warmup_steps asks for a critic: advantage_estimator=reinforce++ has none")
         if self.temperature == 0:
             raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
         if self.per_device_train_batch_size % self.num_mini_batches:

@@ -2,7 +2,8 @@
 
 One update of `transformers.Trainer` is one minibatch here. A rollout serves ``num_ppo_epochs × num_mini_batches``
 updates; on the first of them it is sampled, scored and turned into targets. Prompts come through a data loader,
-rollouts never do: they are drawn when their turn has come, with the weights of that moment.
+rollouts never do: they are drawn when their turn has come, with the weights of that moment; with ``async_rollouts``
+one turn before, while the policy learns from those of the last, and weighed for it.
 
 Beside it: settings in `rto.trainers.config`, models in `rto.trainers.parts`, prompts in `rto.trainers.prompts`; below
 it: what frozen models say in `rto.rollout.scoring`, rewards and advantages in `rto.credit`.
@@ -34,7 +35,9 @@ from rto.functional.ppo import approx_kl, policy_loss, value_loss
 from rto.models.actor import Actor, TokenOutputs
 from rto.models.loading import Source, shared_context
 from rto.rollout.rewards import RewardFunc
-from rto.rollout.samplers.base import SampleFunction, Sampler
+from rto.rollout.samplers.ahead import Ahead
+from rto.rollout.samplers.base import SampleFunction, Sampler, SamplerError, as_sampler
+from rto.rollout.samplers.randomness import row_seeds
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TokenRewardSpec
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
@@ -130,6 +133,7 @@ class RTOTrainer(TokenTrainer):
         fit_batch(args, prompts)
         parts = named.load(args, tokenizer, reading, needs_values=self.credit.needs_values)
         self.sampler, self.scoring = parts.sampler, parts.scoring
+        self._ahead = Ahead(as_sampler(self.sampler)) if args.async_rollouts else None
         fits = partial(with_room, scorers=self.scoring.reward_models, completion=args.max_completion_length)
         prompts, held_out, _ = read_sets(fits, prompts, held_out)
         fit_batch(args, prompts)
@@ -161,7 +165,7 @@ class RTOTrainer(TokenTrainer):
             self._phase.seconds.clear()
             with self.engine.whole(self.model.policy):  # gathered once for all that is read of it
                 with self._phase("sample"):
-                    samples = self.sample(model, inputs, self._seed(iteration))
+                    samples = self._rollouts(model, inputs, iteration)
                 with self._phase("score"):
                     rollout = self.score(model, samples, inputs)
             with self._phase("credit"):
@@ -186,12 +190,35 @@ class RTOTrainer(TokenTrainer):
             NotFiniteError: the sampler's logits are NaN or infinite.
         """
         actor: Actor = self.accelerator.unwrap_model(model)
+        if self._ahead is not None:
+            self._ahead.wait()  # what is being drawn is drawn with the weights it was begun with
         with self.engine.whole(actor.policy), together(self.accelerator), self.accelerator.autocast():
             try:
                 return complete(self.sampler, actor.policy, [p.ids for p in prompts], seed, version=self._iteration)
             except NotFiniteError as error:
                 at = "" if error.row is None else f" ({shown_prompt(prompts, error.row)})"
                 raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
+
+    def _rollouts(self, model: nn.Module, prompts: Sequence[Prompt], iteration: int) -> Samples:
+        """The samples of an iteration; with ``async_rollouts`` those that were begun one before, if they were."""
+        if self._ahead is None:
+            return self.sample(model, prompts, self._seed(iteration))
+        with together(self.accelerator):
+            samples = self._ahead.take(iteration)
+        if samples is None:
+            samples = self.sample(model, prompts, self._seed(iteration))
+        if iteration - samples.version > self.args.async_rollouts:
+            raise SamplerError(
+                f"step {self.state.global_step + 1}: these rollouts are of version {samples.version} of the weights, "
+                f"the policy is of version {iteration}: async_rollouts={self.args.async_rollouts} allows no more"
+            )
+        if (iteration + 1) * self.args.updates_per_rollout < self.state.max_steps:
+            following = [self.train_dataset[i].ids for i in self._prompt_order().batch(iteration + 1)]
+            seeds = row_seeds(self._seed(iteration + 1), len(following))
+            policy = self.accelerator.unwrap_model(model).policy
+            with together(self.accelerator), self.accelerator.autocast():
+                self._ahead.begin(policy, following, seeds, iteration=iteration + 1, version=iteration)
+        return samples
 
     @torch.no_grad()
     def score(
@@ -294,6 +321,8 @@ class RTOTrainer(TokenTrainer):
         # models run in step with each other and keep to one pass.
         passes = [("policy", "value")] if self.engine.deepspeed else [("policy",), ("value",)]
         passes = passes if self.credit.needs_values else [("policy",)]
+        if self.state.global_step < args.critic_warmup_steps:
+            passes = [("value",)]
         shares_of = [(rows, parts) for rows in self.micro_batches(batch.lengths.cpu()) for parts in passes]
         total = self.backward(model, shares_of, loss, whole=len(passes) == 1)
         means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
@@ -405,7 +434,10 @@ class RTOTrainer(TokenTrainer):
         if tail := len(self.train_dataset) % batch:
             total = len(self.train_dataset)
             logger.warning("each pass over %d prompts leaves out %d, which fill no batch of %d", total, tail, batch)
-        sampler = RolloutSampler(
+        return DataLoader(self.train_dataset, batch_sampler=self._prompt_order(), collate_fn=list)
+
+    def _prompt_order(self) -> RolloutSampler:
+        return RolloutSampler(
             size=len(self.train_dataset),
             rollouts=self.args.per_device_train_batch_size,
             repeats=self.args.updates_per_rollout,
@@ -414,7 +446,6 @@ class RTOTrainer(TokenTrainer):
             world=self.accelerator.num_processes,
             updates_done=lambda: self.state.global_step,
         )
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 
     def _seed(self, iteration: int) -> int:
         """Seed of everything random in an iteration: a function of what a checkpoint knows, so nothing is lost."""
@@ -455,6 +486,11 @@ class RTOTrainer(TokenTrainer):
         if self.state.global_step % self.args.updates_per_rollout:
             assert self._targets is not None
             save_targets(folder, self._targets, rank=self.accelerator.process_index)
+        if self._ahead is not None:
+            self._ahead.save(self._ahead_file(folder))
+
+    def _ahead_file(self, folder: Path) -> Path:
+        return folder / f"ahead_{self.accelerator.process_index}.safetensors"
 
     def _load_state(self, folder: Path) -> None:
         super()._load_state(folder)
@@ -463,3 +499,5 @@ class RTOTrainer(TokenTrainer):
         self.credit.load_state_dict(state)
         if (targets := load_targets(folder, rank=self.accelerator.process_index)) is not None:
             self._targets = targets.to(self.args.device)
+        if self._ahead is not None:
+            self._ahead.load(self._ahead_file(folder), self.args.device)
