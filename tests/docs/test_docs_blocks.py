@@ -93,6 +93,8 @@ def step(block: Block, words: list[str]) -> dict[str, Any] | None:
     if words[0] == "rto":
         more = next((flags for start, flags in SMALLER.items() if re.fullmatch(f"{start}( --.*)?", line)), ())
         return {"at": block.at, "kind": "rto", "words": [*words[1:], *more], "line": line}
+    if re.match(r"\w+=", words[0]):
+        return {"at": block.at, "kind": "assign", "words": words}
     if words[0] == "export":
         return {"at": block.at, "kind": "set", "variables": dict(word.split("=", 1) for word in words[1:])}
     return {"at": block.at, "kind": "shell", "words": words, "line": line}
