@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test lint slow chaos clean
+.PHONY: demo test lint slow chaos docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
@@ -25,6 +25,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, into site/; a warning is an error. mkdocs reads sources, so it needs none of the others.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet $$($(PYTHON) -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 # torch comes first and pinned: left to the resolver, pip takes a CUDA build of several gigabytes.
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +49,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-docs runs site

@@ -381,8 +381,8 @@ def run_rto(work: Work, folder: Path, meter: Meter, **models: Any) -> dict[str, 
         setattr(trainer, phase, watched(phase))
     trainer.train()
     assert trainer.state.global_step == 2 * work.iterations
-    (scorer,) = trainer.score_sources
-    roles = [trainer.model, trainer.reference, trainer.token_reward.dpo_model, scorer.model]
+    (scorer,) = trainer.scoring.sources
+    roles = [trainer.model, trainer.reference, trainer.scoring.token_reward.dpo_model, scorer.model]
     return {"parameters": parameter_bytes(*roles), "phases": peaks}
 
 

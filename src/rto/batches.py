@@ -6,7 +6,7 @@ always holds the last prompt token. A mask is True = keep.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,14 @@ class Carrier:
     def __len__(self) -> int:
         return len(next(iter(self.tensors().values())))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields that are not None."""
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None: what another carrier is built of."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if x is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold a tensor."""
+        return {name: x for name, x in self.given().items() if isinstance(x, Tensor)}
 
     def rows(self: _Carrier, index: Tensor) -> _Carrier:
         """The chosen rows of every field."""
@@ -88,6 +92,12 @@ class Samples(Sequences):
 
     ended: Bool[Tensor, " B"]
     """EOS was sampled before the length limit."""
+    sampler_logp: Float[Tensor, "B T"] | None = None
+    """Of the distribution that was drawn from, temperature included; NaN where the sampler gives none."""
+    stopped: Int[Tensor, " B"] | None = None
+    """Why a completion stops: 0 the length limit, 1 EOS, 2 another stop."""
+    version: int = 0
+    """Of the policy's weights: how many batches had been learned from when they were handed to the sampler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +123,9 @@ class Targets(Sequences):
     advantages: Float[Tensor, "B T"]
     old_values: Float[Tensor, "B T"] | None
     returns: Float[Tensor, "B T"] | None
+    sampler_logp: Float[Tensor, "B T"] | None = None
+    """As `Samples` has it: what the tokens were really drawn from."""
+    version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,26 @@
 import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rto import signals
+from rto import __version__, signals
 from rto.errors import make_folder, told
+from rto.files import plain, write_atomically
 from rto.flags import OneLine, overrides
+from rto.imports import close_present_folder
+from rto.packaged import copied, listing
+from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
+from rto.terminal import PlainFormatter, Terminal, say
+from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
 
 USAGE = """usage: rto COMMAND [options]
@@ -24,6 +32,7 @@ the whole method:
                       sft → dpo → reward → PPO, RTO → evaluate → report; the embedded recipe when none is named.
                       A key of the recipe is overridden by its dotted name: --train.total_episodes 512.
                       On a folder that was begun, it continues where it stopped.
+  init NAME           write a commented recipe to make your own, for your data and model: rto init chat
   reproduce TASK      every method of a study over seeds, upstream stages shared, with intervals and paired tests
 
 one stage (flags as in TRL; --config FILE.yaml holds the same keys):
@@ -43,12 +52,27 @@ and:
                       (--completions), token by token
   plan RECIPE.yaml    memory, arithmetic and time before anything runs, and whether it fits: --devices 8 --memory 80
   theory              the paper's statements, run
-  report DIR          write report.html of a run again
+  report DIR          write report.html of a run, or of one stage, again
+  watch DIR           show it in the browser while the run goes on, with alarms
 
-rto COMMAND --help tells the options of a command."""
+rto COMMAND --help tells the options of a command, rto --version which versions are at work."""
+RUN_USAGE = """usage: rto run [RECIPE] [--output_dir DIR] [--KEY VALUE ...]
+
+The whole method: sft → pairs → dpo → reward → PPO, RTO → evaluation → report. RECIPE is a file, or the name of one
+that comes with the package; the embedded one when none is named. On a folder that was begun, it continues where it
+stopped.
+
+  --output_dir DIR                  folder of the run (runs/RECIPE)
+  --list                            names of the recipes that come with the package"""
+INIT_USAGE = """usage: rto init NAME [--output FILE] [--KEY VALUE ...]
+
+Writes a recipe that comes with the package (rto run --list), comments and all, to a file of your own: NAME.yaml here,
+unless --output says otherwise. Keys that stand in it can be set at once: rto init chat --model MODEL
+--data.pairs.path pairs.jsonl"""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+@by_trl_names(ROWS)
 @dataclass
 class DataArguments:
     """Which data set."""
@@ -99,14 +123,24 @@ class RewardArguments:
 @signals.in_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `rto`; bad input ends in one line and exit code 2."""
+    if argv is None:  # called as the entry point of a process
+        close_present_folder()
     args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        print(_versions())
+        return 0
+    if args and args[0] in STAGES and {"-h", "--help"} & set(args):
+        print(stage_help(args[0]))
+        return 0
     if not args or args[0] in ("-h", "--help") or args[0] not in COMMANDS:
         if args and args[0] not in ("-h", "--help"):
-            print(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", file=sys.stderr)
+            say(f"rto: no such command: {args[0]}{nearest(args[0], COMMANDS)}", sys.stderr)
             return 2
         print(USAGE)
         return 0 if args else 2
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
     _keep_freed_memory()
     try:
@@ -117,8 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (line := told(error)) is None:
             raise
-        print(f"rto {args[0]}: {line}", file=sys.stderr)
+        say(f"rto {args[0]}: {line}", sys.stderr)
         return 2
+
+
+def _versions() -> str:
+    """Of this package and of those that results hang on."""
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate"))
+    return f"rto {__version__} (Python {platform.python_version()}, {others})"
 
 
 def _keep_freed_memory() -> None:
@@ -143,11 +183,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def run(args: list[str]) -> int:
     """`rto run`."""
     if {"-h", "--help"} & set(args):
-        print(USAGE)
+        print(RUN_USAGE, recipe_help(), sep="\n\n")
         return 0
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # one for each weight file; the stages have their own
+    if "--list" in args:
+        print(listing())
+        return 0
     named = args and not args[0].startswith("--")
     path, rest = (Path(args[0]), args[1:]) if named else (None, args)
     from rto.pipeline import run as run_recipe
@@ -159,6 +202,21 @@ def run(args: list[str]) -> int:
     return 0
 
 
+def init(args: list[str]) -> int:
+    """`rto init`."""
+    if not args or {"-h", "--help"} & set(args) or args[0].startswith("--"):
+        print(INIT_USAGE)
+        return 0 if args else 2
+    name, values = args[0], overrides(args[1:])
+    path = Path(str(values.pop("output", f"{Path(name).stem}.yaml")))
+    text = copied(name, values)
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another --output")
+    write_atomically(path, text)
+    print(f"{path}: look it over, then rto run {path} --dry_run")
+    return 0
+
+
 def reproduce(args: list[str]) -> int:
     """`rto reproduce`."""
     parser = OneLine(
@@ -166,7 +224,7 @@ def reproduce(args: list[str]) -> int:
         description="Run the methods of a study over seeds; the same command continues after a kill. Keys of the "
         "recipe are overridden by their dotted names, as in rto run.",
     )
-    parser.add_argument("task", help="embedded, imdb, stories (recipes/TASK/study.yaml), or the path of a recipe")
+    parser.add_argument("task", help="embedded, imdb, stories (packaged: TASK/study), or the path of a recipe")
     parser.add_argument("--methods", nargs="+", help="names of the recipe's learners and methods; all of them")
     parser.add_argument("--seeds", type=int, help="how many; study.seeds of the recipe")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each has its share of the cores")
@@ -193,8 +251,8 @@ def reproduce(args: list[str]) -> int:
         recipe = task_recipe(flags.task, overrides(rest, [f.name for f in fields(Recipe)], parser.flags))
         results = run_study(recipe, folder, methods=flags.methods, seeds=flags.seeds, jobs=flags.jobs)
     page = write_study(results)
-    print(page.read_text(encoding="utf-8"))
-    print(f"results: {results}\nreport: {page}")
+    say(page.read_text(encoding="utf-8"))
+    say(f"results: {results}\nreport: {page}")
     return 0
 
 
@@ -293,7 +351,7 @@ def export(args: list[str]) -> int:
     trust = parsed.trust_remote_code
     find_config("--model_name_or_path", parsed.model_name_or_path, trust_remote_code=trust)
     check_weights("--model_name_or_path", parsed.model_name_or_path)
-    print(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
+    say(f"model: {write(parsed.model_name_or_path, parsed.output_dir, dtype=parsed.dtype, trust_remote_code=trust)}")
     return 0
 
 
@@ -311,14 +369,12 @@ def inspect(args: list[str]) -> int:
     hf_logging.disable_progress_bar()  # one for each weight file
     disable_progress_bar()
     inspection = look(parsed)
-    from rich.console import Console
-
     from rto.inspection.page import inspection_text, write_inspection
 
-    console = Console()
+    console = Terminal()
     console.print(inspection_text(inspection))
     page = write_inspection(inspection, folder)
-    console.print(f"page: {page}", markup=False, soft_wrap=True)
+    console.print(f"page: {page}", soft_wrap=True)
     return 0
 
 
@@ -335,8 +391,15 @@ def report(args: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     from rto.report.page import write_report
 
-    print(write_report(parser.parse_args(args).folder))
+    say(write_report(parser.parse_args(args).folder))
     return 0
+
+
+def watch(args: list[str]) -> int:
+    """`rto watch`."""
+    from rto.report.watch import main as run_watch
+
+    return run_watch(args)
 
 
 def plan(args: list[str]) -> int:
@@ -355,6 +418,7 @@ def theory(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
+    "init": init,
     "reproduce": reproduce,
     "sft": sft,
     "reward": reward,
@@ -364,6 +428,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
+    "watch": watch,
     "plan": plan,
     "theory": theory,
 }
@@ -376,7 +441,11 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
-    *parsed, config, model = StageParser([*kinds, ModelArguments], f"rto {command}").read(args)
+    parser = StageParser([*kinds, ModelArguments], f"rto {command}")
+    if {"--help-all", "--help_all"} & set(args):
+        print(parser.help_all(stage_help(command), shown_flags(command)))
+        raise SystemExit(0)
+    *parsed, config, model = parser.read(args)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to start from, a folder or a hub id")
     check_training(config)
@@ -467,5 +536,5 @@ def _finish(trainer: Any) -> int:
         trainer.accelerator.print(trainer.evaluate())
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(f"model: {trainer.args.output_dir}")
+    trainer.accelerator.print(plain(f"model: {trainer.args.output_dir}"))
     return 0

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rto.references import veil
+
 
 @contextmanager
 def users_code(name: str) -> Iterator[None]:
@@ -38,8 +40,8 @@ def told(error: Exception) -> str | None:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "rto":
         return None
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+        return veil(f"{error.filename}: {error.strerror}") if error.filename else error.strerror
+    return veil(" ".join(str(error).split()))
 
 
 def make_folder(path: str | Path, what: str) -> Path:

@@ -296,6 +296,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def plain(text: str) -> str:
+    """Text of several lines for a terminal or a page: each as `printable` has it, tabs as blanks."""
+    return "\n".join(printable(line.replace("\t", "    ").rstrip("\r")) for line in text.split("\n"))
+
+
 def digest(path: Path) -> str:
     """BLAKE2b of a file's bytes, read in parts."""
     with path.open("rb") as file:

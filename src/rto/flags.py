@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from rto.values import check_choice, nearest, read_yaml
+from rto.values import as_flag, check_choice, nearest, read_yaml
 
 
 class OneLine(argparse.ArgumentParser):
@@ -49,6 +49,25 @@ class OneLine(argparse.ArgumentParser):
             check_choice((action.option_strings or [action.dest])[0], value, action.choices)
 
 
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """``--trust_remote_code``, as the stages have it: alone, or with true or false."""
+    parser.add_argument(
+        "--trust_remote_code",
+        type=_yes_or_no,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Run code that comes with a model.",
+    )
+
+
+def _yes_or_no(text: str) -> bool:
+    found = as_flag(text)
+    if not isinstance(found, bool):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return found
+
+
 def unknown_flag(word: str, known: Iterable[str]) -> ValueError:
     """What to raise for a flag that nobody knows."""
     name = word.removeprefix("--").partition("=")[0]
@@ -56,26 +75,26 @@ def unknown_flag(word: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown flag --{name}{close or '; --help lists them'}")
 
 
-def overrides(args: Sequence[str], known: Iterable[str], flags: Iterable[str] = ()) -> dict[str, Any]:
+def overrides(args: Sequence[str], known: Iterable[str] | None = None, flags: Iterable[str] = ()) -> dict[str, Any]:
     """``--a.b VALUE`` and ``--a.b=VALUE`` by dotted name; values are YAML, and of a key given twice the last counts.
 
     Args:
         args: what the command line says.
-        known: first parts of names that may be given.
+        known: first parts of names that may be given; None for any.
         flags: other flags of the command, for messages.
 
     Raises:
         ValueError: a value is missing or no YAML, or a key is not known.
     """
     found: dict[str, Any] = {}
-    known, words = [*known], iter(args)
+    known, words = None if known is None else [*known], iter(args)
     for word in words:
         key, given, value = word.partition("=")
         if not given:
             value = next(words, "--")
         if not key.startswith("--") or (not given and value.startswith("--")):
             raise ValueError(f"{key}: expected --KEY VALUE, with KEY the dotted name of a key of the recipe")
-        if key[2:].partition(".")[0] not in known:
+        if known is not None and key[2:].partition(".")[0] not in known:
             raise unknown_flag(key, [*known, *flags])
         try:
             found[key[2:]] = read_yaml(value)

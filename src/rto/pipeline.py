@@ -7,22 +7,21 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rto.data.chat import TEMPLATE_COLUMNS, completion_texts
-from rto.data.formats import DataError, Prompt, load_rows, read_prompts
+from rto.data.chat import TEMPLATE_COLUMNS
+from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
@@ -37,17 +36,21 @@ from rto.models.loading import (
     max_positions,
     stop_at_eos,
 )
-from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, resolved, stage_config
+from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, saved_tree, stage_config
+from rto.references import changed, digests
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
+from rto.terminal import Terminal
+from rto.trainers.engine import processes, shared_out, wait_for_all
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
-from rto.values import read_yaml
+from rto.values import read_yaml, write_yaml
 
 logger = logging.getLogger(__name__)
 SHOWN = 16  # completions whose token rewards are kept for the heat-map
@@ -62,10 +65,10 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         RecipeError: the folder holds a run of another recipe, or a model cannot be had.
         DataError: an input cannot be used.
     """
-    pipeline = Pipeline(recipe, Path(output_dir), Console())
-    if PartialState().is_main_process:
+    pipeline = Pipeline(recipe, Path(output_dir), Terminal())
+    if processes().is_main_process:
         make_folder(pipeline.folder, "--output_dir")
-    with alone(pipeline.folder) if PartialState().is_main_process else nullcontext():
+    with alone(pipeline.folder) if processes().is_main_process else nullcontext():
         pipeline.check()
         pipeline.claim()
         pipeline.sft()
@@ -108,7 +111,7 @@ class Pipeline:
         }
         for key, (source, stages) in models.items():
             if self._left(stages) and not is_function(source):
-                find_config(key, source)
+                find_config(key, source, **self._trust)
                 check_weights(key, source)
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
@@ -127,18 +130,28 @@ class Pipeline:
         Raises:
             RecipeError: it is another's already; the message names the first key that differs.
         """
-        saved = self.folder / "recipe.yaml"
+        saved, environment = self.folder / "recipe.yaml", self.folder / "environment.json"
         if saved.is_file():
-            theirs, ours = resolved(saved), read_yaml(self.recipe.to_yaml())
-            if theirs != ours:
+            theirs, ours = saved_tree(saved), read_yaml(self.recipe.to_yaml())
+            if theirs not in (ours, read_yaml(write_yaml(self.recipe.tree(resolved=True)))):  # it was saved resolved
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
                 )
-        elif PartialState().is_main_process:
+            if (
+                environment.is_file()
+                and (name := changed(json.loads(environment.read_text()), self.recipe.references)) is not None
+            ):
+                raise RecipeError(
+                    f"{self.folder}: the environment variable {name}, which the recipe reads, was another when this "
+                    "run began: set it back, or choose another --output_dir"
+                )
+        elif processes().is_main_process:
             make_folder(self.folder, "--output_dir")
+            if self.recipe.references:
+                write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
-        PartialState().wait_for_everyone()
+        wait_for_all()
 
     # --- stages
 
@@ -155,12 +168,13 @@ class Pipeline:
                 with users_code(recipe.model):
                     model, tokenizer = function(recipe.seed)
             else:
-                tokenizer = load_tokenizer(recipe.model)
+                tokenizer = load_tokenizer(recipe.model, **self._trust)
             if recipe.sft is None:
-                start: Any = load_policy(model)
+                start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
-                start.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                if processes().is_main_process:
+                    start.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
             rows = recipe.data.demonstrations.load(recipe.seed)
@@ -175,8 +189,14 @@ class Pipeline:
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
-            elif trainer.args.should_save:  # a whole model: the base that the adapters of all later stages share
-                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                return
+            # A whole model: the base that the adapters of all later stages share.
+            merged: Any = trainer.accelerator.unwrap_model(trainer.model)
+            if trainer.engine.sharded:
+                trainer.save_model(str(folder / "adapter"))
+                merged = load_policy(folder / "adapter") if trainer.args.should_save else None
+            if trainer.args.should_save:
+                merged = merged.merge_and_unload()
                 stop_at_eos(merged, tokenizer)
                 merged.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
@@ -188,12 +208,14 @@ class Pipeline:
         with self._stage(
             "pairs", "pairs: two completions a prompt, labelled by Bradley–Terry on the gold reward"
         ) as folder:
-            if folder is None or not PartialState().is_main_process:
+            if folder is None:
                 return
             recipe = self.recipe
             assert recipe.gold is not None
             assert recipe.data.pair_prompts is not None
             prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
+            if not processes().is_main_process:
+                return
             scores = [scores_by(recipe.gold, side) for side in sides]
             gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
             draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
@@ -236,7 +258,7 @@ class Pipeline:
             if folder is None:
                 return
             start = self.recipe.reward_model or str(self.folder / "sft")
-            tokenizer = load_tokenizer(start)
+            tokenizer = load_tokenizer(start, **self._trust)
             trainer = RewardTrainer(
                 model=start,
                 args=stage_config(self.recipe, "reward", folder),
@@ -273,21 +295,21 @@ class Pipeline:
     def evaluate(self) -> Path:
         """Every policy on the same held-out prompts; the table and the report."""
         with self._stage("evaluation", "evaluation on held-out prompts") as folder:
-            if folder is not None and PartialState().is_main_process:
+            if folder is not None:
                 self._evaluate(folder)
         report = self.folder / "report.html"
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             report = write_report(self.folder)
             results = json.loads((self.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))
             self.console.print(results_table(results))
-            self.console.print(f"report: {report}")
+            self.console.print(Text(f"report: {report}"))
         return report
 
     def measure(self, name: str, prompts: str) -> None:
         """What one policy wrote for ``test_prompts`` or ``validation_prompts``: a number a prompt, in its folder."""
         folder = self.folder / self.recipe.policies[name]
         path = folder / f"{prompts}.json"
-        if path.is_file() or not PartialState().is_main_process:
+        if path.is_file() or not processes().is_main_process:
             return
         examiner = self._examiner(prompts)
         found = examiner.answer(str(folder))
@@ -301,10 +323,17 @@ class Pipeline:
         recipe = self.recipe
         examiner = self._examiner("test_prompts")
         raw = [prompt.raw for prompt in examiner.asked]
-        answers: dict[str, Answers] = {}
         methods: dict[str, Any] = {}
-        for name, where in track(recipe.policies.items(), "sampling and judging", console=self.console):
-            answers[name] = examiner.answer(str(self.folder / where))
+
+        def ask(where: str) -> Answers:
+            found = examiner.answer(str(self.folder / where))
+            return replace(found, samples=found.samples.to("cpu"))
+
+        found = self._shared_out(list(recipe.policies.values()), ask, "sampling and judging")
+        if not processes().is_main_process:
+            return
+        answers = dict(zip(recipe.policies, found))
+        for name, where in recipe.policies.items():
             seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
             methods[name] = summary(
                 answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
@@ -325,21 +354,28 @@ class Pipeline:
     def _examiner(self, prompts: str) -> "Examiner":
         """What every policy is asked, and how it is judged."""
         recipe, start = self.recipe, self.folder / "sft"
-        tokenizer, reference = load_tokenizer(start), load_policy(str(start)).eval().to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        reference = load_policy(str(start), **self._trust).eval().to(self._device)
         asked, _ = read_prompts(
             getattr(recipe.data, prompts).load(recipe.seed),
             tokenizer,
             max_length=_room(reference, recipe.completion_length),
             what=f"data.{prompts}",
         )
-        judge, judged_by = self._judge(asked)
+        if recipe.gold is None:
+            scorer = self._scorer()
+            asked = readable(scorer, asked, recipe.completion_length, what=f"data.{prompts}")
+            judge, judged_by = _judge(scorer, asked), REWARD_MODEL
+        else:
+            gold = recipe.gold
+            judge, judged_by = _judge(lambda y: scores_by(gold, y), asked), function_name(resolve(gold))
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=recipe.evaluate_temperature
         )
         ids = [p.ids for p in asked]
 
         def ask(folder: str) -> Answers:
-            policy = load_policy(folder).eval().to(self._device)
+            policy = load_policy(folder, **self._trust).eval().to(self._device)
             seed = recipe.seed + 1_000_003
             return answer(policy, reference, tokenizer, ids, judge, sampling, seed=seed, max_tokens=MAX_TOKENS)
 
@@ -350,9 +386,10 @@ class Pipeline:
     ) -> None:
         """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
         name = list(answers)[-1]
-        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw))))
+        rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw)))).to(self._device)
         learner = next(iter(self.recipe.learners))
-        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft")).to(self._device)
+        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
+        source.to(self._device)
         ratios = source(rows)
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
@@ -364,41 +401,46 @@ class Pipeline:
             lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
-    def _judge(self, asked: list[Prompt]) -> tuple[Callable[[list[str], list[bool]], list[float]], str]:
-        """The gold reward where the task has one, else the learned reward model; and what to call it."""
-        if self.recipe.gold is not None:
-            gold = self.recipe.gold
-
-            def true(texts: list[str], ended: list[bool]) -> list[float]:
-                return scores_by(gold, Completed.of(asked, texts, ended))
-
-            return true, function_name(resolve(gold))
+    def _scorer(self) -> RewardModel:
+        """The learned reward model: the judge where a task has no gold reward."""
         where = self.folder / "reward"
-        model = RewardModel(load_scalar(str(where)).to(self._device), load_tokenizer(where), max_tokens=MAX_TOKENS)
-
-        def learned(texts: list[str], ended: list[bool]) -> list[float]:
-            return model(Completed.of(asked, texts, ended))
-
-        return learned, REWARD_MODEL
+        model, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
+        return RewardModel(model.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
 
     # --- help
 
     def _complete_twice(self, rows: Dataset) -> tuple[list[Prompt], list[Completed]]:
         """Prompts that fit, and two completions of each by the starting policy."""
         start = self.folder / "sft"
-        tokenizer, policy = load_tokenizer(start), load_policy(str(start)).to(self._device)
+        tokenizer = load_tokenizer(start, **self._trust)
+        policy = load_policy(str(start), **self._trust).to(self._device)
         length = self.recipe.completion_length
         prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p.ids for p in prompts for _ in range(2)]
-        drawn: list[tuple[str, bool]] = []
-        for i in track(range(0, len(ids), SIDE_BY_SIDE), "sampling completions", console=self.console):
-            part = ids[i : i + SIDE_BY_SIDE]
-            samples = sampler(policy, part, self.recipe.seed * 1_000_003 + i)
-            kept = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-            drawn += zip(completion_texts(tokenizer, part, kept), samples.ended.tolist())
+
+        def part(i: int) -> list[tuple[str, bool]]:
+            seed = self.recipe.seed * 1_000_003 + i
+            drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed)
+            return list(zip(drawn.texts, drawn.ended, strict=True))
+
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), part, "sampling completions")
+        drawn = [one for some in parts for one in some]
         sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
         return prompts, sides
+
+    def _shared_out(self, items: Sequence[Any], work: Callable[[Any], Any], title: str) -> list[Any]:
+        """`shared_out` with the main process's own progress, which is about that of all."""
+        bar = Progress(console=self.console, disable=not processes().is_main_process)
+        task = bar.add_task(title, total=-(-len(items) // processes().num_processes))
+
+        def watched(item: Any) -> Any:
+            found = work(item)
+            bar.advance(task)
+            return found
+
+        with bar:
+            return shared_out(items, watched)
 
     def _pairs(self) -> Dataset:
         if self.recipe.data.pairs is not None:
@@ -416,20 +458,19 @@ class Pipeline:
     @contextmanager
     def _stage(self, name: str, title: str) -> Iterator[Path | None]:
         """The folder of a stage that has work left, or None; marks it done when the work is."""
-        main = PartialState().is_main_process
+        main = processes().is_main_process
 
         def tell(again: str | None) -> None:
-            name = escape(title)
             if again is None:
-                self.console.print(f"[dim]{name}: done[/dim]")
+                self.console.print(Text(f"{title}: done", "dim"))
             else:
-                self.console.print(f"[bold]{name}[/bold]" + (f" (continues from {again})" if again else ""))
+                self.console.print(Text.assemble((title, "bold"), f" (continues from {again})" if again else ""))
 
         with stage(self.folder / name, lambda: self._inputs(name), tell, main=main) as folder:
-            PartialState().wait_for_everyone()
+            wait_for_all()
             yield folder
-            PartialState().wait_for_everyone()
-        PartialState().wait_for_everyone()
+            wait_for_all()
+        wait_for_all()
         gc.collect()
 
     def _inputs(self, name: str) -> dict[str, str | None]:
@@ -465,8 +506,13 @@ class Pipeline:
         return {**made("sft"), **pairs, **rows("eval_pairs")}
 
     @property
+    def _trust(self) -> dict[str, Any]:
+        """For everything that is loaded here rather than by a trainer."""
+        return {"trust_remote_code": self.recipe.trust_remote_code}
+
+    @property
     def _device(self) -> torch.device:
-        return PartialState().device
+        return processes().device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,6 +533,33 @@ def scores_by(function: str, completed: Completed) -> list[float]:
         ValueError: the function returns another number of scores, or one that is not finite.
     """
     return FunctionReward(resolve(function))(completed)
+
+
+def _judge(
+    scores: Callable[[Completed], list[float]], asked: list[Prompt]
+) -> Callable[[list[str], list[bool]], list[float]]:
+    """What scores the answers to some prompts."""
+    return lambda texts, ended: scores(Completed.of(asked, texts, ended))
+
+
+def readable(scorer: RewardModel, asked: list[Prompt], completion_length: int, *, what: str) -> list[Prompt]:
+    """Prompts that leave room for a completion in what a reward model reads; the others are counted and told.
+
+    Raises:
+        DataError: none is left.
+    """
+    if scorer.context is None:
+        return asked
+    room, skipped = scorer.context - completion_length, Skipped(total=len(asked))
+    fit = [n <= room for n in scorer.prompt_lengths(asked)]
+    for i, fits in enumerate(fit):
+        if not fits:
+            skipped.add(f"with no room for a completion in the {scorer.context} tokens that the reward model reads", i)
+    if not any(fit):
+        raise DataError(f"{skipped.report(what)}: lower completion_length, or take a reward_model of a longer context")
+    if skipped.counts:
+        logger.warning(skipped.report(what))
+    return [prompt for prompt, fits in zip(asked, fit) if fits]
 
 
 def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,9 +1,5 @@
 """A run as a value: what `rto run` reads, checks before any work, and saves beside the results."""
 
-import importlib
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +11,10 @@ from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
+from rto.imports import import_module, taken
+from rto.packaged import find_packaged
+from rto.references import below, put_back, read_unresolved
+from rto.references import resolve as resolve_references
 from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, yaml_text
 
 STAGES = ("sft", "pairs", "reward", "evaluation")
@@ -172,7 +172,9 @@ class Recipe:
         peft: arguments of PEFT's ``LoraConfig``; every stage then trains an adapter. That of SFT is merged into
             ``sft/``, the base that all other roles share; a ``reward_model`` of its own is trained whole. None trains
             whole models.
+        trust_remote_code: run code that comes with a model or a tokenizer, in every stage; a stage's own key wins.
         study: what `rto reproduce` compares.
+        references: where the file says ``${NAME}``; no key of a file.
     """
 
     model: str
@@ -191,7 +193,9 @@ class Recipe:
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
     evaluate_temperature: Annotated[float, Field(ge=0)] = 1.0
     peft: dict[str, Any] | None = None
+    trust_remote_code: bool = False
     study: Study = field(default_factory=Study)
+    references: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def start(self) -> str:
@@ -232,40 +236,68 @@ class Recipe:
 
         return LoraConfig(task_type=task, **self.peft)
 
+    def tree(self, *, resolved: bool = False) -> dict[str, Any]:
+        """The recipe as a mapping, with what it does not say; environment variables by their names or ``resolved``."""
+        tree = asdict(self)
+        references = tree.pop("references")
+        return tree if resolved else put_back(tree, references)
+
     def to_yaml(self) -> str:
-        """The resolved recipe."""
-        return write_yaml(asdict(self))
+        """The whole recipe, environment variables by their names."""
+        return write_yaml(self.tree())
 
 
-def resolved(path: Path) -> dict[str, Any]:
+def saved_tree(path: Path) -> dict[str, Any]:
     """The mapping of a saved recipe with the defaults of what it does not say: it may be of an earlier version.
 
     Raises:
         RecipeError: it is no recipe that this version knows.
     """
     try:
-        recipe = _with_typed_stages(build(Recipe, read_yaml(path.read_text(encoding="utf-8"))))
+        recipe = _built(read_unresolved(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     return read_yaml(recipe.to_yaml())
 
 
-def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe (the embedded one when none is named) and apply dotted overrides, ``train.gamma: 0.9``.
+def _built(tree: Any) -> Recipe:
+    """A recipe of what `read_unresolved` read, which remembers its references."""
+    tree, references = resolve_references(tree)
+    if isinstance(tree, dict) and "references" in tree:
+        raise RecipeError("references is not known: it is what a file's ${NAME} become")
+    recipe = _with_typed_stages(build(Recipe, tree))
+    typed_tree = recipe.tree(resolved=True)
+    found = {path: (text, _at(typed_tree, path, value)) for path, (text, value) in references.items()}
+    return replace(recipe, references=found)
 
-    ``base: other.yaml`` starts from another recipe, found from this one's folder: mappings are merged key by key,
-    but ``learners`` and ``methods``, where the one here takes the place of the other's.
+
+def _at(tree: Any, path: tuple[str | int, ...], default: Any) -> Any:
+    for key in path:
+        if not isinstance(tree, dict | list):
+            return tree  # one value where several may stand
+        try:
+            tree = tree[key]  # type: ignore[index]
+        except (KeyError, IndexError):
+            return default
+    return tree
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe, a file or the name of a packaged one (embedded when none is named), and apply dotted overrides.
+
+    ``base: other.yaml`` starts from another recipe, found from this one's folder, ``base: NAME`` from a packaged one:
+    mappings are merged key by key, but ``learners`` and ``methods``, which take the place of the other's.
 
     Raises:
         RecipeError: the file is missing or no mapping, a key is unknown or missing, a value is of the wrong type or
             out of range, the configuration of a stage cannot be built, or keys contradict each other.
     """
-    path = EMBEDDED if path is None else Path(path)
+    path = EMBEDDED if path is None else _found(Path(path))
     tree = _read(path)
     for key, value in (overrides or {}).items():
         _set(tree, key.split("."), value)
     try:
-        recipe = _with_typed_stages(build(Recipe, tree))
+        recipe = _built(tree)
         check_recipe(recipe)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
@@ -281,15 +313,26 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"{error}" + (f" (the base of {seen[-1]})" if seen else "")) from error
     try:
-        tree = read_yaml(_expand(text))
+        tree = read_unresolved(text)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(tree).__name__}")
-    base = tree.pop("base", None)
+    base, _ = resolve_references(tree.pop("base", None))
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base must be the path of a recipe, not {base!r}")
-    return tree if base is None else _merged(_read(path.parent / base, (*seen, path.resolve())), tree)
+    if base is None:
+        return tree
+    beside = path.parent / base
+    return _merged(_read(beside if beside.suffix else _found(beside, base), (*seen, path.resolve())), tree)
+
+
+def _found(path: Path, name: str = "") -> Path:
+    """A recipe's file, or that of the packaged recipe of this name."""
+    try:
+        return path if path.is_file() else find_packaged(name or path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -298,18 +341,6 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         deep = isinstance(value, dict) and isinstance(out.get(key), dict) and key not in ("learners", "methods")
         out[key] = _merged(out[key], value) if deep else value
     return out
-
-
-def _expand(text: str) -> str:
-    """Put environment variables in the place of ``${NAME}``."""
-
-    def value(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
-        if found is None:
-            raise ValueError(f"it reads the environment variable {match[1]}, which is not set")
-        return found
-
-    return re.sub(r"\$\{(\w+)\}", value, text)
 
 
 def _with_typed_stages(recipe: Recipe) -> Recipe:
@@ -356,19 +387,20 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     from rto.trainers.supervised import RewardConfig, SFTConfig
 
     fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
+    common = {**TRAINING_DEFAULTS, "trust_remote_code": recipe.trust_remote_code}
     if stage in recipe.learners:
         kind: Any = PreferenceConfig
-        defaults, sections = TRAINING_DEFAULTS, {"prefer": recipe.prefer, f"learners.{stage}": recipe.learners[stage]}
+        defaults, sections = common, {"prefer": recipe.prefer, f"learners.{stage}": recipe.learners[stage]}
     elif stage in recipe.methods:
         kind = RTOConfig
-        defaults = {**TRAINING_DEFAULTS, "logging_steps": 0}
+        defaults = {**common, "logging_steps": 0}
         sections = {"train": recipe.train, f"methods.{stage}": recipe.methods[stage]}
         fixed["max_completion_length"] = recipe.completion_length
         if len(paid := recipe.rewards(stage)) > 1:
             fixed["reward_weights"] = list(paid.values())
     else:
         kind = {"sft": SFTConfig, "reward": RewardConfig}[stage]
-        defaults, sections = TRAINING_DEFAULTS, {stage: getattr(recipe, stage)}
+        defaults, sections = common, {stage: getattr(recipe, stage)}
     own = LEARNER_KEYS.keys() | METHOD_KEYS.keys()
     given = {name: f"{key}.{name}" for key, values in sections.items() for name in values if name not in own}
     values = {name: value for section in sections.values() for name, value in section.items() if name in given}
@@ -376,6 +408,9 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
         raise RecipeError(f"{given[min(both)]} is set by the recipe itself: paid_by says what a method is paid")
     try:
         config = kind(**{**defaults, **values}, **fixed)
+        config.references = {
+            where: found for key in sections for where, found in below(recipe.references, *key.split(".", 1)).items()
+        }
         check_training(config)
         if config.eval_strategy != "no" and (recipe.data.eval_pairs is None or stage in ("sft", *recipe.methods)):
             raise ValueError("eval_strategy: the stage has no held-out rows (data.eval_pairs): leave it out")
@@ -403,6 +438,11 @@ def check_recipe(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"methods.{name} has a score_coef but reward is null: give reward: {{}}, or score_coef: 0"
                 )
+        if recipe.gold is None:
+            raise RecipeError(
+                "nothing would judge the evaluation: give gold, or reward: {} (methods with score_coef: 0 are then "
+                "measured by the reward model, and not paid by it)"
+            )
     for stage in ("sft", "reward"):
         if getattr(recipe, stage) is not None:
             stage_config(recipe, stage, "run")
@@ -496,7 +536,7 @@ def is_function(path: str) -> bool:
 
 
 def resolve(path: str, role: str = "") -> Callable[..., Any]:
-    """Import ``module:function``; modules beside the present folder count.
+    """Import ``module:function``; the present folder is searched last (`rto.imports`).
 
     An error within the user's module is the user's own and keeps its traceback.
 
@@ -507,20 +547,20 @@ def resolve(path: str, role: str = "") -> Callable[..., Any]:
     failed = f"{role} {path} cannot be imported:".lstrip()
     if not is_function(path):
         raise ValueError(f"{failed} expected module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         with users_code(f"the module {module}"):
-            found = importlib.import_module(module)
+            found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that the user's module needs
-        raise ValueError(f"{failed} there is no module {error.name} here or on the Python path") from error
+        raise ValueError(
+            f"{failed} there is no module {error.name} here or on the Python path{taken(module)}"
+        ) from error
     function = getattr(found, name, None)
     if not callable(function):
         known = [n for n, value in vars(found).items() if callable(value) and not n.startswith("_")]
         what = f"there is no {name} in {module}" if function is None else f"{name} in {module} is not a function"
-        raise ValueError(f"{failed} {what}{nearest(name, known)}")
+        raise ValueError(f"{failed} {what}{taken(module) or nearest(name, known)}")
     return function
 
 

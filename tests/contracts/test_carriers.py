@@ -47,6 +47,24 @@ def test_trim_drops_what_is_padding_in_every_row_of_every_field():
     assert torch.equal(one.trim().tokens, one.tokens)
 
 
+def test_what_a_sampler_says_goes_with_its_rows():
+    """Log-probabilities are cut like tokens, reasons like rows; the version is one of the whole batch."""
+    x = collate(PROMPTS, RESPONSES, pad=0)
+    logp = torch.where(x.mask, -torch.arange(12.0).view(3, 4), float("nan"))
+    told = {"sampler_logp": logp, "stopped": torch.tensor([1, 0, 2]), "version": 7}
+    samples = Samples(**x.tensors(), ended=torch.tensor([True, False, True]), **told)
+    small = samples.rows(torch.tensor([1, 0])).trim().to("cpu")
+    assert small.sampler_logp is not None
+    assert small.stopped is not None
+    torch.testing.assert_close(small.sampler_logp, logp[[1, 0], :2], equal_nan=True)
+    assert small.stopped.tolist() == [0, 1]
+    assert small.version == 7
+    assert samples.given().keys() - samples.tensors().keys() == {"version"}
+    bare = Samples(**x.tensors(), ended=torch.tensor([True, False, True]))
+    assert set(bare.tensors()) == {"tokens", "prompt_mask", "mask", "ended"}
+    assert bare.version == 0
+
+
 def test_widen_undoes_trim():
     x = collate(PROMPTS, RESPONSES, pad=0)
     wide = x.widen(9)

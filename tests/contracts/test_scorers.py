@@ -22,10 +22,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from rto.batches import collate
+from rto.data.formats import DataError, Prompt
+from rto.evaluation.judging.judges import ScoreJudge, Sight
 from rto.models.actor import token_values
 from rto.models.loading import load_policy, max_positions, scalar_head
 from rto.models.roles import SharedBase
 from rto.models.scalars import check_critic, critic_of, last_scored, values_of, why_no_critic
+from rto.pipeline import readable
 from rto.rollout.rewards import Completed, RewardModel, distinct, reward_source
 from tables import check_table
 
@@ -107,7 +110,7 @@ def test_the_page_is_what_was_found(tokenizer):
             rows_of.append({"type": kind, "rows": "not tried", "critic": f"({SKIPPED[kind]})"})
             continue
         model = scorer(kind)
-        together = RewardModel(model, tokenizer)._pad is not None
+        together = RewardModel(model, tokenizer).padding is not None
         rows_of.append(
             {"type": kind, "rows": "together" if together else "one by one", "critic": why_no_critic(model) or "yes"}
         )
@@ -197,6 +200,33 @@ def test_a_row_longer_than_the_context_is_refused(kind, context, tokenizer):
     assert source(of_length(context)) == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ValueError, match=rf"reads at most {context} tokens, and prompt and completion 0 \('yyy.*have"):
         source(of_length(context + 1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
+def test_a_judge_counts_what_it_cannot_read(kind: str, tokenizer: Any) -> None:
+    """A text over the judge's context on either side, or none at all: its game is not read, the others are."""
+    source = RewardModel(scorer(kind, pad_token_id=2 if kind == "roberta" else 0), tokenizer)
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    source.tokenizer = plain
+    long = "y" * (source.context + 1)
+    sights = [
+        Sight(instruction="x", first=a, second=b) for a, b in (("y", "yy"), ("y", long), (long, "y"), ("z", "y"))
+    ]
+    games = ScoreJudge(source)(sights)
+    assert [game.reason is None for game in games] == [True, False, False, True]
+    assert {game.reason for game in games[1:3]} == {f"over the {source.context} tokens that {source.name} reads"}
+    fit = Completed(prompts=["x"] * 2, completions=["y", "yy"], completion_ids=[[]] * 2, ended=[True] * 2)
+    assert games[0].said == pytest.approx(source(fit), abs=1e-5)
+
+
+def test_prompts_without_room_in_the_learned_judge_are_counted(tokenizer: Any, caplog: Any) -> None:
+    source = RewardModel(scorer("llama"), tokenizer)
+    asked = [Prompt(ids=[], raw="x" * n, columns={}) for n in (1, source.context - 4, source.context)]
+    assert readable(source, asked, 4, what="rows") == asked[:2]
+    assert "1 with no room for a completion" in caplog.text
+    with pytest.raises(DataError, match="lower completion_length"):
+        readable(source, asked[2:], 4, what="rows")
 
 
 @pytest.mark.parametrize("kind", ["bloom", "t5", "deberta-v2", "falcon"])

@@ -19,7 +19,8 @@ MAY = {
     "evaluation.statistics": set(),
     "demo": set(),
     "theory": {"functional", "errors", "flags"},
-    "report": {"files", "values", "errors", "data.errors"},
+    "alarms": set(),
+    "report": {"alarms", "files", "flags", "values", "errors", "data.errors"},
     "evaluation.benchmarks.types": {"files"},
     "files": {"data.errors", "errors"},
 }

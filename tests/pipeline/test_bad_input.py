@@ -51,6 +51,10 @@ RECIPES = [
     ({"peft": {"bias": "all"}}, ["peft: ", "leave the base as it is"]),
     ({"peft": True}, ["peft must be a mapping"]),
     ({"reward": None}, ["methods.PPO", "score_coef: 0"]),
+    (
+        {"gold": None, "reward": None, "data__pairs": {"path": "x"}, "methods": {"RTO": {"score_coef": 0.0}}},
+        ["judge the evaluation", "reward: {}"],
+    ),
     ({"model": "${RTO_NO_SUCH_VARIABLE}/m"}, ["RTO_NO_SUCH_VARIABLE", "not set"]),
 ]
 

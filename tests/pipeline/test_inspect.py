@@ -87,6 +87,12 @@ def logratios(folders: Path, dpo: str, prompt: str, completion: str, tokenizer: 
     return [a - b for a, b in zip(*found)]
 
 
+def numbers_of(sides) -> list[str]:
+    """Every token's number, with the digits that the scale of all of them asks for."""
+    rewards = [float(r) for side in sides for r in side]
+    return [heatmap.signed(r, heatmap.Scale.of(rewards).digits) for r in rewards]
+
+
 def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(folders)
     config = tmp_path / "inspect.yaml"
@@ -131,7 +137,7 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
         said["pairs"].split()
     )
     titles = page_of["pairs"].attributes("title")
-    assert titles == [heatmap.signed(r) for side in sides[0] for r in side]  # --show 1, from the file
+    assert titles == numbers_of(sides[0])  # --show 1, from the file
     assert "<eos>" in page_of["pairs"].text
 
     # an adapter brings its reference
@@ -148,12 +154,12 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
 
     # a prompt: its text is text
     ratios = [logratios(folders, "dpo", "[red]ab:", text, tokenizer) for text in (ATTACK, " [/]\x1b[31m")]
-    assert page_of["prompt"].attributes("title") == [heatmap.signed(r) for side in ratios for r in side]
+    assert page_of["prompt"].attributes("title") == numbers_of(ratios)
     assert "[red]ab:" in said["prompt"]
-    assert "[/]\\x1b[31m<eos>" in said["prompt"]
+    assert "[/]␛[31m<eos>" in said["prompt"]
     assert "\x1b" not in said["prompt"]
     assert f"{ATTACK}<eos>" in page_of["prompt"].text
-    assert "script" not in {tag for tag, _ in page_of["prompt"].tags}
+    assert [script for script in page_of["prompt"].scripts if "alert" in script] == []
 
     # sampled completions are no longer than was asked, and those of a file are its first rows
     assert re.findall(r"completion \d", said["sample"]) == ["completion 1", "completion 2"]
@@ -335,6 +341,9 @@ def numbers(inspection: Inspection) -> list[str]:
     plain += [pairs.clipping.fraction, pairs.clipping.removed, pairs.agreement.correlation, credit.total]
     found += [f"{x:.3f}" for x in plain]
     found += [f"{x:.3g}" for x in (pairs.calibration.fitted_beta, pairs.suggested.beta, pairs.suggested.reward_spread)]
+    assert pairs.stacked is not None
+    weights = [pairs.stacked.token_weight, pairs.stacked.score_weight, pairs.stacked.token_adds]
+    found += [f"{x:.3g}" for weight in weights for x in (weight.value, weight.low, weight.high)]
     return [text.replace("-", "−") for text in found]
 
 
@@ -367,28 +376,29 @@ def test_numbers_follow_the_inspection(inspection: Inspection) -> None:
 
 def test_tokens_carry_their_rewards(inspection: Inspection, html: str) -> None:
     sides = [side for shown in inspection.shown for side in shown.sides.values()]
-    assert Page(html).attributes("title") == [heatmap.signed(r) for side in sides for r in side.rewards]
+    assert Page(html).attributes("title") == numbers_of([side.rewards for side in sides])
     assert "<|end|>" in Page(html).text
     assert "label8" in Page(html).text  # a token in the middle without text: half a character
     for side in sides:
-        total, score = (f"{x:+.2f}".replace("-", "−") for x in (sum(side.rewards), side.score))
+        total = heatmap.signed(sum(side.rewards), heatmap.Scale.of(r for s in sides for r in s.rewards).digits)
+        score = f"{side.score:+.2f}".replace("-", "−")
         head = f"Σ {total} over {len(side.rewards)} tokens · score {score}"
         assert head in Page(html).text
         assert head in in_terminal(inspection, 160)
     scale = heatmap.Scale.of(r for side in sides for r in side.rewards)
-    colours = re.findall(r'<span style="background:(#\w+)" title', html)
-    assert colours == [heatmap.css(scale.colour(r)) for side in sides for r in side.rewards]  # one scale for all
+    levels = re.findall(r'<span(?: class="(\w+)")? title', html)
+    assert levels == [heatmap.level(scale.share(r)) for side in sides for r in side.rewards]  # one scale for all
 
 
 def test_text_of_models_is_only_text(inspection: Inspection, html: str) -> None:
     page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [script for script in page.scripts if "alert" in script] == []
     assert page.text.count(ATTACK) >= 2 + 2 + 4  # source, data; prompts; tokens
     assert "{{ 7*7 }}" in page.text
     terminal = in_terminal(inspection, 200)
     for text in (html, terminal):
         assert not re.search("[\x00\x1b\u202e\u202c\ud83d]", text)
-    for said in ("\\u202eevil", "\\x1b[2J", "[bold red]x[/]", "\\x00", "\\ud83d"):
+    for said in ("\\u202eevil", "␛[2J", "[bold red]x[/]", "␀", "\\ud83d"):
         assert said in page.text
         assert said in terminal
 
@@ -397,10 +407,11 @@ def test_the_page_asks_for_nothing(html: str) -> None:
     page = Page(html)
     for name in ("src", "href", "xlink:href", "action", "poster", "data", "srcset"):
         assert all(value.startswith("#") for value in page.attributes(name)), name
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "img", "base", "form"}
     assert not re.search(r"url\((?!#)|@import", html)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert len(policy) == len(page.scripts) == 1
+    assert re.fullmatch(r"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-[\w+/=]+'", policy[0])
     ids = page.attributes("id")
     assert ids
     assert len(ids) == len(set(ids))

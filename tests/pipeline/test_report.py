@@ -1,5 +1,7 @@
 """The report reads a run folder only, so a folder written by hand is all its tests need."""
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -118,13 +120,14 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text, self.open = "", []
         self.cells: list[str] = []
+        self.scripts: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag == "style":
+        if tag in ("style", "script"):
             self.open.append(tag)
-        if tag == "td":
+        if tag == "td" or (tag == "th" and ("scope", "row") in attrs):
             self.cells.append("")
             self.open.append(tag)
 
@@ -133,10 +136,11 @@ class Page(HTMLParser):
             self.open.pop()
 
     def handle_data(self, data):
-        if "style" in self.open:
+        if self.open and self.open[-1] in ("style", "script"):
+            self.scripts += [data] if self.open[-1] == "script" else []
             return
         self.text += data
-        if "td" in self.open:
+        if self.open:
             self.cells[-1] += data
 
     def attributes(self, name: str) -> list[str]:
@@ -171,7 +175,7 @@ def copy(run, tmp_path, monkeypatch):
 
 
 def test_model_text_is_escaped(html, page):
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [script for script in page.scripts if "alert" in script] == []
     assert "b>bold" not in html  # the recipe is text too
     # in a prompt shown twice, in the four completions beside it, and as one token
     assert page.text.count(ATTACK) == 2 + 4 + 1
@@ -180,10 +184,21 @@ def test_model_text_is_escaped(html, page):
 def test_the_page_asks_for_nothing(html, page):
     for name in ("src", "href", "xlink:href", "action", "poster", "data", "srcset"):
         assert all(value.startswith("#") for value in page.attributes(name)), name
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "img", "base", "form"}
     assert not re.search(r"url\((?!#)|@import", html)
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+
+
+def test_no_script_runs_but_the_page_s_own(page):
+    """Its policy names the one script by its digest; text that became one would not run."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+    assert len(digests) == 1
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == [f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digests[0]}'"]
+
+
+def test_a_page_is_small(html):
+    assert len(html.encode()) < 1_000_000
 
 
 def test_ids_are_unique(page):
@@ -375,14 +390,31 @@ def test_a_figure_is_the_same_each_time_and_escapes_its_names():
 def test_tokens_carry_their_numbers(run, page):
     row = read_run(run).token_rewards[0]
     titles = page.attributes("title")
-    assert titles[: len(row.tokens)] == [f"{r:+.3f} nats".replace("-", "−") for r in row.rewards]
+    assert titles[: len(row.tokens)] == [f"{r:+.3f}".replace("-", "−") for r in row.rewards]
+
+
+@pytest.mark.parametrize(("limit", "digits"), [(30.0, 2), (1.0, 2), (0.2, 3), (0.04, 4), (2e-5, 7), (1e-300, 12)])
+def test_a_weak_reward_has_digits_enough(limit, digits):
+    """Three figures of the largest, so that no reward of a hundredth of it reads 0."""
+    scale = Scale(limit)
+    assert scale.digits == digits
+    if digits < 12:
+        (cell,) = heatmap.cells(["a"], [-limit / 100], scale)
+        assert float(cell.number.replace("−", "-")) == pytest.approx(-limit / 100, rel=0.5)
+        assert cell.number.startswith("−")
 
 
 @pytest.mark.parametrize(
     ("token", "shown"),
     [
         *(("a b", "a b"), ("\n", "↵\n"), ("\t", "⇥\t"), ("", "∅"), ("\ufffd", "\ufffd"), ("é β 中", "é β 中")),
-        *(("\x1b[31m", "\\x1b[31m"), ("\u202e", "\\u202e"), ("\u2028", "\\u2028"), ("\ud83d", "\\ud83d")),
+        *(
+            ("\x1b[31m", "␛[31m"),
+            ("\r\x7f\x85", "␍␡\\x85"),
+            ("\u202e", "\\u202e"),
+            ("\u2028", "\\u2028"),
+            ("\ud83d", "\\ud83d"),
+        ),
     ],
 )
 def test_what_cannot_be_seen_is_made_visible(token, shown):
@@ -391,14 +423,22 @@ def test_what_cannot_be_seen_is_made_visible(token, shown):
 
 def test_scale_is_symmetric_and_says_which_sign():
     scale = Scale(2.0)
-    assert scale.colour(0.0) == heatmap.ZERO
-    assert scale.colour(2.0) == scale.colour(math.inf) == heatmap.POSITIVE
-    assert scale.colour(-2.0) == scale.colour(-99.0) == heatmap.NEGATIVE
-    red, _, blue = scale.colour(1.0)
-    assert blue > red
-    red, _, blue = scale.colour(-1.0)
-    assert red > blue
-    assert scale.colour(math.nan) == heatmap.UNDEFINED
+    for theme in (heatmap.LIGHT, heatmap.DARK):
+        assert scale.colour(0.0, theme) == theme.zero
+        assert scale.colour(2.0, theme) == scale.colour(math.inf, theme) == theme.positive
+        assert scale.colour(-2.0, theme) == scale.colour(-99.0, theme) == theme.negative
+        red, _, blue = scale.colour(1.0, theme)
+        assert blue > red
+        red, _, blue = scale.colour(-1.0, theme)
+        assert red > blue
+        assert scale.colour(math.nan, theme) == theme.undefined
+
+
+def test_the_page_has_a_colour_for_every_level():
+    shares = [i / 100 for i in range(-100, 101)] + [math.nan]
+    for theme in (heatmap.LIGHT, heatmap.DARK):
+        assert set(heatmap.levels(theme)) == {heatmap.level(share) for share in shares} - {""}
+    assert [heatmap.level(x) for x in (-1.0, -0.04, 0.0, 0.06, 1.0, math.nan)] == ["n10", "", "", "p1", "p10", "u"]
 
 
 def test_scale_of_rewards():
@@ -413,16 +453,22 @@ def test_text_is_readable_on_every_colour():
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    ink = luminance(heatmap.INK)
-    backgrounds = [Scale(1.0).colour(i / 10) for i in range(-10, 11)] + [heatmap.UNDEFINED]
-    assert min((luminance(b) + 0.05) / (ink + 0.05) for b in backgrounds) > 7  # WCAG 2 AAA
+    for theme in (heatmap.LIGHT, heatmap.DARK):
+        backgrounds = [Scale(1.0).colour(i / 10, theme) for i in range(-10, 11)] + [theme.undefined]
+        for background in map(luminance, backgrounds):
+            low, high = sorted((background, luminance(theme.ink)))
+            assert (high + 0.05) / (low + 0.05) > 7  # WCAG 2 AAA
 
 
 def test_heatmap_for_the_terminal():
     text = heatmap_text(["good", "\n", "[bold]"], [1.0, 0.0, -1.0])
     assert text.plain == "good↵\n[bold]"
     backgrounds = [span.style.bgcolor.get_truecolor() for span in text.spans]
-    assert [tuple(b) for b in backgrounds] == [heatmap.POSITIVE, heatmap.ZERO, heatmap.NEGATIVE]
+    assert [tuple(b) for b in backgrounds] == [
+        heatmap.LIGHT.positive,
+        heatmap.LIGHT.zero,
+        heatmap.LIGHT.negative,
+    ]
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         heatmap_text(["a", "b"], [1.0])
 
@@ -445,3 +491,41 @@ def test_a_run_without_gold_and_without_fine_tuning_is_called_by_what_it_is(copy
     assert any(a.startswith("Reward model score against prompts") for a in page.attributes("aria-label"))
     headings = [str(column.header).replace("\n", " ") for column in results_table(results).columns]
     assert headings[1:3] == ["reward model score", "win rate vs start (%)"]
+
+
+def headings(html: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", html)
+
+
+def test_a_stage_alone_has_only_what_it_has(run, tmp_path):
+    """The folder of one stage, as `rto train` or `rto sft` leaves it: no empty section, no word of a whole run."""
+    rto = shutil.copytree(run / "rto", tmp_path / "rto")
+    row = {"step": 4, "prompt": PROMPT, "completion": ANSWER, "score": 0.5, "score/judge": 2.0}
+    tokens = {"tokens": ["a", "\x1b", ATTACK], "token_rewards": [0.001, -0.002, 0.0]}
+    held_out = {**row, "completion": "of an evaluation", "split": "eval"}
+    write_lines(rto / "completions.jsonl", [row, {**row, **tokens, "step": 8}, held_out])
+    html = write_report(rto).read_text()
+    assert headings(html) == ["Learning curves", "Gold against KL", "Newest completions", "Diagnostics"]
+    page = Page(html)
+    assert "evaluation" not in page.text
+    assert "recipe.yaml" not in page.text
+    assert page.text.index("step 8") < page.text.index("step 4")
+    assert "Σ −0.00100 nats over 3 tokens" in page.text
+    assert [t for t in page.attributes("title") if t] == ["+0.00100", "−0.00200", "+0.00000"]
+    sft = shutil.copytree(run / "sft", tmp_path / "sft")
+    assert headings(write_report(sft).read_text()) == ["Training"]
+
+
+def test_control_characters_are_symbols_everywhere(copy):
+    """In a method's name, a prompt, a completion, a recipe and the name of the judge."""
+    name = "\x1b[2JRTO\u202e"
+    results = {**RESULTS, "gold": "\x07judge", "methods": {name: RESULTS["methods"]["RTO"]}}
+    (copy / "evaluation" / "results.json").write_text(json.dumps(results))
+    write_lines(copy / "evaluation" / "completions.jsonl", [{"prompt": "\x00p", "completions": {name: "\x1b[31m"}}])
+    with (copy / "recipe.yaml").open("a") as file:
+        file.write("# \x08\n")
+    html = write_report(copy).read_text()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", html)
+    text = Page(html).text
+    for shown in ("␛[2JRTO\\u202e", "␇judge", "␀p", "␛[31m", "# ␈"):
+        assert shown in text

@@ -261,7 +261,7 @@ def rollouts(count: int, model: str, folder: Path, **settings: Any) -> RTOTraine
 def test_a_batch_that_nobody_chose_is_lowered(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="rto.trainers.rto"):
+    with caplog.at_level(logging.WARNING, logger="rto.trainers.prompts"):
         run = rollouts(63, str(tiny_folder), tmp_path, total_episodes=100)
     assert run.args.per_device_train_batch_size == 60
     assert caplog.messages == [

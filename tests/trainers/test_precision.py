@@ -80,8 +80,8 @@ def found_in(make: Callable[..., Any], settings: dict[str, Any]) -> dict[str, st
     run = make("rto", **lora(settings))
     actor = run.model
     base = getattr(actor.policy, "get_base_model", lambda: None)()
-    heads = [model.score.weight for model in (actor.value_model, run.score_sources[0].model)]
-    frozen = [run.reference, run.token_reward.dpo_model, run.score_sources[0].model]
+    heads = [model.score.weight for model in (actor.value_model, run.scoring.sources[0].model)]
+    frozen = [run.reference, run.scoring.token_reward.dpo_model, run.scoring.sources[0].model]
     return {
         "autocast": run.args.mixed_precision,
         "policy, critic: what is trained": dtypes(p for p in actor.parameters() if p.requires_grad),
@@ -209,7 +209,7 @@ def test_a_copy_in_another_precision(tiny_model: Any) -> None:
 def test_the_critic_starts_from_the_reward_model_as_it_was_saved(make: Any, reward_folder: Path) -> None:
     """Not from the copy that scores, which bf16 has rounded."""
     run = make("rto", bf16=True)
-    assert dtypes(run.score_sources[0].model.parameters()) == "bfloat16"
+    assert dtypes(run.scoring.sources[0].model.parameters()) == "bfloat16"
     saved = AutoModelForSequenceClassification.from_pretrained(reward_folder).state_dict()
     assert all(torch.equal(x, saved[name]) for name, x in run.model.value_model.state_dict().items())
 
@@ -219,7 +219,7 @@ def test_an_object_that_is_only_read_keeps_its_precision(make: Any, tiny_model: 
     run = make("rto", bf16=True, ref_model=reference, dpo_model=tiny_model(seed=1).to(torch.bfloat16))
     assert run.reference is reference
     assert dtypes(reference.parameters()) == "float32"
-    assert dtypes(run.token_reward.dpo_model.parameters()) == "bfloat16"
+    assert dtypes(run.scoring.token_reward.dpo_model.parameters()) == "bfloat16"
 
 
 def test_numbers_of_a_reference_belong_to_its_precision(make: Any, tiny_model: Any) -> None:

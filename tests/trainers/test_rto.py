@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rto.batches import Rollout, Samples, Targets
+from rto.credit import METHODS, Credit
 from rto.rollout.sampling import SamplingConfig
-from rto.trainers.rto import RolloutSampler, RTOTrainer
+from rto.trainers.config import settings_of
+from rto.trainers.prompts import RolloutSampler
+from rto.trainers.rto import RTOTrainer
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -62,7 +66,7 @@ def test_beta1_zero_is_ppo_exactly(trainer: Callable[..., RTOTrainer], dpo_folde
     """β₁ = 0 never loads the DPO model, and takes the same steps as a run that has none."""
     with_model = trainer(dpo_coef=0.0, dpo_model="/no/such/model", output_dir=str(tmp_path / "a"))
     without = trainer(dpo_coef=0.0, output_dir=str(tmp_path / "b"))
-    assert with_model.token_reward is None
+    assert with_model.scoring.token_reward is None
     with_model.train()
     without.train()
     assert torch.equal(weights(with_model.model), weights(without.model))
@@ -75,7 +79,7 @@ def test_credit_is_the_equation(trainer: Callable[..., RTOTrainer], clip: float 
         dpo_coef=0.5, kl_coef=0.2, score_coef=2.0, token_reward_clip=clip, whiten_advantages=False, gamma=0.9
     )
     rollout = rollout_of(run)
-    targets = run.credit(rollout)
+    targets = run.credit(rollout, text=str).targets
     assert rollout.token_logratio is not None
     assert rollout.values is not None
     for b in range(len(rollout)):
@@ -98,7 +102,7 @@ def test_first_update_starts_from_ratio_one(trainer: Callable[..., RTOTrainer]) 
     """Before any step the update's own forward pass must reproduce the old log-probabilities, whatever the cuts."""
     run = trainer(num_mini_batches=1, max_tokens_per_micro_batch=7)
     run.create_optimizer()
-    run.update(run.model, run.credit(rollout_of(run)))
+    run.update(run.model, run.credit(rollout_of(run), text=str).targets)
     assert abs(run._metrics["approx_kl"][-1]) < 1e-9
     assert run._metrics["clip/ratio"][-1] == 0
 
@@ -107,7 +111,7 @@ def test_micro_batches_do_not_change_the_gradient(trainer: Callable[..., RTOTrai
     grads = []
     for budget in (10_000, 13):
         run = trainer(num_mini_batches=1, max_tokens_per_micro_batch=budget)
-        targets = run.credit(rollout_of(run))
+        targets = run.credit(rollout_of(run), text=str).targets
         run.update(run.model, targets)
         grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
@@ -140,7 +144,7 @@ def test_policy_and_critic_have_their_own_rates_and_clips(trainer: Callable[...,
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert {rates[id(p)] for p in run.model.policy.parameters()} == {1e-3}
     assert {rates[id(p)] for p in run.model.value_model.parameters()} == {5e-3}
-    run.update(run.model, run.credit(rollout_of(run)))
+    run.update(run.model, run.credit(rollout_of(run), text=str).targets)
     run._clip_grad_norm(run.model)
     for part in (run.model.policy, run.model.value_model):
         norm = torch.cat([p.grad.flatten() for p in part.parameters()]).norm()
@@ -193,7 +197,7 @@ def test_activation_checkpointing_changes_no_gradient(trainer: Callable[..., RTO
     grads = []
     for on in (False, True):
         run = trainer(num_mini_batches=1)
-        targets = run.credit(rollout_of(run))
+        targets = run.credit(rollout_of(run), text=str).targets
         if on:
             run.model.activation_checkpointing_enable()
             assert run.model.policy.model.layers[0].gradient_checkpointing
@@ -210,7 +214,7 @@ def test_reference_is_the_start_and_stays(trainer: Callable[..., RTOTrainer], ti
     start = weights(AutoModelForCausalLM.from_pretrained(tiny_folder))
     assert torch.equal(weights(run.reference), start)
     assert not torch.equal(weights(run.model.policy), start)
-    assert all(p.grad is None for p in run.token_reward.dpo_model.parameters())
+    assert all(p.grad is None for p in run.scoring.token_reward.dpo_model.parameters())
 
 
 def test_saved_folders_load_elsewhere(trainer: Callable[..., RTOTrainer]) -> None:
@@ -246,9 +250,9 @@ def test_log_says_what_happened(trainer: Callable[..., RTOTrainer]) -> None:
 def test_score_is_paid_once_and_eos_penalty_only_when_cut_off(trainer: Callable[..., RTOTrainer]) -> None:
     run = trainer(dpo_coef=0.0, kl_coef=0.0, missing_eos_penalty=5.0, gamma=1.0, lam=1.0, whiten_advantages=False)
     rollout = rollout_of(run)
-    run.credit(rollout)
+    metrics = run.credit(rollout, text=str).metrics
     cut = (~rollout.ended).float()
-    assert run._metrics["reward/score"][-1] == pytest.approx(float((rollout.scores - 5 * cut).mean()), rel=1e-5)
+    assert float(metrics["reward/score"]) == pytest.approx(float((rollout.scores - 5 * cut).mean()), rel=1e-5)
 
 
 def test_adaptive_kl_moves_the_coefficient(trainer: Callable[..., RTOTrainer]) -> None:
@@ -259,13 +263,66 @@ def test_adaptive_kl_moves_the_coefficient(trainer: Callable[..., RTOTrainer]) -
     assert coefs[-1] > coefs[1]
 
 
+GIVEN = {
+    "rto": {},
+    "ppo": {"dpo_coef": 0.0},
+    "semi-rto": {"reward_placement": "sentence"},
+    "ddpo": {"reward_placement": "final"},
+    "rs-ppo": {"reward_shaping": True},
+    "reinforce++": {"dpo_coef": 0.0, "advantage_estimator": "reinforce++"},
+    "rto-reinforce++": {"advantage_estimator": "reinforce++"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_credit_and_config_say_the_same(method: str, trainer: Callable[..., RTOTrainer], tmp_path: Path) -> None:
+    """A method that is given as an object is the one that the configuration describes: same fields, same weights."""
+    by_config = trainer(**GIVEN[method], output_dir=str(tmp_path / "a"))
+    dpo = {"dpo_model": None} if GIVEN[method].get("dpo_coef") == 0 else {}
+    by_object = trainer(credit=Credit.of(method), **dpo, output_dir=str(tmp_path / "b"))
+    for name in settings_of(by_config.credit):
+        assert getattr(by_config.args, name) == getattr(by_object.args, name), name
+    assert by_config.credit == by_object.credit
+    start = weights(by_config.model)
+    by_config.train()
+    by_object.train()
+    assert torch.equal(weights(by_config.model), weights(by_object.model))
+    assert not torch.equal(weights(by_config.model), start)
+
+
+def test_credit_that_contradicts_the_config_is_refused(trainer: Callable[..., RTOTrainer]) -> None:
+    with pytest.raises(ValueError, match=r"kl_coef=0\.2 in args contradicts the credit .* has 0\.01"):
+        trainer(kl_coef=0.2, credit=Credit.of("rto"))
+    agreed = trainer(kl_coef=0.2, credit=Credit.of("semi-rto", kl_coef=0.2))
+    assert agreed.args.reward_placement == "sentence"
+
+
+def test_models_that_are_read_wait_in_host_memory(trainer: Callable[..., RTOTrainer], reward_folder: Path) -> None:
+    """Off-loaded, each visits the device while it is read, alone, and the numbers are the same."""
+    moves: list[tuple[str, str]] = []
+    found = []
+    for offload in (False, True):
+        run = trainer(offload_frozen=offload, reward_funcs=str(reward_folder))
+        for name, model in run.scoring.models().items():
+            move = partial(lambda to, name, device: (moves.append((name, str(device))), to(device)), model.to, name)
+            model.to = move  # type: ignore[assignment]
+        found.append(rollout_of(run))
+    for name, x in found[0].tensors().items():
+        assert torch.equal(x, found[1].tensors()[name]), name
+    each = ("reference", "dpo_model 0", "reward model 0")
+    assert [name for name, _ in moves] == [name for name in each for _ in range(2)]
+    assert all(device == "cpu" for _, device in moves)  # also the device of this machine
+
+
 def test_normalized_scores_use_running_statistics(trainer: Callable[..., RTOTrainer]) -> None:
     run = trainer(normalize_scores=True)
-    first = rollout_of(run).scores
-    assert float(first.mean()) == pytest.approx(0, abs=1e-5)
-    assert float(first.std(unbiased=False)) == pytest.approx(1, rel=1e-4)
+    rollout = rollout_of(run)
+    raw, found = rollout.scores, run.credit(rollout, text=str)
+    assert float(found.metrics["reward/score"]) == pytest.approx(0, abs=1e-5)
+    assert run.credit.score_moments.mean == pytest.approx(float(raw.mean()))
+    assert run.credit.score_moments.std == pytest.approx(float(raw.std(unbiased=False)))
     run.evaluate(run.train_dataset)
-    assert run.score_moments.count == 8
+    assert run.credit.score_moments.count == 8
 
 
 def test_evaluation_leaves_training_alone(trainer: Callable[..., RTOTrainer], tmp_path: Path) -> None:
@@ -365,8 +422,10 @@ def test_completed_sampling_config_refuses_nonsense() -> None:
 
 
 def test_targets_hold_no_more_than_the_update_reads() -> None:
+    """And what the tokens were drawn from, where a sampler says it."""
     assert set(Targets.__dataclass_fields__) == {
-        *("tokens", "prompt_mask", "mask", "old_logp", "advantages", "old_values", "returns")
+        *("tokens", "prompt_mask", "mask", "old_logp", "advantages", "old_values", "returns"),
+        *("sampler_logp", "version"),
     }
 
 

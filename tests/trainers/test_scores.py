@@ -95,7 +95,7 @@ def test_an_encoder_scores_but_is_no_critic(
     """Passed over where nobody asked for it, refused where somebody did."""
     judge = bert(tokenizer, tmp_path / "bert")
     run = trainer(reward_funcs=str(judge))
-    assert isinstance(run.score_sources[0].model, BertForSequenceClassification)
+    assert isinstance(run.scoring.sources[0].model, BertForSequenceClassification)
     critic, policy = run.model.value_model.model.state_dict(), run.model.policy.model.state_dict()
     assert all(torch.equal(critic[name], policy[name]) for name in policy)
     run.train()

@@ -78,7 +78,7 @@ def test_one_base_does_what_separate_models_do(folders, alone, tmp_path):
     """DPO and reward as merged models, the critic as an adapter of its own: same losses, same weights."""
     base, dpo, reward = folders
     run = share(*folders, str(tmp_path / "shared"))
-    roles = [run.reference, run.token_reward.dpo_model, run.score_sources[0].model, run.model.value_model]
+    roles = [run.reference, run.scoring.token_reward.dpo_model, run.scoring.sources[0].model, run.model.value_model]
     assert all(isinstance(role, Role) and role.base.model is run.model.policy for role in roles)
     weights = {p.data_ptr(): p.numel() for p in run.model.parameters()}
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
@@ -93,7 +93,12 @@ def test_one_base_does_what_separate_models_do(folders, alone, tmp_path):
         value_model=AutoPeftModelForSequenceClassification.from_pretrained(reward, num_labels=1, is_trainable=True),
         ref_model=AutoModelForCausalLM.from_pretrained(base),
     )
-    models = apart.reference, apart.token_reward.dpo_model, apart.score_sources[0].model, apart.model.value_model
+    models = (
+        apart.reference,
+        apart.scoring.token_reward.dpo_model,
+        apart.scoring.sources[0].model,
+        apart.model.value_model,
+    )
     assert not any(isinstance(model, Role) for model in models)
     weights, rows = train(apart)
     expected, log = alone
@@ -191,7 +196,8 @@ def test_checkpointing_changes_no_gradient_on_one_base(folders, tmp_path):
         prompts = list(run.train_dataset[:8])
         if on:
             run.model.activation_checkpointing_enable()
-        targets = run.credit(run.score(run.model, run.sample(run.model, prompts, seed=3), prompts))
+        rollout = run.score(run.model, run.sample(run.model, prompts, seed=3), prompts)
+        targets = run.credit(rollout, text=str).targets
         run.update(run.model, targets)
         grads.append({n: p.grad for n, p in run.model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -225,7 +231,7 @@ def test_a_reward_model_of_its_own_stays_one(folders, reward_folder, tmp_path):
     """As in the paper: a small reward model beside a large base; the critic is an adapter then."""
     base, dpo, _ = folders
     run = share(base, dpo, str(reward_folder), str(tmp_path))
-    assert not isinstance(run.score_sources[0].model, Role)
+    assert not isinstance(run.scoring.sources[0].model, Role)
     assert isinstance(run.model.value_model, Role)
     run.train()
 
@@ -281,15 +287,15 @@ def test_adapters_that_trl_trained_share_the_base(folders, pairs, tokenizer, tmp
         trainer.train()
         trainer.save_model()
     run = share(base, str(tmp_path / "dpo"), str(tmp_path / "reward"), str(tmp_path / "run"), max_steps=1)
-    assert isinstance(run.token_reward.dpo_model, Role)
-    assert isinstance(run.score_sources[0].model, Role)
+    assert isinstance(run.scoring.token_reward.dpo_model, Role)
+    assert isinstance(run.scoring.sources[0].model, Role)
     dpo = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "dpo").eval()
     reward = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1).eval()
     run.model.eval()
     with torch.no_grad():
         for ours, alone, number in (
-            (run.token_reward.dpo_model, dpo, policy_logprobs),
-            (run.score_sources[0].model, reward, token_values),
+            (run.scoring.token_reward.dpo_model, dpo, policy_logprobs),
+            (run.scoring.sources[0].model, reward, token_values),
             (run.model.value_model, reward, token_values),
         ):
             assert number(alone, BATCH).abs().sum() > 0.01

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from rto.data.errors import DataError
@@ -16,8 +14,9 @@ from rto.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Match, benc
 from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
 from rto.evaluation.benchmarks.types import Question
 from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
-from rto.files import printable, safe_name
-from rto.flags import OneLine
+from rto.files import safe_name
+from rto.flags import OneLine, add_trust
+from rto.terminal import Terminal, say
 from rto.values import nearest
 
 USAGE = """usage: rto evaluate COMMAND [options]
@@ -36,7 +35,7 @@ def main(args: Sequence[str]) -> int:
         wanted = bool(args) and args[0] in ("-h", "--help")
         if args and not wanted:
             raise ValueError(f"no such command: {args[0]}{nearest(args[0], known)}")
-        _say(USAGE)
+        say(USAGE)
         return 0 if wanted else 2
     return known[args[0]](list(args[1:]))
 
@@ -55,7 +54,8 @@ def generate(args: list[str]) -> int:
         raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
     from rto.models.loading import check_weights, find_config
 
-    find_config("--model", flags.model)
+    trust = {"trust_remote_code": flags.trust_remote_code}
+    find_config("--model", flags.model, **trust)
     check_weights("--model", flags.model)
     make_folder(flags.output, "--output")
     import torch
@@ -67,8 +67,8 @@ def generate(args: list[str]) -> int:
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
-    tokenizer = load_tokenizer(flags.model)
-    model = freeze(load_policy(flags.model, dtype=flags.dtype))
+    tokenizer = load_tokenizer(flags.model, **trust)
+    model = freeze(load_policy(flags.model, dtype=flags.dtype, **trust))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = max_positions(model) or 2**31
     limit = flags.max_new_tokens or min(benchmark.max_new_tokens, context // 2)
@@ -96,7 +96,7 @@ def generate(args: list[str]) -> int:
         batch_size=flags.batch_size,
         seed=flags.seed,
     )
-    _say(
+    say(
         f"{result.path}: {result.answers} answers, {result.new} of them new; {result.mean_tokens:.1f} tokens on "
         f"average, {result.answers - result.ended} cut at {limit}"
     )
@@ -122,6 +122,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="Prompts side by side; answers depend on it, as on the seed.")
     add("--seed", type=int, default=0)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add_trust(parser)
     return parser
 
 
@@ -166,16 +167,16 @@ def judge(args: list[str]) -> int:
         contests = hold(judging, match.battles, seed=flags.seed)
     finally:
         if endpoint is not None:
-            _say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
+            say(f"{flags.judge_model}: {endpoint.usage.report(endpoint.prices)}")
     judgments = match.benchmark.judgments(name, match.model, match.baseline, contests)
     write_judgments(path, judgments, judging.identity)
     games = sum(len(c.games) for c in contests)
     reasons = unread(contests)
-    _say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
+    say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
     for reason, count in reasons.most_common():
-        _say(f"  {count} not read: {reason}")
+        say(f"  {count} not read: {reason}")
     if any(reason.startswith("no answer") for reason in reasons):
-        _say("  run the same command again to ask for the missing answers; the others cost nothing")
+        say("  run the same command again to ask for the missing answers; the others cost nothing")
     return 0
 
 
@@ -196,6 +197,7 @@ def _judge_parser() -> argparse.ArgumentParser:
     offline.add_argument(
         "--judge", help="A reward model's folder, a function (module:function), or gold (the embedded task's)."
     )
+    add_trust(offline)
     chat = parser.add_argument_group("a chat model behind an OpenAI-compatible endpoint")
     add = chat.add_argument
     add("--judge_model", help="Its name at the endpoint.")
@@ -262,9 +264,9 @@ def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tup
     if is_function(name):
         source = resolve(name, "--judge")
     else:
-        find_config("--judge", name)
+        find_config("--judge", name, trust_remote_code=flags.trust_remote_code)
         check_weights("--judge", name)
-    return ScoreJudge(reward_source(source, max_tokens=2**14)), None
+    return ScoreJudge(reward_source(source, max_tokens=2**14, trust_remote_code=flags.trust_remote_code)), None
 
 
 # --- compare
@@ -282,7 +284,7 @@ def compare(args: list[str]) -> int:
     settings = Settings(**flags)
     entries, notes = read_sources(sources)
     comparison = run(entries, settings, notes)
-    console = Console()
+    console = Terminal()
     show(comparison, console)
     paths = write(comparison, folder)
     console.print(Text(f"\nwith all pairs and the judges' position and length bias: {', '.join(map(str, paths))}"))
@@ -305,7 +307,3 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
     return parser
-
-
-def _say(text: str, to: Any = None) -> None:
-    (to or sys.stdout).write("\n".join(map(printable, text.split("\n"))) + "\n")

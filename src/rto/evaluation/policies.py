@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rto.batches import Samples
-from rto.data.chat import completion_texts
 from rto.evaluation.statistics.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,16 @@ def answer(
 ) -> Answers:
     """Complete each prompt once and judge the completions."""
     sampler = TransformersSampler.of(policy, tokenizer, sampling)
-    samples = sampler(policy, prompts, seed)
-    ids = [row[keep].tolist() for row, keep in zip(samples.responses, samples.mask)]
-    texts = completion_texts(tokenizer, prompts, ids)
+    drawn = draw(sampler, policy, tokenizer, prompts, seed)
+    samples = drawn.samples
     score = partial(score_logprobs, temperature=sampling.temperature or 1.0, max_tokens=max_tokens)
     ratio = score(policy, samples) - score(reference, samples)
-    ended = samples.ended.tolist()
     return Answers(
-        completions=texts,
-        gold=judge(texts, ended),
+        completions=drawn.texts,
+        gold=judge(drawn.texts, drawn.ended),
         kl=masked_sum(ratio, samples.mask, dim=-1).tolist(),
         lengths=samples.mask.sum(1).tolist(),
-        ended=ended,
+        ended=drawn.ended,
         samples=samples,
     )
 

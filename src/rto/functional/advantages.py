@@ -10,7 +10,7 @@ from torch import Tensor
 from rto.ranges import SHARE, check_ranges
 
 
-class Credit(NamedTuple):
+class Assigned(NamedTuple):
     """What an estimator hands to the update: both 0 outside the mask, the advantages not yet whitened."""
 
     advantages: Float[Tensor, "B T"]
@@ -19,7 +19,7 @@ class Credit(NamedTuple):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """Rewards (and values, for those that need a critic) to `Credit`."""
+    """Rewards (and values, for those that need a critic) to `Assigned`."""
 
     needs_values: ClassVar[bool]
 
@@ -28,7 +28,7 @@ class Estimator(Protocol):
         rewards: Float[Tensor, "B T"],
         values: Float[Tensor, "B T"] | None,
         mask: Bool[Tensor, "B T"],
-    ) -> Credit:
+    ) -> Assigned:
         """Assign credit; masks are True on a prefix of each row."""
 
 
@@ -51,7 +51,7 @@ class GAE:
         rewards: Float[Tensor, "B T"],
         values: Float[Tensor, "B T"] | None,
         mask: Bool[Tensor, "B T"],
-    ) -> Credit:
+    ) -> Assigned:
         """Advantages and the returns that the critic regresses on.
 
         Raises:
@@ -64,7 +64,7 @@ class GAE:
         following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
         deltas = rewards + self.gamma * following - values
         advantages = torch.where(mask, discounted_sum(deltas, self.gamma * self.lam), 0.0)
-        return Credit(advantages, advantages + values)
+        return Assigned(advantages, advantages + values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ class ReinforcePlusPlus:
         rewards: Float[Tensor, "B T"],
         values: Float[Tensor, "B T"] | None,
         mask: Bool[Tensor, "B T"],
-    ) -> Credit:
+    ) -> Assigned:
         """Reward-to-go for each token; ``values`` are not read."""
         to_go = torch.where(mask, discounted_sum(torch.where(mask, rewards, 0.0), self.gamma), 0.0)
-        return Credit(to_go, to_go)
+        return Assigned(to_go, to_go)
 
 
 def discounted_sum(x: Float[Tensor, "B T"], discount: float) -> Float[Tensor, "B T"]:

@@ -17,6 +17,7 @@ from rto.evaluation.statistics.estimates import Estimate, Z
 from rto.files import write_atomically
 from rto.inspection import figures
 from rto.inspection.reading import Inspection, Shown
+from rto.inspection.stacking import Stacked, Weight
 from rto.inspection.statistics import (
     Agreement,
     Calibration,
@@ -92,10 +93,10 @@ def write_inspection(inspection: Inspection, folder: Path) -> Path:
 
 
 def render(inspection: Inspection) -> str:
-    """The page: one file without script or request."""
+    """The page: one file that asks for no other."""
     scale = scale_of(inspection.shown)
     found = sections(inspection)
-    return template("inspection.html.j2", "rto.inspection").render(
+    return template("inspection.html.j2", "rto.inspection", scripts=("step",)).render(
         source=heatmap.printable(inspection.source),
         data=heatmap.printable(inspection.data),
         sections=found,
@@ -104,7 +105,7 @@ def render(inspection: Inspection) -> str:
             (
                 heatmap.printable(shown.prompt),
                 [
-                    (name, _head(side), heatmap.cells(drawn(side), side.rewards.tolist(), scale, unit=""))
+                    (name, _head(side, scale), heatmap.cells(drawn(side), side.rewards.tolist(), scale))
                     for name, side in shown.sides.items()
                 ],
             )
@@ -141,6 +142,7 @@ def _of_pairs(report: PairReport) -> list[Section]:
     ]
     found += [] if report.clipping is None else [_clipping(report.clipping, report.accuracy)]
     found += [] if report.agreement is None else [_agreement(report.agreement)]
+    found += [] if report.stacked is None else [_stacked(report.stacked)]
     return [*found, _suggested(report.suggested)]
 
 
@@ -301,6 +303,47 @@ def _agreement(agreement: Agreement) -> Section:
     return Section(title="Does it agree with the sentence reward?", findings=findings)
 
 
+def _stacked(stacked: Stacked) -> Section:
+    loss = stacked.log_loss
+    findings = [
+        _weight("weight of the token reward", stacked.token_weight, _earns(stacked.token_weight, "a larger β₁")),
+        _weight("weight of the score", stacked.score_weight, _earns(stacked.score_weight, "a larger β₃")),
+        Finding(name="β₁ : β₃", value=significant(stacked.ratio), reading=_ratio(stacked)),
+        _weight("the token reward adds", stacked.token_adds, _adds(stacked.token_adds, loss["score"], "the score")),
+        _weight("the score adds", stacked.score_adds, _adds(stacked.score_adds, loss["token"], "the token reward")),
+        Finding(
+            name="log loss of both",
+            value=number(loss["both"]),
+            reading="cross-fitted, nats a pair; 0.693 says nothing",
+        ),
+    ]
+    return Section(title="What does each source add to the other?", findings=findings)
+
+
+def _weight(name: str, weight: Weight, reading: str) -> Finding:
+    interval = f"[{significant(weight.low)}, {significant(weight.high)}]"
+    return Finding(name=name, value=f"{significant(weight.value)} {interval}", reading=reading)
+
+
+def _earns(weight: Weight, what: str) -> str:
+    if weight.low > 0:
+        return "with the other one held, it still tells the sides apart"
+    if weight.high < 0:
+        return f"with the other one held, it points the wrong way: {what} would hurt"
+    return f"with the other one held, nothing is seen of it: {what} will not help at equal KL"
+
+
+def _ratio(stacked: Stacked) -> str:
+    if math.isnan(stacked.ratio):
+        return "no ratio is better than one source alone"
+    return "what these pairs are likeliest under; the optimum of Eq. 4.7 depends on it and on β₂"
+
+
+def _adds(gain: Weight, alone: float, other: str) -> str:
+    told = "" if gain.low > 0 or gain.high < 0 else "; not told from nothing"
+    return f"nats a pair off the log loss {number(alone)} of {other} alone{told}"
+
+
 def _suggested(suggested: SuggestedBeta | None) -> Section:
     if suggested is None:
         note = "Needs a sentence reward to compare with: --reward_model."
@@ -397,7 +440,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], justify: str)
 
 
 def _legend(scale: heatmap.Scale) -> Text:
-    ends = [f" ≤ {heatmap.signed(-scale.limit, 2)} ", " 0 ", f" ≥ {heatmap.signed(scale.limit, 2)} "]
+    limit = heatmap.signed(scale.limit, scale.digits)
+    ends = [f" ≤ {limit.replace('+', '−')} ", " 0 ", f" ≥ {limit} "]
     return heatmap.heatmap_text(ends, [-scale.limit, 0.0, scale.limit], scale=scale)
 
 
@@ -423,19 +467,19 @@ class _Sides:
 
 def _block(name: str, side: Rewarded, scale: heatmap.Scale) -> Group:
     return Group(
-        Text.assemble((name, "bold"), f"  {_head(side)}"),
+        Text.assemble((name, "bold"), f"  {_head(side, scale)}"),
         heatmap.heatmap_text(drawn(side), side.rewards.tolist(), scale=scale),
-        Text(_extremes(side), style="dim"),
+        Text(_extremes(side, scale), style="dim"),
         "",
     )
 
 
-def _head(side: Rewarded) -> str:
+def _head(side: Rewarded, scale: heatmap.Scale) -> str:
     score = "" if side.score is None else f" · score {heatmap.signed(side.score, 2)}"
-    return f"Σ {heatmap.signed(side.total, 2)} over {len(side.rewards):,} tokens{score}"
+    return f"Σ {heatmap.signed(side.total, scale.digits)} over {len(side.rewards):,} tokens{score}"
 
 
-def _extremes(side: Rewarded) -> str:
+def _extremes(side: Rewarded, scale: heatmap.Scale) -> str:
     """The tokens of most and least reward in words, since a terminal may have no colours."""
     ranked = sorted(
         (r, token) for r, token in zip(side.rewards.tolist(), drawn(side), strict=True) if not math.isnan(r)
@@ -444,7 +488,9 @@ def _extremes(side: Rewarded) -> str:
     least = [x for x in ranked[:EXTREMES] if x[0] < 0]
     return "\n".join(
         f"{name:5} "
-        + ", ".join(f"“{heatmap.visible(token).rstrip(chr(10))}” {heatmap.signed(r, 2)}" for r, token in some)
+        + ", ".join(
+            f"“{heatmap.visible(token).rstrip(chr(10))}” {heatmap.signed(r, scale.digits)}" for r, token in some
+        )
         for name, some in (("most", most), ("least", least))
         if some
     )

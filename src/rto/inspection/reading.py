@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from rto.batches import collate
 from rto.data.chat import (
     completion_ids,
-    completion_texts,
     prompt_ids,
     stop_ids,
     template_options,
     without_tail,
 )
-from rto.data.formats import DataError, Pair, load_rows, normalized, read_pairs
+from rto.data.formats import DataError, Pair, Prompt, Skipped, load_rows, normalized, read_pairs
 from rto.errors import users_code
 from rto.inspection.statistics import (
     CreditReport,
@@ -49,6 +48,7 @@ from rto.models.loading import (
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
 from rto.values import check_choice
 
@@ -201,7 +201,10 @@ def inspect(args: InspectArguments) -> Inspection:
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
     rows = _head(_load(args, args.dataset_name), args.rows)
     pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=args.dataset_name)
-    rewarded = _inspector(args, models, functions, score, tokenizer).pairs(pairs, rows)
+    inspector = _inspector(args, models, functions, score, tokenizer)
+    rewarded = inspector.pairs(inspector.readable(pairs, rows, skipped), rows)
+    if not rewarded:
+        raise DataError(f"{skipped.report(args.dataset_name)}. Nothing is left to look at")
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
     shown = [
         Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})
@@ -240,6 +243,23 @@ class Inspector:
         if isinstance(score, RewardModel):
             score.model.to(device)
 
+    def readable(self, pairs: Sequence[Pair], rows: Dataset, skipped: Skipped) -> list[Pair]:
+        """Pairs of which the sentence reward can read both sides; the others are counted."""
+        if not isinstance(self.score, RewardModel):
+            return list(pairs)
+        found = []
+        for pair in pairs:
+            raw = normalized(rows[pair.row], ("chosen", "rejected"), self.tokenizer)
+            sides = [
+                self._completed([pair.prompt], [getattr(pair, side)], [raw], side) for side in ("chosen", "rejected")
+            ]
+            why = next((reason for side in sides for reason in self.score.unread(side) if reason is not None), None)
+            if why is None:
+                found.append(pair)
+            else:
+                skipped.add(why, pair.row)
+        return found
+
     def pairs(self, pairs: Sequence[Pair], rows: Dataset) -> list[RewardedPair]:
         """Token rewards of both sides of each pair; ``rows`` is the data set that the pairs were read from."""
         found: list[RewardedPair] = []
@@ -267,20 +287,23 @@ class Inspector:
             found.append(Shown(prompt=spoken(row["prompt"]), sides=sides))
         return found
 
+    def _completed(
+        self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
+    ) -> Completed:
+        """One side of some rows, as reward functions see it."""
+        names = [name for name in raw[0] if name not in ("prompt", side, "sides", "sampled")]
+        asked = [
+            Prompt(ids=ids, raw=row["prompt"], columns={name: row[name] for name in names})
+            for ids, row in zip(prompts, raw)
+        ]
+        ended = [bool(row.get(f"{side}_ended", True)) for row in raw]
+        return Completed.of(asked, [row[side] for row in raw], ended, completions)
+
     def _reward(
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> list[Rewarded]:
         """One side of some rows."""
-        columns = {
-            name: [row[name] for row in raw] for name in raw[0] if name not in ("prompt", side, "sides", "sampled")
-        }
-        completed = Completed(
-            prompts=[row["prompt"] for row in raw],
-            completions=[row[side] for row in raw],
-            completion_ids=completions,
-            ended=[bool(row.get(f"{side}_ended", True)) for row in raw],
-            columns=columns,
-        )
+        completed = self._completed(prompts, completions, raw, side)
         sequences = collate(prompts, completions, pad=pad_id(self.tokenizer), device=self.device)
         rewards = self.source(sequences, completed=completed).float().cpu().numpy().astype(float)
         for row, text in zip(rewards, completed.completions):
@@ -509,7 +532,5 @@ def _sample(
     )
     config = SamplingConfig(max_completion_length=args.max_completion_length, temperature=args.temperature)
     sampler = TransformersSampler.of(policy, tokenizer, config)
-    drawn = sampler(policy, [ids] * 2, args.seed)
-    responses = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
-    texts = completion_texts(tokenizer, [ids] * 2, responses)
-    return list(zip(texts, responses, drawn.ended.tolist(), strict=True))
+    drawn = draw(sampler, policy, tokenizer, [ids] * 2, args.seed)
+    return list(zip(drawn.texts, drawn.ids, drawn.ended, strict=True))

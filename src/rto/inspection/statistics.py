@@ -12,6 +12,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from rto.evaluation.statistics.estimates import Estimate, wilson
+from rto.inspection.stacking import Stacked, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ class PairReport:
     clipping: Clipping | None
     agreement: Agreement | None
     suggested: SuggestedBeta | None
+    stacked: Stacked | None
     mean_length: float
 
 
@@ -194,6 +196,7 @@ def report_on_pairs(
         clipping=None if clip is None else clipping(pairs, clip),
         agreement=agreement(pairs, margin) if scored else None,
         suggested=suggest_beta(pairs, clip, fraction) if scored else None,
+        stacked=stack(_clipped_gap(pairs, clip), _score_gap(pairs)) if scored else None,
         mean_length=float(np.mean([len(side.rewards) for side in sides])),
     )
 
@@ -303,7 +306,7 @@ def clipping(pairs: Sequence[RewardedPair], bound: float) -> Clipping:
         bound=bound,
         fraction=float((rewards > bound).mean()),
         removed=float((rewards - bound).clip(min=0).sum() / (rewards.sum() or math.nan)),
-        accuracy=accuracy(np.array([p.chosen.clipped(bound) - p.rejected.clipped(bound) for p in pairs])),
+        accuracy=accuracy(_clipped_gap(pairs, bound)),
     )
 
 
@@ -323,7 +326,7 @@ def suggest_beta(pairs: Sequence[RewardedPair], clip: float | None, fraction: fl
     Only differences between completions of a prompt move a policy, so both spreads are √(mean Δ² / 2) over pairs.
     The paper asks that the token reward must not dominate the score; its β₁ = 0.05 was chosen by hand.
     """
-    reward = _spread(np.array([p.chosen.clipped(clip) - p.rejected.clipped(clip) for p in pairs]))
+    reward = _spread(_clipped_gap(pairs, clip))
     score = _spread(_score_gap(pairs))
     return SuggestedBeta(
         beta=fraction * score / reward if reward > 0 else math.nan,
@@ -331,6 +334,10 @@ def suggest_beta(pairs: Sequence[RewardedPair], clip: float | None, fraction: fl
         reward_spread=reward,
         score_spread=score,
     )
+
+
+def _clipped_gap(pairs: Sequence[RewardedPair], clip: float | None) -> np.ndarray:
+    return np.array([p.chosen.clipped(clip) - p.rejected.clipped(clip) for p in pairs])
 
 
 def _score_gap(pairs: Sequence[RewardedPair]) -> np.ndarray:

@@ -59,6 +59,19 @@ class Actor(nn.Module):
         """The policy's configuration: what `transformers.Trainer` looks up on its model."""
         return unwrap_peft(self.policy).config
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Classes of the layers of both models: what FSDP cuts by. A name that no module here has would be refused."""
+        models = [m for m in (self.policy, self.value_model) if m is not None and not isinstance(m, Role)]
+        named = {name for m in models for name in getattr(unwrap_peft(m), "_no_split_modules", None) or ()}
+        return named & {type(m).__name__ for m in self.modules()}
+
+    def tie_weights(self) -> None:
+        """Tie what each model ties: whoever replaces parameters (a loader that shards) asks for it."""
+        for model in (self.policy, self.value_model):
+            if model is not None and not isinstance(model, Role):
+                unwrap_peft(model).tie_weights()
+
     def forward(
         self,
         tokens: Int[Tensor, "B L"],

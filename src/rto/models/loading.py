@@ -21,11 +21,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    dynamic_module_utils,
 )
 from transformers.utils import logging as hf_logging
 
 from rto.data.chat import stop_ids
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
+
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+"""The library asks on standard input where nothing decides about a model's own code; here that is an error at once."""
 
 Source = str | Path | nn.Module
 """A folder, a hub id, or a model that is already loaded (a PEFT model counts)."""
@@ -113,6 +117,11 @@ def told_of(source: str | Path) -> Iterator[None]:
             what = f"is neither a folder here nor on the hub ({'no such folder' if local else why})"
         elif not (folder / "config.json").is_file() and not is_adapter(folder):
             what = "is no model's folder: it has no config.json"
+        elif "trust_remote_code" in str(error):
+            what = (
+                "brings code of its own, which does not run unasked: read it, then set trust_remote_code (a flag of "
+                "every command, a key of recipes)"
+            )
         elif isinstance(error, SafetensorError):
             what = f"has damaged weights ({why}): copy or train them again"
         elif "tokenizer" in str(error) and not list(folder.glob("tokenizer*")):
@@ -194,6 +203,11 @@ def _load_scalar_adapter(source: str | Path, new_head: bool, init_kwargs: dict[s
     if head is None and not new_head:
         raise ValueError(
             f"{source} has no trained scalar head, so its scores would mean nothing: train one with `rto reward`"
+        )
+    if not is_scorer(config):
+        raise ValueError(
+            f"{source} is an adapter of a language model, whose kind has no scalar head: merge it first with "
+            "`rto export`, or start from its base"
         )
     base: Any = load_scalar(_base_of(source, config), **_of_base(config, init_kwargs))
     base.config.get_text_config().pad_token_id = pad_of_adapter(source, base.config, trusts(init_kwargs))

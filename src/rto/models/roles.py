@@ -40,6 +40,7 @@ from rto.models.loading import (
     source_name,
     split_head,
     stop_at_eos,
+    trusts,
     unwrap_peft,
     zero_head,
 )
@@ -116,10 +117,23 @@ class Role(nn.Module):
         super().requires_grad_(requires_grad)
         return self
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the role as an adapter that PEFT reads, its head in ``modules_to_save``."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        head: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the role as an adapter that PEFT reads, its head in ``modules_to_save``.
+
+        Args:
+            folder: where to.
+            state_dict: the base's, where it is sharded over processes; None reads the base.
+            head: the head's, likewise.
+        """
         assert self.adapter is not None
-        save_adapter(self.base.model, self.adapter, Path(folder), head=self.score, state_dict=state_dict)
+        if head is None and self.score is not None:
+            head = self.score.state_dict()
+        save_adapter(self.base.model, self.adapter, Path(folder), head=head, state_dict=state_dict)
 
     def load_weights(self, folder: Path) -> None:
         """Put what `save_pretrained` wrote back in place.
@@ -140,13 +154,14 @@ class SharedBase:
 
     Args:
         model: the policy, a PEFT model; its base is frozen.
+        trust_remote_code: whether code that comes with the tokenizer of another adapter may run.
 
     Raises:
         ValueError: its adapter cannot share a base: prompt tuning, trained biases, or one that changed the base.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.policy = model, str(model.active_adapter)
+    def __init__(self, model: Any, *, trust_remote_code: bool = False) -> None:
+        self.model, self.policy, self._trust = model, str(model.active_adapter), trust_remote_code
         check_adapter("the policy's adapter", model.peft_config[self.policy])
         self.active = [self.policy]
         self._layers = _adapter_layers(model)
@@ -192,7 +207,7 @@ class SharedBase:
         _fill(self.model, name, state, str(source))
         if not scalar:
             return Role(self, name, source=str(source))
-        pad = pad_of_adapter(source, self.model.config)
+        pad = pad_of_adapter(source, self.model.config, self._trust)
         return Role(self, name, source=str(source), head=self._head(head), pad_token_id=pad)
 
     def copy(self, role: Role | None, name: str) -> Role:
@@ -358,9 +373,11 @@ def adapt(model: nn.Module, peft_config: Any, *, revision: str | None = None) ->
     return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
 
 
-def shared_base(model: nn.Module) -> SharedBase | None:
+def shared_base(model: nn.Module, *, trust_remote_code: bool = False) -> SharedBase | None:
     """The base under a PEFT model, for other roles to share; None for a model that is trained whole."""
-    return SharedBase(model) if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else None
+    if not (hasattr(model, "get_base_model") and hasattr(model, "peft_config")):
+        return None
+    return SharedBase(model, trust_remote_code=trust_remote_code)
 
 
 def save_adapter(
@@ -368,7 +385,7 @@ def save_adapter(
     adapter: str,
     folder: Path,
     *,
-    head: nn.Linear | None = None,
+    head: dict[str, Tensor] | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter of a PEFT model as PEFT reads it, without the others on the same base.
@@ -377,7 +394,7 @@ def save_adapter(
         model: the PEFT model.
         adapter: the adapter's name on it.
         folder: where to; the adapter is its only one and stands at its root.
-        head: its scalar head; the folder is then a sequence classifier's.
+        head: the state of its scalar head; the folder is then a sequence classifier's.
         state_dict: the whole model's, where it is sharded over processes; None reads the model's own.
     """
     from peft import TaskType, get_peft_model_state_dict
@@ -391,7 +408,7 @@ def save_adapter(
     )
     if head is not None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, list(HEAD_NAMES)
-        weights |= {f"base_model.model.score.{name}": x for name, x in head.state_dict().items()}
+        weights |= {f"base_model.model.score.{name}": x for name, x in head.items()}
     folder.mkdir(parents=True, exist_ok=True)
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
     safetensors.torch.save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -445,7 +462,7 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     if not (hasattr(source, "merge_and_unload") if isinstance(source, nn.Module) else is_adapter(source)):
         raise ValueError(f"{source_name(source)} is no adapter: it is a whole model already")
     model: Any = load_policy(source, **init_kwargs)
-    tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model))
+    tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model), init_kwargs)
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -459,8 +476,9 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     return target
 
 
-def _tokenizer(source: str | Path, base: str) -> Any:
-    return load_tokenizer(source if (Path(source) / "tokenizer_config.json").is_file() else base)
+def _tokenizer(source: str | Path, base: str, init_kwargs: dict[str, Any]) -> Any:
+    own = (Path(source) / "tokenizer_config.json").is_file()
+    return load_tokenizer(source if own else base, trust_remote_code=trusts(init_kwargs))
 
 
 def _adapter_layers(model: nn.Module) -> list[Any]:

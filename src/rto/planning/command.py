@@ -13,6 +13,7 @@ from rto.planning.memory import Memory, Placement
 from rto.planning.shapes import Lora, Shape
 from rto.planning.workload import Workload, shapes_of, workload
 from rto.recipe import Recipe
+from rto.terminal import Terminal
 
 GB = 1e9
 TFLOPS = {2: 989.0, 4: 67.0}
@@ -155,7 +156,7 @@ def main(args: list[str]) -> int:
         shown=flags.variant,
     )
     found = replace(found, rates=replace(rates, operations=rates.operations or found.rates.operations))
-    console = Console()
+    console = Terminal()
     if flags.json:
         console.print_json(json.dumps(as_json(found)))
     else:

@@ -1,4 +1,4 @@
-"""What a run folder holds, read once. Any piece may be missing, half written or of another kind.
+"""What the folder of a run, or of one stage, holds, read once; a piece may be missing, half written, of another kind.
 
 Nothing here raises on what it finds: a missing piece is ``None`` or empty, and what could not be read is counted in
 ``Run.notes``, which the page shows.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rto.report.heatmap import printable
 from rto.report.table import REWARD_MODEL, measure
 from rto.values import read_yaml
 
@@ -39,9 +40,26 @@ class TokenRewards:
     gold: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A completion that the policy drew in training, as the trainer kept it."""
+
+    step: int
+    prompt: str
+    completion: str
+    scores: dict[str, float]
+    tokens: list[str]
+    """Empty, as ``rewards``, where training had no token reward."""
+    rewards: list[float]
+
+
+NEWEST = 6
+"""Completions of training that are read, the last ones."""
+
+
 @dataclass(kw_only=True)
 class Run:
-    """A run folder.
+    """A run folder, or one stage's.
 
     Attributes:
         name: of the folder.
@@ -52,6 +70,8 @@ class Run:
         token_rewards: ``evaluation/token_rewards.jsonl``.
         online: the log of each method that trained on its own rollouts, by the method's name.
         offline: the log of every other stage that logged a loss, by the method's or the stage's name.
+        drawn: the newest completions of each on-line method in training.
+        stage: the folder is one stage's: its log is its own.
         notes: what could not be read.
     """
 
@@ -63,6 +83,8 @@ class Run:
     token_rewards: list[TokenRewards] = field(default_factory=list)
     online: dict[str, Log] = field(default_factory=dict)
     offline: dict[str, Log] = field(default_factory=dict)
+    drawn: dict[str, list[Drawn]] = field(default_factory=dict)
+    stage: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +107,18 @@ class Run:
     def measure(self) -> str:
         """What people are told that these numbers are."""
         return measure(self.judged_by)
+
+    @property
+    def missing(self) -> list[str]:
+        """Files of a whole run that are not there."""
+        found = {
+            "recipe.yaml": self.recipe is not None,
+            "evaluation/results.json": bool(self.methods),
+            "evaluation/completions.jsonl": bool(self.samples),
+            "evaluation/token_rewards.jsonl": bool(self.token_rewards),
+            "log.jsonl of a stage": bool(self.online or self.offline),
+        }
+        return [name for name, there in found.items() if not there]
 
     @property
     def fine_tuned(self) -> bool:
@@ -119,15 +153,27 @@ def read_run(folder: Path) -> Run:
     names = {method.get("folder"): name for name, method in run.methods.items()}
     order = list(names)
     stages = sorted(path.parent.name for path in folder.glob("*/log.jsonl"))
+    run.stage = (folder / "log.jsonl").is_file()
+    if run.stage:
+        _read_stage(run, folder, "", run.name)
     for stage in sorted(stages, key=lambda s: order.index(s) if s in order else len(order)):
-        log = _rows(folder, f"{stage}/log.jsonl", _object, run.notes)
-        if rows := [row for row in log if number(row.get("episodes")) is not None]:
-            run.online[names.get(stage, stage.upper())] = rows
-            if wild := sum(isinstance(x, float) and not math.isfinite(x) for row in rows for x in row.values()):
-                run.notes.append(f"{stage}/log.jsonl: {wild} values are not finite; the curves leave them out.")
-        elif any("loss" in row for row in log):
-            run.offline[names.get(stage, stage)] = [row for row in log if "loss" in row]
+        _read_stage(run, folder, f"{stage}/", names.get(stage, printable(stage)), upper=stage not in names)
     return run
+
+
+def _read_stage(run: Run, folder: Path, inner: str, name: str, *, upper: bool = False) -> None:
+    """The log of a stage; ``upper``: an on-line one of no name of its own is a method's, as its folder is called."""
+    log = _rows(folder, f"{inner}log.jsonl", _object, run.notes)
+    if rows := [row for row in log if number(row.get("episodes")) is not None]:
+        name = name.upper() if upper else name
+        run.online[name] = rows
+        if wild := sum(isinstance(x, float) and not math.isfinite(x) for row in rows for x in row.values()):
+            run.notes.append(f"{inner}log.jsonl: {wild} values are not finite; the curves leave them out.")
+        drawn = _rows(folder, f"{inner}completions.jsonl", _drawn, run.notes)
+        if newest := [row for row in drawn if row is not None][-NEWEST:]:
+            run.drawn[name] = newest[::-1]
+    elif any("loss" in row for row in log):
+        run.offline[name] = [row for row in log if "loss" in row]
 
 
 def number(x: Any) -> float | None:
@@ -158,31 +204,46 @@ def _object(x: Any) -> dict[str, Any]:
 
 
 def _results(x: Any) -> dict[str, Any]:
-    for method in _object(_object(x).get("methods") or {}).values():
-        _object(method)
-    return x
+    methods = _object(_object(x).get("methods") or {})
+    return {**x, "methods": {printable(name): _object(method) for name, method in methods.items()}}
 
 
 def _sample(row: Any) -> Sample:
     row = _object(row)
-    gold = {name: number(x) for name, x in _object(row.get("gold") or {}).items()}
+    gold = {printable(name): number(x) for name, x in _object(row.get("gold") or {}).items()}
     return Sample(
         prompt=str(row["prompt"]),
-        completions={name: str(text) for name, text in _object(row["completions"]).items()},
+        completions={printable(name): str(text) for name, text in _object(row["completions"]).items()},
         gold={name: x for name, x in gold.items() if x is not None},
     )
 
 
 def _token_rewards(row: Any) -> TokenRewards:
     row = _object(row)
-    tokens, rewards = row["tokens"], row["rewards"]
+    tokens, rewards = _per_token(row["tokens"], row["rewards"])
+    return TokenRewards(prompt=str(row["prompt"]), tokens=tokens, rewards=rewards, gold=number(row.get("gold")))
+
+
+def _drawn(row: Any) -> Drawn | None:
+    """A row of a trainer's ``completions.jsonl``; None for one that was drawn in an evaluation."""
+    row = _object(row)
+    if "split" in row:
+        return None
+    tokens, rewards = _per_token(row.get("tokens", []), row.get("token_rewards", []))
+    scores = {name.removeprefix("score/"): number(x) for name, x in row.items() if name.split("/")[0] == "score"}
+    return Drawn(
+        step=int(row["step"]),
+        prompt=str(row["prompt"]),
+        completion=str(row["completion"]),
+        scores={printable(name): x for name, x in scores.items() if x is not None},
+        tokens=tokens,
+        rewards=rewards,
+    )
+
+
+def _per_token(tokens: Any, rewards: Any) -> tuple[list[str], list[float]]:
     if not isinstance(tokens, list) or not isinstance(rewards, list) or len(tokens) != len(rewards):
         raise ValueError("a reward for each token is needed")
     if not all(isinstance(x, int | float) for x in rewards):
         raise ValueError("rewards are numbers")
-    return TokenRewards(
-        prompt=str(row["prompt"]),
-        tokens=[str(token) for token in tokens],
-        rewards=[float(x) for x in rewards],
-        gold=number(row.get("gold")),
-    )
+    return [str(token) for token in tokens], [float(x) for x in rewards]

@@ -1,7 +1,8 @@
 """Token rewards as colours behind the tokens, on the page and in the terminal.
 
-White is 0, blue is positive, red is negative (a pair that colour-blind readers tell apart); the scale is symmetric.
-Both ends are light enough for dark text: the contrast stays above 7 : 1 everywhere.
+The paper's own colour is 0, blue is positive, red is negative (a pair that colour-blind readers tell apart); the scale
+is symmetric. There is one set of colours for dark text on white and one for light text on black; in both the contrast
+stays above 7 : 1 everywhere.
 """
 
 import math
@@ -14,11 +15,43 @@ from rich.style import Style
 from rich.text import Text
 
 RGB = tuple[int, int, int]
-INK: RGB = (0x11, 0x18, 0x20)
-ZERO: RGB = (0xFF, 0xFF, 0xFF)
-POSITIVE: RGB = (0x62, 0xAC, 0xE4)
-NEGATIVE: RGB = (0xF4, 0x8A, 0x74)
-UNDEFINED: RGB = (0xD8, 0xD8, 0xD8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Palette:
+    """Colours of the text and, behind it, of 0, of the two ends and of what is not a number."""
+
+    ink: RGB
+    zero: RGB
+    positive: RGB
+    negative: RGB
+    undefined: RGB
+
+    def colour(self, share: float) -> RGB:
+        """The colour of a share of the scale, from −1 to 1."""
+        if math.isnan(share):
+            return self.undefined
+        end = self.positive if share > 0 else self.negative
+        r, g, b = (round(z + abs(share) * (e - z)) for z, e in zip(self.zero, end))
+        return r, g, b
+
+
+LIGHT = Palette(
+    ink=(0x11, 0x18, 0x20),
+    zero=(0xFF, 0xFF, 0xFF),
+    positive=(0x62, 0xAC, 0xE4),
+    negative=(0xF4, 0x8A, 0x74),
+    undefined=(0xD8, 0xD8, 0xD8),
+)
+DARK = Palette(
+    ink=(0xF4, 0xF6, 0xF8),
+    zero=(0x15, 0x18, 0x1C),
+    positive=(0x14, 0x4F, 0x86),
+    negative=(0x8A, 0x2E, 0x1E),
+    undefined=(0x44, 0x48, 0x4C),
+)
+STEPS = 10
+"""Colours on each side of 0 on the page: more could not be told apart."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +67,49 @@ class Scale:
         limit = sizes[math.ceil(quantile * len(sizes)) - 1] if sizes else 0.0
         return cls(limit or 1.0)
 
-    def colour(self, reward: float) -> RGB:
+    def share(self, reward: float) -> float:
+        """Where a reward stands on the scale, from −1 to 1; nan for what is not a number."""
+        return reward if math.isnan(reward) else max(-1.0, min(reward / self.limit, 1.0))
+
+    def colour(self, reward: float, palette: Palette = LIGHT) -> RGB:
         """The colour behind a token; grey for what is not a number."""
-        if math.isnan(reward):
-            return UNDEFINED
-        end, share = POSITIVE if reward > 0 else NEGATIVE, min(abs(reward) / self.limit, 1.0)
-        r, g, b = (round(z + share * (e - z)) for z, e in zip(ZERO, end))
-        return r, g, b
+        return palette.colour(self.share(reward))
+
+    @property
+    def digits(self) -> int:
+        """Decimals that show the limit to three figures, so that a weak reward does not read 0; two at least."""
+        return min(max(2, 2 - math.floor(math.log10(self.limit))), 12)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A token as the page draws it."""
+    """A token as the page draws it: its text, the class of its colour, its reward in figures."""
 
     text: str
-    colour: str
-    title: str
+    level: str
+    number: str
 
 
-def cells(tokens: Sequence[str], rewards: Sequence[float], scale: Scale, unit: str = " nats") -> list[Cell]:
-    """Each token with its colour, and its reward in words."""
+def cells(tokens: Sequence[str], rewards: Sequence[float], scale: Scale) -> list[Cell]:
+    """Each token with its colour and its number."""
     return [
-        Cell(visible(token), css(scale.colour(reward)), f"{signed(reward)}{unit}")
+        Cell(visible(token), level(scale.share(reward)), signed(reward, scale.digits))
         for token, reward in zip(tokens, rewards, strict=True)
     ]
+
+
+def level(share: float) -> str:
+    """The page's class for a share of the scale: n10 … n1, none around 0, p1 … p10; u for what is not a number."""
+    if math.isnan(share):
+        return "u"
+    step = round(STEPS * share)
+    return f"{'p' if step > 0 else 'n'}{abs(step)}" if step else ""
+
+
+def levels(palette: Palette) -> dict[str, str]:
+    """The colour of each class."""
+    shares = [*(i / STEPS for i in range(-STEPS, STEPS + 1) if i), math.nan]
+    return {level(share): css(palette.colour(share)) for share in shares}
 
 
 def heatmap_text(tokens: Sequence[str], rewards: Sequence[float], *, scale: Scale | None = None) -> Text:
@@ -75,14 +127,15 @@ def heatmap_text(tokens: Sequence[str], rewards: Sequence[float], *, scale: Scal
     text = Text()
     for token, reward in zip(tokens, rewards, strict=True):
         shown = visible(token)
-        text.append(shown, Style(color=Color.from_rgb(*INK), bgcolor=Color.from_rgb(*scale.colour(reward))))
+        text.append(shown, Style(color=Color.from_rgb(*LIGHT.ink), bgcolor=Color.from_rgb(*scale.colour(reward))))
     return text
 
 
 def visible(token: str) -> str:
     """A token with what cannot be seen made visible; a line break is drawn and then kept.
 
-    Control and format characters are escaped, so that no model text can steer a terminal or reorder a line.
+    Control characters are shown as their symbols (␛ for escape) and format characters escaped, so that no model text
+    can steer a terminal or reorder a line.
     """
     return "".join(_visible(c) for c in token) or "∅"
 
@@ -107,6 +160,8 @@ def css(colour: RGB) -> str:
 def _visible(c: str) -> str:
     if c in _DRAWN:
         return _DRAWN[c]
+    if c < " " or c == "\x7f":
+        return chr(0x2400 + ord(c)) if c < " " else "␡"
     if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return c.encode("unicode_escape").decode("ascii")
     return c

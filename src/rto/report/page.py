@@ -1,17 +1,30 @@
-"""A run folder to one page of HTML that needs nothing but itself: no script, no request, model text escaped."""
+"""A folder to one page of HTML that needs nothing but itself: no request, model text escaped.
+
+The page works without its scripts, which step through tokens and, while a run is watched, bring the page up to date;
+its policy of contents names them by their digests, so that no other script runs.
+"""
 
 import os
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
+from rto.alarms import Alarm, Bounds, check
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
 
 SHOWN = 6
 """Completions on the page: the first ones of the evaluation, not picked."""
+
+FUNCTIONS = 4
+"""Reward functions of a stage that have a curve of their own."""
 
 LEARNING = (
     # title, key, unit
@@ -33,7 +46,7 @@ DIAGNOSTICS = (
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into a run folder from what the folder holds, and return its path.
+    """Write ``report.html`` into the folder of a run or of one stage, from what the folder holds; returns its path.
 
     What is missing is left out, and the page says so.
 
@@ -48,42 +61,80 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
-    """The page."""
-    headings, rows = results_cells(run.results)
-    scale = heatmap.Scale.of(r for row in run.token_rewards[:SHOWN] for r in row.rewards)
+def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None) -> str:
+    """The page.
+
+    Args:
+        run: what it is of.
+        every: it is served while the run goes on, and asks for a newer one after so many seconds; None: it is a file.
+        bounds: of the alarms.
+    """
+    headings, cells = results_cells(run.results)
     colours = plots.palette([*run.methods, *run.online, *run.offline])
-    return template("report.html.j2").render(
+    drawn = {} if run.samples else run.drawn
+    shown = run.token_rewards[:SHOWN]
+    rewards = [row.rewards for row in shown] + [row.rewards for rows in drawn.values() for row in rows]
+    scale = heatmap.Scale.of(r for completion in rewards for r in completion)
+    return template("report.html.j2", scripts=("step",) if every is None else ("step", "live")).render(
         run=run,
+        every=every,
+        bounds=bounds or Bounds(),
+        alarms=alarms(run, bounds),
         colours=colours,
         headings=headings,
-        rows=rows,
+        rows=cells,
         learning=_learning(run, colours),
         reached=reached(run),
         frontier=plots.gold_against_kl(run, colours),
         diagnostics=_diagnostics(run, colours),
         offline=_offline(run, colours),
         samples=run.samples[:SHOWN],
-        heat=[(row, heatmap.cells(row.tokens, row.rewards, scale)) for row in run.token_rewards[:SHOWN]],
+        drawn={
+            name: [(row, heatmap.cells(row.tokens, row.rewards, scale)) for row in ds] for name, ds in drawn.items()
+        },
+        heat=[(row, heatmap.cells(row.tokens, row.rewards, scale)) for row in shown],
         scale=scale,
     )
 
 
-def template(name: str, package: str = "rto.report") -> Template:
-    """A page of a package, over this one's layout and parts; what it is given is text and is escaped."""
+def alarms(run: Run, bounds: Bounds | None = None) -> list[tuple[str, Alarm]]:
+    """What is out of bounds at present, by method."""
+    return [(name, alarm) for name, log in run.online.items() for alarm in check(log, bounds)]
+
+
+def template(name: str, package: str = "rto.report", scripts: Sequence[str] = ()) -> Template:
+    """A page of a package, over this one's layout and parts; what it is given is text and is escaped.
+
+    Control characters in it are shown as symbols.
+    """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(p, "") for p in dict.fromkeys((package, "rto.report"))]),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sources = [files("rto.report").joinpath(f"{script}.js").read_text(encoding="utf-8") for script in scripts]
     environment.filters |= {"signed": heatmap.signed, "listed": listed}
     environment.globals |= {
-        "ends": [heatmap.css(c) for c in (heatmap.NEGATIVE, heatmap.ZERO, heatmap.POSITIVE)],
-        "ink": heatmap.css(heatmap.INK),
+        "light": heatmap.levels(heatmap.LIGHT),
+        "dark": heatmap.levels(heatmap.DARK),
+        "ends": {name: _ends(palette) for name, palette in (("light", heatmap.LIGHT), ("dark", heatmap.DARK))},
+        "ink": {"light": heatmap.css(heatmap.LIGHT.ink), "dark": heatmap.css(heatmap.DARK.ink)},
+        "paper": {"light": heatmap.css(heatmap.LIGHT.zero), "dark": heatmap.css(heatmap.DARK.zero)},
+        "scripts": [Markup(source) for source in sources],
+        "digests": [b64encode(sha256(source.encode()).digest()).decode() for source in sources],
     }
     return environment.get_template(name)
+
+
+def _visible(x: Any) -> Any:
+    return heatmap.printable(x) if isinstance(x, str) and not isinstance(x, Markup) else x
+
+
+def _ends(palette: heatmap.Palette) -> str:
+    return ", ".join(heatmap.css(c) for c in (palette.negative, palette.zero, palette.positive))
 
 
 def reached(run: Run) -> list[str]:
@@ -119,6 +170,10 @@ def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     }
     title = run.measure.capitalize()
     others = [panel for panel in LEARNING if panel[1] != run.gold_key]
+    if run.stage:  # it does not say which of its scores is the gold
+        keys = dict.fromkeys(key for log in run.online.values() for row in log for key in row)
+        named = [key for key in keys if key.startswith("score/") and not key.endswith("_std") and key != run.gold_key]
+        others += [(f"Score: {heatmap.printable(key.removeprefix('score/'))}", key, "") for key in named[:FUNCTIONS]]
     panels = [
         plots.curves(title, run.gold_key, run.online, colours, levels=levels, size=plots.LARGE),
         *(plots.curves(t, key, run.online, colours, unit=unit, size=plots.LARGE) for t, key, unit in others),

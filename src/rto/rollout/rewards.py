@@ -49,22 +49,35 @@ class Completed:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], texts: Sequence[str], ended: list[bool], ids: list[list[int]] | None = None
+        cls, prompts: Sequence[Prompt], texts: Sequence[Any], ended: list[bool], ids: list[list[int]] | None = None
     ) -> "Completed":
         """The completions of prompts as a data set has them, each in the format of its prompt: text, or a message.
 
+        The one place where reward functions' batches are made. Columns are those that every prompt has.
+
         Args:
-            prompts: one for each completion, all with the same columns.
-            texts: the completions.
+            prompts: one for each completion.
+            texts: the completions: text, or messages already.
             ended: whether each ended by itself.
             ids: their token ids, for functions that ask for them; None where there are none.
         """
+        names = [name for name in prompts[0].columns if all(name in p.columns for p in prompts)] if prompts else []
         return cls(
             prompts=[p.raw for p in prompts],
             completions=[said(p.raw, text) for p, text in zip(prompts, texts, strict=True)],
             completion_ids=[[] for _ in texts] if ids is None else ids,
             ended=ended,
-            columns={name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
+            columns={name: [p.columns[name] for p in prompts] for name in names},
+        )
+
+    def at(self, rows: Sequence[int]) -> "Completed":
+        """Some of the completions."""
+        return Completed(
+            prompts=[self.prompts[i] for i in rows],
+            completions=[self.completions[i] for i in rows],
+            completion_ids=[self.completion_ids[i] for i in rows],
+            ended=[self.ended[i] for i in rows],
+            columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
         )
 
     def row(self, i: int) -> dict[str, Any]:
@@ -72,9 +85,9 @@ class Completed:
         return {name: column[i] for name, column in self.columns.items()}
 
 
-def said(prompt: Any, text: str) -> Any:
-    """A completion in the format of its prompt: text, or a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+def said(prompt: Any, text: Any) -> Any:
+    """A completion in the format of its prompt: text, or a message; messages stay as they are."""
+    return text if isinstance(prompt, str) or not isinstance(text, str) else [{"role": "assistant", "content": text}]
 
 
 def call(function: Callable[..., Any], batch: Completed) -> Any:
@@ -134,7 +147,7 @@ class RewardModel:
         self.context = max_positions(model)
         caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
         self._kwargs = {"use_cache": False} if caches else {}
-        self._pad = self._inert_padding()
+        self.padding = self._inert_padding()
 
     @torch.no_grad()
     def __call__(self, batch: Completed) -> list[float]:
@@ -147,10 +160,14 @@ class RewardModel:
         self._check_lengths(ids, batch)
         scores = torch.zeros(len(ids))
         lengths = torch.tensor([len(row) for row in ids])
-        cuts = torch.arange(len(ids)).split(1) if self._pad is None else micro_batches(lengths, self.max_tokens)
+        cuts = torch.arange(len(ids)).split(1) if self.padding is None else micro_batches(lengths, self.max_tokens)
         for rows in cuts:
-            scores[rows] = self._score([ids[i] for i in rows], pad=self._pad or 0)
+            scores[rows] = self._score([ids[i] for i in rows], pad=self.padding or 0)
         return finite(f"reward model {self.name}", scores.tolist(), batch.completions)
+
+    def unread(self, batch: Completed) -> list[str | None]:
+        """For each completion why the model cannot read it behind its prompt; None where it can."""
+        return [self._why_unread(ids) for ids in self._encode(batch)]
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of each prompt as this model reads it."""
@@ -169,11 +186,18 @@ class RewardModel:
             where = f"prompt and completion {i} ({batch.completions[i]!r:.200})"
             if not row:
                 raise ValueError(f"reward model {self.name}: its tokenizer reads no token in {where}")
-            if self.context is not None and len(row) > self.context:
+            if self._why_unread(row) is not None:
                 raise ValueError(
                     f"reward model {self.name} reads at most {self.context} tokens, and {where} have {len(row)}: "
                     "lower max_prompt_length or max_completion_length, or take a reward model of a longer context"
                 )
+
+    def _why_unread(self, ids: list[int]) -> str | None:
+        if not ids:
+            return f"without a token that {self.name} reads"
+        if self.context is not None and len(ids) > self.context:
+            return f"over the {self.context} tokens that {self.name} reads"
+        return None
 
     @torch.no_grad()
     def _inert_padding(self) -> int | None:

@@ -32,10 +32,12 @@ from rich.console import Console
 
 from rto.errors import told
 from rto.files import write_atomically
+from rto.packaged import packaged
 from rto.pipeline import Pipeline
 from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
 from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
+from rto.terminal import Terminal
 from rto.workers import begin_worker
 
 VERSIONS = ("torch", "transformers", "trl", "numpy")
@@ -121,7 +123,7 @@ def reproduce(
     Raises:
         RecipeError: a name is not known, or the folder holds another recipe's runs or is in use.
     """
-    folder, console = Path(output_dir), console or Console()
+    folder, console = Path(output_dir), console or Terminal()
     policies = _chosen(recipe, methods)
     count = recipe.study.seeds if seeds is None else seeds
     if count < 1:
@@ -157,17 +159,17 @@ def reproduce(
 
 
 def task_recipe(task: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The study of a named task, ``recipes/TASK/study.yaml`` in the present folder, or of a recipe's path.
+    """The study of a named task, the packaged recipe ``TASK/study``, or of a recipe's path.
 
     Raises:
         RecipeError: there is none.
     """
-    path = Path(task) if task.endswith((".yaml", ".yml")) else Path("recipes") / task / "study.yaml"
-    if not path.is_file() and path.parts[0] == "recipes":
-        known = sorted(p.parent.name for p in Path("recipes").glob("*/study.yaml"))
+    path = task if task.endswith((".yaml", ".yml")) else f"{task}/study"
+    if path != task and path not in packaged():
+        known = ", ".join(name.removesuffix("/study") for name in packaged() if name.endswith("/study"))
         raise RecipeError(
-            f"no task {task!r}: there is no {path}. Known here: {', '.join(known) or 'none'}. Tasks are found in a "
-            "checkout of the project, from its root; elsewhere give the path of a recipe"
+            f"no task {task!r}: there are {known}, or give the path of a recipe. Those that need experiments/ run "
+            "in a checkout of the project alone, from its root"
         )
     return load_recipe(path, overrides)
 
@@ -299,7 +301,7 @@ def _work(job: Job, threads: int) -> float:
     torch.set_num_threads(threads)
     start = time.perf_counter()
     with _alone(job) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        job.run(Console(file=log))
+        job.run(Terminal(file=log))
     return time.perf_counter() - start
 
 
@@ -433,7 +435,7 @@ def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequen
         if all((folder / f"seed-{seed}" / stage / "done.json").is_file() for seed in seeds)
     }
     return {
-        "recipe": asdict(recipe),
+        "recipe": {**recipe.tree(), "study": asdict(recipe.study)},
         "gold": gold,
         "seeds": list(seeds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

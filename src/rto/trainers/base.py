@@ -5,7 +5,6 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,15 +19,15 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from rto.batches import micro_batches
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
+from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
-from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
+from rto.trainers.precision import PrecisionArguments, for_saving, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
 
 _Part = TypeVar("_Part")
@@ -63,6 +62,7 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
         on_this_machine(self)
+        check_layout(self)
         super().__post_init__()
         _ = self.init_kwargs  # refused here, not when models are loaded
 
@@ -143,6 +143,7 @@ class TokenTrainer(SealedCheckpoints):
         kwargs.pop("data_collator", None)
         prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
+        self._norms: dict[str, Tensor] = {}
         if self.optimizer is not None:
             _check_optimizer(self.optimizer, model)
         self.model_accepts_loss_kwargs = False
@@ -176,6 +177,7 @@ class TokenTrainer(SealedCheckpoints):
             return found
         if not (isinstance(data, list) and data and isinstance(data[0], self.row_type)):
             data, _ = self._read(data, "eval_dataset")
+        self.engine.ready(self.model)
         return self.evaluate_rows(data, metric_key_prefix)
 
     def evaluate_rows(self, rows: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -188,49 +190,39 @@ class TokenTrainer(SealedCheckpoints):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
-        return self.accelerator.reduce(x, reduction="sum")
+        return self.engine.all_reduce(x)
 
     @property
     def sharded(self) -> bool:
-        """The model is cut over processes (FSDP, DeepSpeed)."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        """Passes through the model are collective (FSDP, DeepSpeed)."""
+        return self.engine.sharded or self.engine.deepspeed
 
     def backward(
         self, model: nn.Module, parts: Sequence[_Part], loss: Callable[[_Part], Tensor], *, whole: bool = True
     ) -> Tensor:
-        """Add up the gradients of Σ loss(part); processes exchange them once, after the last part.
-
-        ``loss`` divides by a global denominator. Wrappers average gradients over processes, so the sum is
-        multiplied by their number first.
-
-        Args:
-            model: the model as it is wrapped.
-            parts: what the loss is called on, one after the other.
-            loss: a part's share of the loss.
-            whole: every part reaches every trained parameter, which DDP's own exchange of gradients needs. Where
-                it is not so, gradients are exchanged here.
-        """
-        total = torch.zeros((), device=self.args.device)
-        for i, part in enumerate(parts):
-            sync = nullcontext() if whole and i == len(parts) - 1 else self.accelerator.no_sync(model)
-            with sync:
-                with self.compute_loss_context_manager():
-                    value = loss(part)
-                self.accelerator.backward(value * (self.accelerator.num_processes if whole else 1))
-            total += value.detach()
-        if not whole and self.accelerator.num_processes > 1:
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            for exchange in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
-                exchange.wait()
-        return self.all_reduce(total)
+        """`Engine.backward`; what was noted for this update is looked at where it steps by itself."""
+        step = self.state.global_step + 1
+        look = (lambda: self.watch.check(step)) if self.engine.deepspeed else None
+        return self.engine.backward(model, parts, loss, whole=whole, before_last=look)
 
     def micro_batches(self, lengths: Tensor) -> list[Tensor]:
         """Cuts by the token budget; as many on every process, since sharded models run in step."""
-        cuts = micro_batches(lengths, self.args.max_tokens_per_micro_batch)
-        if self.accelerator.num_processes == 1:
-            return cuts
-        most = self.accelerator.gather(torch.tensor([len(cuts)], device=self.args.device)).max()
-        return micro_batches(lengths, self.args.max_tokens_per_micro_batch, at_least=int(most))
+        return self.engine.in_step(lengths, self.args.max_tokens_per_micro_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip policy and critic each by its own norm: a young critic's large gradient must not stall the policy."""
+        actor: Actor = self.accelerator.unwrap_model(model)
+        groups = {"policy": actor.policy_parameters}
+        if actor.value_model is not None:
+            groups["value"] = actor.value_parameters
+        self._norms = self.engine.clip(groups, self.args.max_grad_norm)
+        return next(iter(self._norms.values()))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.engine.before_preparing(self.model)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.engine.adopt(self.model)
+        return prepared
 
     def record(self, **metrics: float | Tensor) -> None:
         """Keep metrics, already global, for the next log; several values of one name are averaged."""
@@ -266,14 +258,15 @@ class TokenTrainer(SealedCheckpoints):
             name = "policy" if part is actor.policy else VALUE_MODEL
             own = None if state_dict is None else _strip(state_dict, f"{name}.")
             if isinstance(part, Role):
-                part.save_pretrained(where, None if state_dict is None else _strip(state_dict, "policy."))
+                base = None if state_dict is None else _strip(state_dict, "policy.")
+                part.save_pretrained(where, base, head=None if own is None else _strip(own, "score."))
             elif hasattr(part, "peft_config"):
                 save_adapter(part, part.active_adapter, where, state_dict=own)
             else:
                 part.save_pretrained(where, state_dict=own)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
-        torch.save(self.args, folder / "training_args.bin")
+        torch.save(for_saving(self.args), folder / "training_args.bin")
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

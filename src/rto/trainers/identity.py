@@ -21,7 +21,17 @@ FREE = {
 """Settings that may change when a run is resumed, for they decide nothing."""
 FREE_PREFIXES = (
     *("do_", "logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "ddp_", "torch_compile", "include_", "jit_"),
-    *("activation_", "trackio_", "push_to_", "restore_", "fsdp", "deepspeed", "accelerator_", "parallelism_"),
+    *(
+        "activation_",
+        "offload_",
+        "trackio_",
+        "push_to_",
+        "restore_",
+        "fsdp",
+        "deepspeed",
+        "accelerator_",
+        "parallelism_",
+    ),
 )
 
 

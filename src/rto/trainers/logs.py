@@ -2,10 +2,15 @@
 
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -17,6 +22,8 @@ from transformers import (
 )
 
 from rto.files import write_atomically
+from rto.functional.masked import AllReduce, masked_mean
+from rto.rollout.rewards import Completed
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,81 @@ def tell_quietly(trainer: Trainer) -> None:
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress)
     trainer.add_callback(JsonLines)
+
+
+class Phases:
+    """Seconds of the phases of an iteration, by name; what was begun on the device is waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the time of a block."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self, tokens: float) -> dict[str, float]:
+        """Seconds of each phase, of all, and sampled tokens a second; the last two of whole iterations only."""
+        found = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        if "sample" in self.seconds:  # false on the rest of a rollout that a checkpoint brought
+            total = sum(self.seconds.values())
+            found |= {"seconds/iteration": total, "tokens_per_second": tokens / total}
+        return found
+
+
+def mean_over(x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None, all_reduce: AllReduce) -> Float[Tensor, ""]:
+    """Mean over the rows of all processes; None counts all of them."""
+    every = torch.ones_like(x, dtype=torch.bool) if counted is None else counted
+    return masked_mean(x, every, all_reduce=all_reduce)
+
+
+def score_metrics(
+    scores: dict[str, Float[Tensor, " B"]], counted: Bool[Tensor, " B"] | None, all_reduce: AllReduce
+) -> dict[str, Float[Tensor, ""]]:
+    """Mean and deviation of each source's scores, and, under "", of their weighted sum."""
+    found: dict[str, Float[Tensor, ""]] = {}
+    for name, x in scores.items():
+        key = f"score/{name}" if name else "score"
+        mean = mean_over(x, counted, all_reduce)
+        found |= {key: mean, f"{key}_std": mean_over((x - mean).square(), counted, all_reduce).sqrt()}
+    return found
+
+
+def length_metrics(
+    lengths: Float[Tensor, " B"],
+    ended: Bool[Tensor, " B"],
+    counted: Bool[Tensor, " B"] | None,
+    all_reduce: AllReduce,
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, Float[Tensor, ""]]:
+    """How long completions are, and how many ended by themselves."""
+    everywhere = gather(lengths)
+    if counted is not None:
+        everywhere = everywhere[gather(counted)]
+    return {
+        "completions/mean_length": mean_over(lengths, counted, all_reduce),
+        "completions/min_length": everywhere.min(),
+        "completions/max_length": everywhere.max(),
+        "completions/eos_rate": mean_over(ended.float(), counted, all_reduce),
+    }
+
+
+def write_completions(
+    folder: Path, step: int, batch: Completed, scores: dict[str, Float[Tensor, " B"]], *, most: int, evaluation: bool
+) -> None:
+    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {f"score/{name}" if name else "score": x.tolist() for name, x in scores.items()}
+    with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+        for i in range(min(most, len(batch.prompts))):
+            row = {"step": step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
+            row |= {"split": "eval"} if evaluation else {}
+            row |= {name: column[i] for name, column in values.items()}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class JsonLines(TrainerCallback):

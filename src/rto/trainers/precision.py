@@ -1,9 +1,10 @@
 """Which precision and which revision each model of a run is read in: one rule for every command."""
 
+import copy
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from trl import ModelConfig
 
 from rto.models.loading import is_adapter, source_name, tokenizer_kwargs
 from rto.models.precision import NARROW, as_dtype, check_derivative, keep_derivative, widen
+from rto.references import References, put_back
 from rto.values import json_mapping
 
 logger = logging.getLogger(__name__)
@@ -63,10 +65,30 @@ class PrecisionArguments:
         },
     )
 
+    references: ClassVar[References] = {}
+    """Which values a recipe reads from the environment; a configuration that it makes has its own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library's, for logs and pages: environment variables by their names."""
+        return put_back(super().to_dict(), self.references, always=True)  # type: ignore[misc]
+
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """``model_init_kwargs`` as a dictionary, with ``trust_remote_code``."""
         return init_kwargs(self)
+
+
+def for_saving(args: Any) -> Any:
+    """A configuration as it may be written: environment variables by their names."""
+    references: References = getattr(args, "references", {})
+    if not references:
+        return args
+    saved = copy.copy(args)
+    own = {str(path[0]): getattr(args, str(path[0])) for path in references}
+    for name, value in put_back(own, references, always=True).items():
+        setattr(saved, name, value)
+    saved.references = {}  # they hold the values
+    return saved
 
 
 def init_kwargs(args: Any) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from rto.models.loading import (
     pad_id,
     shared_context,
     source_name,
+    trusts,
 )
 from rto.models.precision import check_derivative
-from rto.models.roles import adapt, place, shared_base
+from rto.models.roles import Role, adapt, place, shared_base
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
     Example,
@@ -41,9 +42,11 @@ from rto.trainers.examples import (
     with_reference,
 )
 from rto.trainers.precision import Reading
+from rto.trl_names import PREFERENCE, by_trl_names
 from rto.values import check_choice, json_mapping, typed
 
 
+@by_trl_names(PREFERENCE)
 @dataclass
 class PreferenceConfig(TokenTrainingArguments):
     """Configuration of `PreferenceTrainer`; names and defaults follow TRL's ``DPOConfig`` where they exist there.
@@ -160,7 +163,7 @@ class PreferenceTrainer(TokenTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # a new adapter starts at random, the same each time a run is started
             policy = adapt(policy, peft_config, revision=reading.init.get("revision"))
-        self._base = shared_base(policy)
+        self._base = shared_base(policy, trust_remote_code=trusts(reading.init))
         self._frozen_dtype = reading.frozen_dtype
         if ref_model is not None and self.loss.needs_reference:
             placed = place(self._base, ref_model, "ref_model")
@@ -180,15 +183,16 @@ class PreferenceTrainer(TokenTrainer):
 
     def _prepare_reference(self) -> None:
         """Read π_ref's numbers beforehand and let it go, or keep it beside the policy."""
+        ahead = self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self.sharded
+        if self.reference is None and not self._new_adapter and not ahead:
+            base, dtype = self._base, self._frozen_dtype
+            copied = clone(self.model.policy, dtype) if base is None else base.copy(None, "ref_model")
+            self.reference = freeze(copied)
         if self.reference is not None:
-            self.reference.to(self.args.device)
-        if self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self.sharded:
+            self.engine.lay_out(self.reference)
+        if ahead:
             self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
             self.reference = None
-        elif self.reference is None and not self._new_adapter:
-            policy = self.model.policy
-            base, dtype = self._base, self._frozen_dtype
-            self.reference = freeze(clone(policy, dtype) if base is None else base.copy(None, "ref_model"))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""
@@ -207,7 +211,9 @@ class PreferenceTrainer(TokenTrainer):
         def tell(row: int) -> str:
             return f"prompt {shown(self.processing_class.decode(inputs[row].prompt))}"
 
-        total = self.backward(model, self._cuts(inputs), loss)
+        apart = None if isinstance(self.reference, Role) else self.reference
+        with self.engine.whole(apart):  # gathered once an update, also for a distribution that is compared with
+            total = self.backward(model, self._cuts(inputs), loss)
         self.record(**self._means(outcomes), **({"kl": kl} if isinstance(self.loss, UnpairedLoss) else {}))
         return total
 
@@ -244,11 +250,12 @@ class PreferenceTrainer(TokenTrainer):
         mine = list(range(rank, len(data), world))
         examples = [data[i] for i in mine]
         table = torch.zeros(len(Outcome._fields), len(data), dtype=torch.float64, device=self.args.device)
-        kl = self._kl(self.model, examples)
-        for rows in self._cuts(examples):
-            with self.compute_loss_context_manager():
-                outcome = self._outcome(self.model, [examples[i] for i in rows], kl)
-            table[:, [mine[i] for i in rows]] = torch.stack(outcome).double()
+        with self.engine.whole(self.model, self.reference):  # processes may have different numbers of examples
+            kl = self._kl(self.model, examples)
+            for rows in self._cuts(examples):
+                with self.compute_loss_context_manager():
+                    outcome = self._outcome(self.model, [examples[i] for i in rows], kl)
+                table[:, [mine[i] for i in rows]] = torch.stack(outcome).double()
         return Outcome(*self.all_reduce(table).unbind())
 
     # --- one micro-batch
@@ -339,8 +346,10 @@ class PreferenceTrainer(TokenTrainer):
         if reference is None and self._new_adapter:
             assert self._base is not None
             reference = self._base.without_adapter().eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            yield self.accelerator.unwrap_model(self.model).policy if reference is None else reference
+        if reference is None:
+            reference = self.accelerator.unwrap_model(self.model).policy
+        with torch.no_grad(), self.accelerator.autocast(), self.engine.whole(reference):
+            yield reference
 
     def _precomputed(self, examples: Any) -> Any:
         """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref."""
@@ -400,7 +409,7 @@ class PreferenceTrainer(TokenTrainer):
         """Micro-batches of whole examples."""
         sides = [(e.prompt, e.mismatched if mismatched else e.completions) for e in examples]
         lengths = torch.tensor([len(s) * (len(x) + max(map(len, s))) for x, s in sides], dtype=torch.long)
-        if self.model.training or self.sharded:
+        if self.model.training:
             return self.micro_batches(lengths)
         return micro_batches(lengths, self.args.max_tokens_per_micro_batch)
 

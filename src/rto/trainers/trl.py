@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rto.files import shown, write_atomically
 from rto.trainers.checkpoints import SealedCheckpoints
 from rto.trainers.logs import tell_quietly
+from rto.trainers.precision import for_saving
 
 
 class FromTRL(SealedCheckpoints):
@@ -58,6 +59,14 @@ class FromTRL(SealedCheckpoints):
             rows=torch.arange(start, len(self._texts), device=values.device),
             tell=lambda row: shown(self.processing_class.decode(texts[row], skip_special_tokens=True)),
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        args = self.args
+        self.args = for_saving(args)  # the library writes it beside the weights
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def _save_state(self, folder: Path) -> None:
         """TRL's counters: what it has seen, and what it has not logged yet."""

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import completion_texts, prompt_ids
+from rto.data.chat import prompt_ids
 from rto.data.formats import DataError, Skipped
 from rto.evaluation.benchmarks.formats import Benchmark
 from rto.evaluation.benchmarks.types import Answer, Question
 from rto.files import Journal, Row, check_settings, write_atomically
+from rto.rollout import scoring
 from rto.rollout.sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -188,12 +189,10 @@ def draw(
     seed: int,
 ) -> list[Row]:
     """Answer the questions of one batch: rows of ``index`` and the fields of `Answer`."""
-    samples = sampler(model, [ids[i] for i in batch], seed)
-    written = [row[keep].tolist() for row, keep in zip(samples.responses.cpu(), samples.mask.cpu())]
-    texts = completion_texts(tokenizer, [ids[i] for i in batch], written)
+    drawn = scoring.draw(sampler, model, tokenizer, [ids[i] for i in batch], seed)
     return [
         {"index": i, **asdict(Answer(text=text, tokens=len(row), ended=ended))}
-        for i, text, row, ended in zip(batch, texts, written, samples.ended.tolist(), strict=True)
+        for i, text, row, ended in zip(batch, drawn.texts, drawn.ids, drawn.ended, strict=True)
     ]
 
 

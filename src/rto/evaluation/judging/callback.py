@@ -104,7 +104,8 @@ class WinRateCallback(TrainerCallback):
         room = (max_positions(policy) or 2**31) - self.sampling.max_completion_length
         self.prompts, _ = read_prompts(prompts, tokenizer, max_length=room, what="prompts")
         self.batches = batches([p.ids for p in self.prompts], batch_size)
-        self.judge = _judge(judge, judge_tokenizer, trainer.args.device)
+        self._trust = {"trust_remote_code": bool(getattr(trainer.args, "trust_remote_code", False))}
+        self.judge = _judge(judge, judge_tokenizer, trainer.args.device, self._trust)
         self._baseline: list[Row] | None = None
         self._settings: Row = {
             "prompts": hashlib.sha256(json.dumps([p.ids for p in self.prompts]).encode()).hexdigest()[:16],
@@ -223,7 +224,7 @@ class WinRateCallback(TrainerCallback):
             self._baseline = self._from_file(Path(self.baseline))
         elif self.baseline is not None:
             with undisturbed(self._policy()):
-                model = freeze(load_policy(self.baseline)).to(self.trainer.args.device)
+                model = freeze(load_policy(self.baseline, **self._trust)).to(self.trainer.args.device)
             self._keep(self._answers(model))
         else:
             self._baseline = self._on_main(lambda: self._kept(state.global_step))
@@ -324,10 +325,12 @@ def _attempt(work: Callable[[], _Found]) -> tuple[_Found | None, Exception | Non
         return None, error
 
 
-def _judge(judge: Judge | RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> Judge:
+def _judge(
+    judge: Judge | RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device, trust: dict[str, bool]
+) -> Judge:
     if isinstance(judge, Judge) and not isinstance(judge, nn.Module):
         return judge
-    source = reward_source(judge, tokenizer, max_tokens=2**14)
+    source = reward_source(judge, tokenizer, max_tokens=2**14, **trust)
     if isinstance(source, RewardModel):
         source.model.to(device)
     return ScoreJudge(source)

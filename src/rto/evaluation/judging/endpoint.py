@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
 from rich.progress import track
+
+from rto.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
@@ -499,5 +500,5 @@ def _counts(counter: Counter[str]) -> str:
 
 def _shown(jobs: Iterator[Any], total: int) -> Iterator[Any]:
     """A progress bar where somebody is looking."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     yield from track(jobs, "judging", total=total, console=console, disable=not console.is_terminal)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import yaml
 
 from rto.data.errors import DataError
+from rto.data.formats import Prompt
 from rto.evaluation.benchmarks.types import Battle, Contest, Game
 from rto.evaluation.judging.endpoint import Endpoint, EndpointError, Failure, Reply
 from rto.evaluation.statistics.arena_hard import VERDICTS
@@ -416,29 +417,29 @@ class ScoreJudge:
         self.source, self.name, self.identity = source, source.name, source.identity
 
     def __call__(self, sights: Sequence[Sight]) -> list[Game]:
-        """Score the first and the second text of each sight."""
+        """Score the first and the second text of each sight; a game whose texts are not both read has a reason."""
         if not sights:
             return []
-        scores = [self._scores(sights, side) for side in ("first", "second")]
-        return [_by_score(first, second) for first, second in zip(*scores, strict=True)]
+        sides = [self._completed(sights, side) for side in ("first", "second")]
+        unread = [
+            self.source.unread(side) if isinstance(self.source, RewardModel) else [None] * len(sights)
+            for side in sides
+        ]
+        reasons = [first or second for first, second in zip(*unread, strict=True)]
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        games = [Game(preference=None, reason=reason) for reason in reasons]
+        scores = [self.source(side.at(kept)) if kept else [] for side in sides]
+        for i, first, second in zip(kept, *scores, strict=True):
+            games[i] = _by_score(first, second)
+        return games
 
-    def _scores(self, sights: Sequence[Sight], side: str) -> list[float]:
+    def _completed(self, sights: Sequence[Sight], side: str) -> Completed:
         prompts: list[Any] = [s.instruction for s in sights]
-        texts: list[Any] = [getattr(s, side) for s in sights]
         chat = isinstance(self.source, RewardModel) and self.source.tokenizer.chat_template is not None
         if chat or sights[0].messages is not None:
             prompts = [s.messages or [{"role": "user", "content": s.instruction}] for s in sights]
-            texts = [[{"role": "assistant", "content": y}] for y in texts]
-        names = set.intersection(*(set(s.columns) for s in sights))
-        return self.source(
-            Completed(
-                prompts=prompts,
-                completions=texts,
-                completion_ids=[[] for _ in texts],
-                ended=[True] * len(texts),
-                columns={name: [s.columns[name] for s in sights] for name in names},
-            )
-        )
+        asked = [Prompt(ids=[], raw=x, columns=dict(s.columns)) for x, s in zip(prompts, sights)]
+        return Completed.of(asked, [getattr(s, side) for s in sights], [True] * len(sights))
 
 
 def _by_score(first: float, second: float) -> Game:

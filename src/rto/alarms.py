@@ -1,0 +1,179 @@
+"""When a run is going wrong: bounds on what training logs, in one place for the trainer, `rto watch` and the report.
+
+    kl          mean over the last rollouts of KL(π ‖ π_ref) / tokens of a completion
+    token       mean share of Σ|token reward| in Σ|reward|
+    explained   mean explained variance of the returns, 1 − Var[G − V] / Var[G]
+    eos         the best mean share of completions with EOS so far less the present one
+    clip/…      mean share of tokens whose ratio, or whose token reward, was clipped
+
+A bound is a judgment, not a law. The defaults are what runs that went well stayed within and runs that collapsed did
+not: in this project's own studies every method that gained in gold kept KL below 0.5 nats a token, and those that
+lost it (no clip, β₁ too large, a gold score that can be gamed) went above.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What may not be exceeded; None turns an alarm off.
+
+    Attributes:
+        kl: nats a token.
+        token_share: share of the reward that token rewards may be, where there is a score beside them.
+        explained_variance: below this the critic is worse than the mean return; the first ``warm_up`` rollouts, in
+            which it learns, do not count.
+        eos_fall: how far the share of completions that end may fall below its best, of 1.
+        clip_ratio: share of tokens whose policy ratio is clipped.
+        clip_token_reward: share of tokens whose token reward is clipped.
+        window: rollouts that each mean is over.
+    """
+
+    kl: float | None = 0.5
+    token_share: float | None = 0.9
+    explained_variance: float | None = 0.0
+    eos_fall: float | None = 0.2
+    clip_ratio: float | None = 0.3
+    clip_token_reward: float | None = 0.5
+    window: int = 5
+    warm_up: int = 10
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.warm_up < 0:
+            raise ValueError(f"window is at least 1 and warm_up at least 0, got {self.window} and {self.warm_up}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """One bound that is exceeded at present.
+
+    Attributes:
+        name: of the bound.
+        title: what is wrong, in a few words.
+        value, bound: in the unit of the bound.
+        remedy: what to try.
+    """
+
+    name: str
+    title: str
+    value: float
+    bound: float
+    remedy: str
+
+    @property
+    def reading(self) -> str:
+        """Title, value and bound in a line."""
+        return f"{self.title}: {self.value:.3g}, bound {self.bound:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    name: str
+    measure: Callable[[Sequence[Row], Bounds], float | None]
+    title: str
+    remedy: str
+    below: bool = False
+    """The bound is one from below."""
+
+
+def check(log: Sequence[Row], bounds: Bounds | None = None) -> list[Alarm]:
+    """The alarms of a log as it stands, in the order of `Bounds`.
+
+    Args:
+        log: rows of training, oldest first; those that are of no rollout (without ``episodes``) are passed over.
+        bounds: None means the defaults.
+    """
+    bounds = bounds or Bounds()
+    rollouts = [row for row in log if "episodes" in row]
+    found = []
+    for rule in RULES:
+        bound = getattr(bounds, rule.name)
+        value = None if bound is None or not rollouts else rule.measure(rollouts, bounds)
+        if value is not None and (value < bound if rule.below else value > bound):
+            found.append(Alarm(name=rule.name, title=rule.title, value=value, bound=bound, remedy=rule.remedy))
+    return found
+
+
+def _numbers(rows: Sequence[Row], key: str) -> list[float]:
+    return [float(x) for row in rows if isinstance(x := row.get(key), int | float) and isfinite(x)]
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    values = _numbers(rows, key)
+    return sum(values) / len(values) if values else None
+
+
+def _recent(key: str) -> Callable[[Sequence[Row], Bounds], float | None]:
+    return lambda rows, bounds: _mean(rows[-bounds.window :], key)
+
+
+def _kl(rows: Sequence[Row], bounds: Bounds) -> float | None:
+    kl, tokens = (_mean(rows[-bounds.window :], key) for key in ("kl", "completions/mean_length"))
+    return None if kl is None or not tokens else kl / tokens
+
+
+def _token_share(rows: Sequence[Row], bounds: Bounds) -> float | None:
+    """None where no score is paid: there the token reward is meant to be all."""
+    recent = rows[-bounds.window :]
+    return _mean(recent, "share/token") if _mean(recent, "share/score") else None
+
+
+def _explained(rows: Sequence[Row], bounds: Bounds) -> float | None:
+    learned = rows[bounds.warm_up :]
+    return _mean(learned[-bounds.window :], "explained_variance") if len(learned) >= bounds.window else None
+
+
+def _eos_fall(rows: Sequence[Row], bounds: Bounds) -> float | None:
+    rates, n = _numbers(rows, "completions/eos_rate"), bounds.window
+    means = [sum(rates[i : i + n]) / n for i in range(len(rates) - n + 1)]
+    return max(means) - means[-1] if means else None
+
+
+RULES = (
+    _Rule(
+        name="kl",
+        measure=_kl,
+        title="KL from the reference, nats a token",
+        remedy="raise kl_coef or set kl_target, lower learning_rate; text this far from the reference is often gamed",
+    ),
+    _Rule(
+        name="token_share",
+        measure=_token_share,
+        title="share of the reward that is token reward",
+        remedy="lower dpo_coef or raise score_coef; token_reward_clip bounds what a single token can earn",
+    ),
+    _Rule(
+        name="explained_variance",
+        measure=_explained,
+        title="explained variance of the returns",
+        remedy="the critic is worse than a constant: raise value_learning_rate, start it from a reward model "
+        "(value_model), take more rollouts an iteration, or advantage_estimator=reinforce++, which needs none",
+        below=True,
+    ),
+    _Rule(
+        name="eos_fall",
+        measure=_eos_fall,
+        title="fall of the share of completions that end",
+        remedy="set missing_eos_penalty, raise max_completion_length, or lower dpo_coef if token rewards pay for "
+        "length",
+    ),
+    _Rule(
+        name="clip_ratio",
+        measure=_recent("clip/ratio"),
+        title="share of tokens with a clipped policy ratio",
+        remedy="updates are too large for their rollouts: lower learning_rate or num_ppo_epochs, or take fewer "
+        "num_mini_batches",
+    ),
+    _Rule(
+        name="clip_token_reward",
+        measure=_recent("clip/token_reward"),
+        title="share of tokens with a clipped token reward",
+        remedy="the clip, not the DPO model, says what most tokens are worth: raise token_reward_clip, or train "
+        "the DPO model less far from its reference",
+    ),
+)

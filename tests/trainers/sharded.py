@@ -1,0 +1,60 @@
+"""Run functions of this folder's programs on several CPU processes whose models are cut by FSDP2.
+
+accelerate cuts models over accelerators only: on CPU processes ``--fsdp`` would silently train something else (DDP).
+Here it is told that a CPU is one, so its own code, and torch's, cut over gloo.
+
+usage: torchrun --nproc_per_node 2 sharded.py CASES.json    [{"run": "MODULE:FUNCTION", ...keyword arguments}, ...]
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from rto.trainers import base
+
+
+def call_it_an_accelerator() -> None:
+    """Let accelerate treat CPU processes as it treats GPUs."""
+
+    def prepare(self: Any, cpu: bool = False, sagemaker_dp: Any = False, backend: str | None = None) -> Any:
+        if "LOCAL_RANK" not in os.environ:
+            return None, DistributedType.NO
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = prepare
+    base.on_this_machine = lambda args: None  # would set use_cpu, under which there is no DeepSpeed
+
+
+def main(cases: list[dict[str, Any]]) -> None:
+    """One case after the other, in this process group."""
+    from accelerate.state import AcceleratorState
+
+    for case in cases:
+        module, _, function = case.pop("run").partition(":")
+        os.environ |= case.pop("launched", {})  # what `accelerate launch` sets
+        getattr(importlib.import_module(module), function)(**case)
+        AcceleratorState._reset_state()  # a process group is kept; what was asked of it is not
+        for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_USE_"))]:
+            del os.environ[name]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    call_it_an_accelerator()
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.exit(0)

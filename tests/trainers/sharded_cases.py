@@ -1,0 +1,137 @@
+"""Small runs that leave behind what two ways of laying a model over processes are compared by.
+
+Each writes into ``output``: the exported model, ``history.json`` (what was logged at every update) and
+``layout_RANK.json`` (how the models lay over the processes).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from killable import WORDS, arm
+from peft import LoraConfig
+from preferring import ROWS
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
+from rto.batches import Samples, collate
+from rto.rollout.sampling import SamplingConfig, TransformersSampler
+
+FLOW = ("kill", "resume", "early")
+SETTINGS = {
+    "optim": "sgd",  # a step is the gradient itself
+    "lr_scheduler_type": "constant",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "max_steps": 3,
+}
+
+
+def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> None:
+    """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
+    own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}
+    flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
+    if kwargs.pop("lora", False):
+        own["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
+    settings = SETTINGS | {"loss": loss, "per_device_train_batch_size": batch, "learning_rate": 1e-1}
+    settings |= {"max_tokens_per_micro_batch": 64}
+    trainer = PreferenceTrainer(
+        policy,
+        PreferenceConfig(output_dir=output, **settings | kwargs),
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:7]),  # does not divide by two
+        **own,
+    )
+    finish(trainer, output, {"reference": trainer.reference}, **flow)
+
+
+RTO_SETTINGS = SETTINGS | {
+    "num_mini_batches": 1,
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "learning_rate": 0.03,
+    "value_learning_rate": 0.01,
+    "max_tokens_per_micro_batch": 64,
+    "max_completion_length": 9,
+    "missing_eos_penalty": 1.0,
+}
+
+
+def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
+    """RTO, or PPO where β₁ = 0, with a model for each role, or (``lora``) a role for each on one base."""
+    policy, dpo, reward = models
+    own: dict[str, Any] = (
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
+    )
+    flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
+    args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
+    if args.dpo_coef:
+        own["dpo_model"] = dpo
+    prompts = [{"prompt": word * (1 + i % 3)} for i, word in enumerate(WORDS)]
+    trainer = RTOTrainer(policy, args, reward_funcs=reward, train_dataset=Dataset.from_list(prompts), **own)
+    trainer.eval_dataset = trainer.train_dataset[:5]
+    # Greedy: not by which process a prompt is on. A third of the vocabulary ends a completion, so that lengths differ.
+    config = SamplingConfig(max_completion_length=9, temperature=0.0)
+    decoder = TransformersSampler(config=config, eos_ids=tuple(range(2, 260, 3)), pad_id=trainer.sampler.pad_id)
+    steps: list[int] = []
+
+    def sample(policy: Any, prompts: list[list[int]], seed: int) -> Samples:
+        samples = decoder(policy, prompts, seed)
+        steps.append(int(samples.mask.sum(1).max()))
+        return samples
+
+    trainer.sampler = sample
+    trainer.steps = steps
+    finish(trainer, output, {n: m for n, m in trainer.models().items() if n != "model"}, **flow)
+
+
+def finish(
+    trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool | str = False, early: bool = False
+) -> None:
+    """Train, evaluate (``early``: before that, too), export, and tell."""
+    if kill:
+        arm(kill, trainer)
+    if early:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    found = trainer.evaluate()
+    folder = Path(output)
+    if trainer.is_world_process_zero():
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+        (folder / "evaluation.json").write_text(json.dumps(found))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
+    facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
+    facts |= {"steps": getattr(trainer, "steps", []), **read(trainer)}
+    (folder / f"layout_{rank}.json").write_text(json.dumps(facts))
+
+
+@torch.no_grad()
+def read(trainer: Any) -> dict[str, Any]:
+    """In which precision log-probabilities leave the trained model, and how many of them bf16 could hold."""
+    x = collate([[5, 6], [7]], [[8, 9, 10, 11], [12, 13]], pad=0, device=trainer.args.device)
+    with trainer.accelerator.autocast():
+        logp = trainer.model_wrapped(x.tokens, x.prompt_mask, x.mask).logp[x.mask]
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    exact = int((logp == logp.bfloat16().float()).sum())
+    return {"logp": str(logp.dtype), "narrow": exact, "gradients": str(getattr(policy, "reduce_dtype", None))}
+
+
+def layout(model: Any) -> dict[str, Any]:
+    """Units, kinds and precisions of a model's parameters; numbers here and in all."""
+    parameters = list(model.parameters())
+    return {
+        "units": sum(isinstance(m, FSDPModule) for m in model.modules()),
+        "cut": all(isinstance(p, DTensor) for p in parameters),
+        "here": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters),
+        "all": sum(p.numel() for p in parameters),
+        "dtypes": sorted({str(p.dtype) for p in parameters}),
+    }
