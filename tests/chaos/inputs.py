@@ -273,7 +273,9 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
             (folder / "recipe.yaml").write_bytes(written(content) if isinstance(content, dict) else content)
             return ["run", "recipe.yaml", "--output_dir", "out"]
 
-        return Input(f"recipe/{name}/run", write, (("recipe.yaml", "data.", "model "), where or ("",)), check_only=True)
+        return Input(
+            f"recipe/{name}/run", write, (("recipe.yaml", "data.", "model "), where or ("",)), check_only=True
+        )
 
     def written(tree: Any) -> bytes:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode()
