@@ -181,7 +181,7 @@ def data(models: dict[str, str]) -> Iterator[Input]:
                     cases[f"{column} {value!r:.24}"] = one, row
                     cases[f"{column} {value!r:.24} everywhere"] = (
                         [{**r, column: value} for r in rows],
-                        ("row 0", column),
+                        ("row 0", column, "line 1", "line 2"),
                     )
                 cases[f"{column} gone"] = (
                     [{k: v for k, v in r.items() if k != column or i != AT} for i, r in enumerate(rows)],
@@ -273,7 +273,9 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
             (folder / "recipe.yaml").write_bytes(written(content) if isinstance(content, dict) else content)
             return ["run", "recipe.yaml", "--output_dir", "out"]
 
-        return Input(f"recipe/{name}/run", write, (("recipe.yaml", "data."), where or ("",)), check_only=True)
+        return Input(
+            f"recipe/{name}/run", write, (("recipe.yaml", "data.", "model "), where or ("",)), check_only=True
+        )
 
     def written(tree: Any) -> bytes:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import warm
+
 WORDS = ["ab", "cab", "back", "abacus", "crab", "dab", "fable", "garb"]
 COMMON = ["--report_to", "none", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
 TRL = ["--bf16", "false", "--gradient_checkpointing", "false"]
@@ -35,13 +37,7 @@ def rto(*commands: list[str]) -> tuple[list[int], str, str]:
     """Exit codes, standard output and standard error of several commands."""
     path = [str(Path(__file__).parents[1] / "trainers"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = warm.run(PROGRAM, json.dumps(commands), environment=environment, timeout=240)
     codes = [int(line.split()[-1]) for line in done.stdout.split("\n") if line.startswith("exit code")]
     assert len(codes) == len(commands), done.stderr[-3000:]
     return codes, done.stdout, done.stderr
