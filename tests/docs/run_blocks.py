@@ -1,8 +1,8 @@
 """Run the steps of pages one after the other, as a reader would in one shell and one interpreter a page.
 
 In a process of its own, since the parser of arguments rewrites the annotations of the configurations. A step is
-``{"at": …, "kind": "open" | "rto" | "python" | "shell" | "write" | "set" | "assign", …}``; the first one that fails ends it, by
-its place.
+``{"at": …, "kind": "open" | "rto" | "python" | "shell" | "write" | "set" | "assign", …}``; the first that fails
+ends it, by its place.
 """
 
 import json
