@@ -393,3 +393,38 @@ def test_every_stage_of_a_run_is_cut(adapters: bool, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
     assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
     assert results["RTO"]["kl"] != 0
+
+
+ZERO_2 = {
+    "use_cpu": False,  # under which accelerate knows no DeepSpeed
+    "deepspeed": {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+    },
+    "launched": {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"},
+}
+
+
+@pytest.mark.slow
+def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path], tmp_path: Path) -> None:
+    """Several micro-batches an update; policy and critic are clipped by one norm, so here by none. And it resumes."""
+    pytest.importorskip("deepspeed", reason="needs pip install deepspeed, which builds with g++ and ninja")
+    free = {"max_grad_norm": 1e9}
+    shared = {"dpo": EQUAL["dpo"] | free, "rto": EQUAL["rto"] | free}
+    cases = [case(models, name, settings | ZERO_2, tmp_path, processes=2) for name, settings in shared.items()]
+    saving = {"run": "rto", **SAVING, **ADAM, **ZERO_2}
+    cases += [case(models, "straight", saving, tmp_path, processes=2)]
+    saving |= {"resume": str(tmp_path / "straight" / "checkpoint-3")}
+    launch([*cases, case(models, "resumed", saving, tmp_path, processes=2)], tmp_path)
+    for name, settings in shared.items():
+        one, two = by_one(f"{name} unclipped", settings), tmp_path / name
+        assert furthest(one, two) < 1e-5
+        ours, theirs = logged(one, "loss", "kl"), logged(two, "loss", "kl")
+        assert all(b == pytest.approx(a, rel=1e-5, abs=1e-5) for a, b in zip(ours, theirs))
+    policy, critic = logged(by_one("rto unclipped", shared["rto"]), "grad_norm/policy", "grad_norm/value")
+    joint = [math.hypot(a, b) for a, b in zip(policy, critic)]
+    assert logged(tmp_path / "rto", "grad_norm/joint")[0] == pytest.approx(joint, rel=1e-4)
+    assert furthest(tmp_path / "straight", tmp_path / "resumed") == 0
