@@ -6,10 +6,10 @@
 FOLDER is a causal model with its tokenizer. Prompts are random tokens, equal (32) or ragged (8 to 56, 32 on average);
 no side stops before the limit, so all draw the same number of tokens. Sides take turns, each time in a process of its
 own; what is timed is one draw after another one that warms up, and what handing over the weights takes. The limit is
-the larger of two times for the new tokens: all weights read once a step, at the rate of a copy in the same process; and
-2 · parameters · rows operations a step, at the rate of square products in the same precision. ``of_limit`` is that time
-over the time it took. vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed`` shows
-what packing gives, with which they cannot.
+the larger of two times for the new tokens: all weights read once a step, at the rate of a copy in the same process,
+and 2 · parameters · rows operations a step, at the rate of square products in the same precision. ``of_limit`` is that
+time over the time it took. vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed``
+shows what packing gives, with which they cannot.
 """
 
 import argparse

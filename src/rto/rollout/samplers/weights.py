@@ -70,8 +70,8 @@ def moved(policy: Any) -> Iterator[None]:
     """Within it what is trained is far from where it was; then it is back, bit for bit.
 
     Every second matrix is negated and negated again, which is exact, takes no memory and keeps activations as large as
-    they were; all of them negated would cancel out. An adapter may start at zero, so it is filled with noise, and filled
-    again with what it was.
+    they were; all of them negated would cancel out. An adapter may start at zero, so it is filled with noise, and
+    then with what it was.
     """
     trained = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     kept = [p.detach().clone() for p in trained] if is_adapted(policy) else []
