@@ -35,6 +35,7 @@ SMALLER = {
 INSTALL = "it installs packages from an index, or clones from a public host"
 HUB_DATA = "it reads from the hub"
 ENDPOINT = "it needs an endpoint that answers, and a key"
+VLLM = "it needs vLLM, which `make vllm-test` has"
 HOURS = "it is a measurement of many minutes to hours, whose figures the page states"
 CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "git clone"): INSTALL,
@@ -48,6 +49,8 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/planning.md", "python benchmarks/plan.py"): HOURS,
     ("docs/results.md", "rto reproduce"): HOURS,
     ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
+    ("docs/samplers.md", "python -m rto.rollout.samplers.vllm_server"): VLLM,
+    ("docs/samplers.md", "rto train"): VLLM,
     ("docs/install.md", "python -m venv"): INSTALL,
     ("docs/install.md", "git clone"): INSTALL,
     ("docs/install.md", "pip install"): INSTALL,
