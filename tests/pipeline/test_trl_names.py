@@ -95,7 +95,6 @@ def test_their_defaults_that_ask_for_nothing_pass(kind: str, f: Any) -> None:
 
 MEANT = {
     "truncation_mode",  # TRL cuts rows by default
-    "num_generations",
     "scale_rewards",
     "vllm_mode",
     "vllm_model_impl",
