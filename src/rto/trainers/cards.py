@@ -23,7 +23,17 @@ from rto.values import write_yaml
 VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
 COMMON = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type", "seed")
 PRIVATE = {"model_init_kwargs", "ref_cache_dir", "remove_unused_columns", "dataloader_pin_memory", "logging_steps"}
-METRICS = ("loss", "train_loss", "score", "kl", "entropy", "accuracy", "margin", "share/token", "explained_variance")
+METRICS: tuple[str, ...] = (
+    "loss",
+    "train_loss",
+    "score",
+    "kl",
+    "entropy",
+    "accuracy",
+    "margin",
+    "share/token",
+    "explained_variance",
+)
 METRICS += ("completions/mean_length", "episodes")
 """Of the training log; of an evaluation all are shown."""
 BIBLIOGRAPHY = {
@@ -35,8 +45,8 @@ BIBLIOGRAPHY = {
             "Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, Christopher D. and Finn, Chelsea", 2023,
             "2305.18290"),
     "ipo": ("A General Theoretical Paradigm to Understand Learning from Human Preferences", "Gheshlaghi Azar, "
-            "Mohammad and Rowland, Mark and Piot, Bilal and Guo, Daniel and Calandriello, Daniele and Valko, Michal and "
-            "Munos, Rémi", 2023, "2310.12036"),
+            "Mohammad and Rowland, Mark and Piot, Bilal and Guo, Daniel and Calandriello, Daniele and Valko, Michal "
+            "and Munos, Rémi", 2023, "2310.12036"),
     "kto": ("KTO: Model Alignment as Prospect Theoretic Optimization", "Ethayarajh, Kawin and Xu, Winnie and "
             "Muennighoff, Niklas and Jurafsky, Dan and Kiela, Douwe", 2024, "2402.01306"),
     "simpo": ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "Meng, Yu and Xia, Mengzhou and "
@@ -75,7 +85,7 @@ def method_of(args: Any) -> Method:
         name = _online(args)
         reward = "" if args.dpo_coef == 0 else " on the token reward β₁·log π_dpo/π_ref of a preference-trained model"
         score = "" if args.score_coef == 0 else f"{' and' if reward else ' on'} a sentence score"
-        cites = ("ppo",) if args.dpo_coef == 0 else ("rto", "ppo", "dpo")
+        cites: tuple[str, ...] = ("ppo",) if args.dpo_coef == 0 else ("rto", "ppo", "dpo")
         return Method(name=name, does=f"Policy optimization{reward}{score}.", tag=name.lower(), cites=cites)
     if "PreferenceConfig" in kinds:
         cites = tuple(key for key in (args.loss.rstrip("1"), "rto") if key in BIBLIOGRAPHY)
