@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from rto.batches import collate
 from rto.models.actor import policy_logprobs
 from rto.models.loading import eos_ids, load_tokenizer
-from rto.rollout import sampling
-from rto.rollout.sampling import SamplingConfig, TransformersSampler, draw
+from rto.rollout.samplers import transformers as sampling
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.randomness import row_seeds, uniforms
+from rto.rollout.samplers.transformers import TransformersSampler, draw
 
 NO_EOS = (-1,)  # no token has this id: every row runs to its limit
 
@@ -211,11 +213,11 @@ LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0])
 )
 def test_draws_follow_the_softmax_on_its_support(settings, support):
     n, order = 20_000, torch.tensor([3, 0, 5, 1, 4, 2])  # the support is by rank, whatever the column
-    generator = torch.Generator().manual_seed(0)
-    drawn = draw(LOGITS[order].expand(n, 6), SamplingConfig(**settings), generator)
+    drawn, logp = draw(LOGITS[order].expand(n, 6), SamplingConfig(**settings), uniforms(row_seeds(0, n), 1))
     counts = torch.zeros(6).index_put((order[drawn],), torch.ones(n), accumulate=True)
     assert counts[support:].sum() == 0
     probs = (LOGITS[:support] / settings.get("temperature", 1.0)).softmax(-1)
+    torch.testing.assert_close(logp, probs[order[drawn]].log())
     # 20.5 is the 99.9 % quantile of chi-square with five degrees of freedom
     assert chi_square(counts[:support], probs) < 20.5
 

@@ -110,7 +110,7 @@ def test_the_page_is_what_was_found(tokenizer):
             rows_of.append({"type": kind, "rows": "not tried", "critic": f"({SKIPPED[kind]})"})
             continue
         model = scorer(kind)
-        together = RewardModel(model, tokenizer)._pad is not None
+        together = RewardModel(model, tokenizer).padding is not None
         rows_of.append(
             {"type": kind, "rows": "together" if together else "one by one", "critic": why_no_critic(model) or "yes"}
         )

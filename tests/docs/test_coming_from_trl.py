@@ -19,6 +19,7 @@ from pages import ROOT, blocks
 from transformers import TrainingArguments
 
 from rto import RTOConfig, RTOTrainer
+from rto.trl_names import ONLINE, As
 
 PAGE = "docs/coming-from-trl.md"
 TRL = json.loads(Path(__file__).with_name("trl_1_12_ppo.json").read_text())
@@ -56,6 +57,15 @@ def test_arguments_and_their_defaults_are_there() -> None:
     trainers = {*arguments, *inspect.signature(TrainingArguments).parameters, "optimizers", "callbacks"}
     for _, here, _ in table("PPOTrainer"):
         assert set(names(here)) <= trainers
+
+
+def test_a_name_of_trl_is_taken_or_refused_by_name() -> None:
+    own = {f.name for f in fields(RTOConfig)}
+    for theirs, _, here, _, _ in table("PPOConfig"):
+        (name,) = names(theirs)
+        assert name in own or name in ONLINE, f"{name} is unknown to RTOConfig"
+        if isinstance(ONLINE.get(name), As):
+            assert names(here) == [str(ONLINE[name])]
 
 
 def same(written: str, value: Any) -> bool:

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from pages import ROOT
 
+import rto
+
 FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.S | re.M)
@@ -17,7 +19,10 @@ FENCE = re.compile(r"^( *)```.*?^\1```$", re.S | re.M)
 
 def anchors(path: Path) -> set[str]:
     """What a repository's browser calls the headings of a page."""
-    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if included := re.fullmatch(r"\{\{ (\S+) \}\}\n", text):
+        text = (ROOT / included[1]).read_text(encoding="utf-8")
+    text = FENCE.sub("", text)
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
@@ -34,6 +39,13 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert there.exists(), f"{path.name} links to {target}, which is not there"
         if anchor and there.suffix == ".md":
             assert anchor in anchors(there), f"{path.name} links to {target}, and {there.name} has no such heading"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: rto\.(\w+)$", page, re.M)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(rto.__all__)
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -1,4 +1,4 @@
-"""A small part of ``make chaos``: a few kills, and a spoilt input of each kind; and that the tool sees what is lost."""
+"""A small part of ``make chaos``: a few kills, a spoilt input of each kind; and that the tool sees what is lost."""
 
 import os
 import re

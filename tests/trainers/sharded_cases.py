@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from datasets import Dataset
 from killable import WORDS, arm
@@ -17,8 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
+from rto.batches import Samples, collate
 from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
+FLOW = ("kill", "resume", "early")
 SETTINGS = {
     "optim": "sgd",  # a step is the gradient itself
     "lr_scheduler_type": "constant",
@@ -34,6 +37,7 @@ SETTINGS = {
 def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> None:
     """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
     own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}
+    flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
     if kwargs.pop("lora", False):
         own["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
     settings = SETTINGS | {"loss": loss, "per_device_train_batch_size": batch, "learning_rate": 1e-1}
@@ -45,7 +49,7 @@ def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> No
         eval_dataset=Dataset.from_list(ROWS[:7]),  # does not divide by two
         **own,
     )
-    finish(trainer, output, {"reference": trainer.reference})
+    finish(trainer, output, {"reference": trainer.reference}, **flow)
 
 
 RTO_SETTINGS = SETTINGS | {
@@ -66,24 +70,36 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     own: dict[str, Any] = (
         {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
     )
-    flow = {name: kwargs.pop(name) for name in ("kill", "resume") if name in kwargs}
+    flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
     args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
     if args.dpo_coef:
         own["dpo_model"] = dpo
     prompts = [{"prompt": word * (1 + i % 3)} for i, word in enumerate(WORDS)]
     trainer = RTOTrainer(policy, args, reward_funcs=reward, train_dataset=Dataset.from_list(prompts), **own)
     trainer.eval_dataset = trainer.train_dataset[:5]
-    config = SamplingConfig(max_completion_length=9, temperature=0.0)  # not by which process a prompt is on
-    trainer.sampler = TransformersSampler(
-        config=config, eos_ids=trainer.sampler.eos_ids, pad_id=trainer.sampler.pad_id
-    )
+    # Greedy: not by which process a prompt is on. A third of the vocabulary ends a completion, so that lengths differ.
+    config = SamplingConfig(max_completion_length=9, temperature=0.0)
+    decoder = TransformersSampler(config=config, eos_ids=tuple(range(2, 260, 3)), pad_id=trainer.sampler.pad_id)
+    steps: list[int] = []
+
+    def sample(policy: Any, prompts: list[list[int]], seed: int) -> Samples:
+        samples = decoder(policy, prompts, seed)
+        steps.append(int(samples.mask.sum(1).max()))
+        return samples
+
+    trainer.sampler = sample
+    trainer.steps = steps
     finish(trainer, output, {n: m for n, m in trainer.models().items() if n != "model"}, **flow)
 
 
-def finish(trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool = False) -> None:
-    """Train, evaluate, export, and tell."""
+def finish(
+    trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool | str = False, early: bool = False
+) -> None:
+    """Train, evaluate (``early``: before that, too), export, and tell."""
     if kill:
         arm(kill, trainer)
+    if early:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     found = trainer.evaluate()
@@ -93,7 +109,20 @@ def finish(trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", re
         (folder / "evaluation.json").write_text(json.dumps(found))
     rank = dist.get_rank() if dist.is_initialized() else 0
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
-    (folder / f"layout_{rank}.json").write_text(json.dumps({name: layout(m) for name, m in models.items()}))
+    facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
+    facts |= {"steps": getattr(trainer, "steps", []), **read(trainer)}
+    (folder / f"layout_{rank}.json").write_text(json.dumps(facts))
+
+
+@torch.no_grad()
+def read(trainer: Any) -> dict[str, Any]:
+    """In which precision log-probabilities leave the trained model, and how many of them bf16 could hold."""
+    x = collate([[5, 6], [7]], [[8, 9, 10, 11], [12, 13]], pad=0, device=trainer.args.device)
+    with trainer.accelerator.autocast():
+        logp = trainer.model_wrapped(x.tokens, x.prompt_mask, x.mask).logp[x.mask]
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    exact = int((logp == logp.bfloat16().float()).sum())
+    return {"logp": str(logp.dtype), "narrow": exact, "gradients": str(getattr(policy, "reduce_dtype", None))}
 
 
 def layout(model: Any) -> dict[str, Any]:

@@ -422,8 +422,10 @@ def test_completed_sampling_config_refuses_nonsense() -> None:
 
 
 def test_targets_hold_no_more_than_the_update_reads() -> None:
+    """And what the tokens were drawn from, where a sampler says it."""
     assert set(Targets.__dataclass_fields__) == {
-        *("tokens", "prompt_mask", "mask", "old_logp", "advantages", "old_values", "returns")
+        *("tokens", "prompt_mask", "mask", "old_logp", "advantages", "old_values", "returns"),
+        *("sampler_logp", "version"),
     }
 
 

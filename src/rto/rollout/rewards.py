@@ -161,7 +161,7 @@ class RewardModel:
         self.context = max_positions(model)
         caches = not isinstance(model, Role) and "use_cache" in asked_for(unwrap_peft(model).forward)
         self._kwargs = {"use_cache": False} if caches else {}
-        self._pad = self._inert_padding()
+        self.padding = self._inert_padding()
 
     @torch.no_grad()
     def __call__(self, batch: Completed) -> list[float]:
@@ -174,9 +174,9 @@ class RewardModel:
         self._check_lengths(ids, batch)
         scores = torch.zeros(len(ids))
         lengths = torch.tensor([len(row) for row in ids])
-        cuts = torch.arange(len(ids)).split(1) if self._pad is None else micro_batches(lengths, self.max_tokens)
+        cuts = torch.arange(len(ids)).split(1) if self.padding is None else micro_batches(lengths, self.max_tokens)
         for rows in cuts:
-            scores[rows] = self._score([ids[i] for i in rows], pad=self._pad or 0)
+            scores[rows] = self._score([ids[i] for i in rows], pad=self.padding or 0)
         return finite(f"reward model {self.name}", scores.tolist(), batch.completions)
 
     def unread(self, batch: Completed) -> list[str | None]:

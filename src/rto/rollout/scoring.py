@@ -23,7 +23,8 @@ from rto.files import shown
 from rto.models.actor import TokenOutputs, score_logprobs
 from rto.models.roles import Role
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, distinct
-from rto.rollout.sampling import Sampler
+from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
+from rto.rollout.samplers.randomness import row_seeds
 from rto.rollout.token_rewards import Ensemble, TokenSource
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,21 @@ class Drawn:
         return Completed.of(prompts, self.texts, self.ended, self.ids)
 
 
-def complete(sampler: Sampler, policy: nn.Module, prompts: list[list[int]], seed: int) -> Samples:
+def complete(
+    sampler: Sampler | SampleFunction, policy: nn.Module, prompts: list[list[int]], seed: int, *, version: int = 0
+) -> Samples:
     """Complete every prompt once with ``policy``'s present weights: the one place that calls a sampler."""
-    return sampler(policy, prompts, seed)
+    draws = as_sampler(sampler)
+    draws.sync(policy, version)
+    return draws.draw(prompts, row_seeds(seed, len(prompts)))
 
 
 def draw(
-    sampler: Sampler, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], seed: int
+    sampler: Sampler | SampleFunction,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seed: int,
 ) -> Drawn:
     """`complete`, and read what came of it with the policy's tokenizer."""
     return Drawn.of(complete(sampler, policy, prompts, seed), tokenizer, prompts)

@@ -63,8 +63,8 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
         on_this_machine(self)
-        super().__post_init__()
         check_layout(self)
+        super().__post_init__()
         _ = self.init_kwargs  # refused here, not when models are loaded
 
 
@@ -215,7 +215,7 @@ class TokenTrainer(SealedCheckpoints):
         if actor.value_model is not None:
             groups["value"] = actor.value_parameters
         self._norms = self.engine.clip(groups, self.args.max_grad_norm)
-        return self._norms["policy"]
+        return next(iter(self._norms.values()))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.engine.before_preparing(self.model)

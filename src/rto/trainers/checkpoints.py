@@ -122,15 +122,17 @@ class SealedCheckpoints(Trainer):
             NotFiniteError: a weight is NaN or infinite; nothing is written.
         """
         check_weights(self.accelerator, cast(nn.Module, self.model), self.state.global_step)
-        if _internal_call or not self.engine.sharded:
+        if not (self.engine.sharded or self.engine.deepspeed):
             super().save_model(output_dir, _internal_call)
+            return
+        if _internal_call and self.engine.in_pieces:  # a checkpoint has its pieces
             return
         # The library's own writes nothing where checkpoints are kept in pieces, and a tied weight twice.
         state = self.engine.weights(cast(nn.Module, self.model))
         with together(self.accelerator):
             if self.args.should_save:
                 self._save(output_dir, state_dict=state)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -175,7 +177,11 @@ class SealedCheckpoints(Trainer):
             self._progress = json.loads(path.read_text(encoding="utf-8"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.engine.take_up_settings(self.optimizer, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            schedule: Any = self.lr_scheduler
+            schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         if checkpoint is not None:
             self._load_state(Path(checkpoint))
 

@@ -9,7 +9,8 @@ from rto.credit import Credit
 from rto.functional.advantages import GAE, ReinforcePlusPlus
 from rto.functional.rewards import PLACEMENTS, AdaptiveKL, RTOReward
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
-from rto.rollout.sampling import SamplingConfig
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.config import VLLMArguments
 from rto.rollout.token_rewards import TOKEN_REWARDS
 from rto.trainers.base import TokenTrainingArguments
 from rto.trl_names import ONLINE, by_trl_names
@@ -20,11 +21,12 @@ ESTIMATORS = ("gae", "reinforce++")
 
 @by_trl_names(ONLINE)
 @dataclass
-class RTOConfig(TokenTrainingArguments):
+class RTOConfig(VLLMArguments, TokenTrainingArguments):
     """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.
 
     ``per_device_train_batch_size`` is the number of rollouts a process draws in one iteration. Results do not
-    depend on ``max_tokens_per_micro_batch``, so there is no ``gradient_accumulation_steps`` to set.
+    depend on ``max_tokens_per_micro_batch``, so there is no ``gradient_accumulation_steps`` to set. Who draws, and how
+    its distance to the policy is made up for, say the arguments of `rto.rollout.samplers.config.VLLMArguments`.
 
     Attributes:
         learning_rate: of the policy (paper: 5e-7).
@@ -47,7 +49,7 @@ class RTOConfig(TokenTrainingArguments):
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
         max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
-            means what 8 GiB of key-value cache hold. Which rows share a batch decides their random numbers.
+            means what 8 GiB of key-value cache hold.
         offload_frozen: keep each model that is only read in host memory until it is read; adapters on a shared base
             and quantized models stay on the device.
     """
@@ -107,6 +109,7 @@ class RTOConfig(TokenTrainingArguments):
 
     ranges: ClassVar[Mapping[str, Range]] = {
         **TokenTrainingArguments.ranges,
+        **VLLMArguments.vllm_ranges,
         "value_learning_rate": NOT_NEGATIVE,
         "total_episodes": COUNT,
         "num_ppo_epochs": COUNT,
@@ -141,6 +144,7 @@ class RTOConfig(TokenTrainingArguments):
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches
         super().__post_init__()
         self.sampling()
+        self.check_vllm()
         choices: tuple[tuple[str, Any], ...] = (
             ("token_reward", TOKEN_REWARDS),
             ("reward_placement", PLACEMENTS),

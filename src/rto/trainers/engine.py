@@ -45,29 +45,45 @@ class EngineError(ValueError):
 
 
 def check_layout(args: Any) -> None:
-    """Refuse a layout that would train something else, or not at all, before any model is loaded.
+    """Refuse a layout that would train something else, or not at all, before any library or model is loaded for it.
 
     Args:
-        args: `transformers.TrainingArguments`; what `accelerate launch` was told is in the environment.
+        args: a configuration with ``deepspeed`` and ``fsdp_config`` of `transformers.TrainingArguments` as they were
+            given; what `accelerate launch` was told is in the environment.
 
     Raises:
         EngineError: it is DeepSpeed's ZeRO-3, or the first FSDP.
     """
     warn_of_one_process()
-    remedy = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    plugin = getattr(args, "deepspeed_plugin", None)
-    stage = getattr(plugin, "zero_stage", None)
-    if plugin is None and launched and not os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    if stage == 3:
-        raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {remedy}")
-    fsdp = getattr(args, "fsdp_plugin_args", None)
-    first = fsdp is not None and fsdp.get("fsdp_version") == 1
-    if fsdp is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        first = os.environ.get("FSDP_VERSION", "1") == "1"
-    if first:
-        raise EngineError(f"FSDP of version 1 is not supported: {remedy}")
+    deepspeed, fsdp = _settings(args.deepspeed), _settings(args.fsdp_config)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if _launched("DEEPSPEED"):
+        told = _settings(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")).get("zero_optimization", {}).get("stage")
+        stage = told or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    if str(stage) == "3":
+        raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {REMEDY}")
+    version = fsdp.get("version", fsdp.get("fsdp_version", 2)) if args.fsdp else 2
+    if not args.fsdp and _launched("FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+    if str(version) == "1":
+        raise EngineError(f"FSDP of version 1 is not supported: {REMEDY}")
+
+
+REMEDY = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
+
+
+def _launched(what: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """A configuration given as such, as a file, or not at all; what cannot be read is the library's to tell."""
+    if isinstance(given, dict):
+        return given
+    if isinstance(given, str) and Path(given).is_file():
+        found = read_yaml(Path(given).read_text(encoding="utf-8"))  # JSON is YAML
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 # --- processes of one launch
@@ -167,7 +183,7 @@ class Engine:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise EngineError("DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: use FSDP2")
+            raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {REMEDY}")
         self._root: nn.Module | None = None
         self._held: Counter[int] = Counter()
 
@@ -179,6 +195,10 @@ class Engine:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
         return self.accelerator.reduce(x, reduction="sum")
+
+    def of_main(self, value: _Part) -> _Part:
+        """The main process's value of something small."""
+        return shared_out([value], lambda mine: mine)[0] if self.world > 1 else value
 
     # --- passes
 
@@ -253,11 +273,11 @@ class Engine:
     def clip(self, groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
         """Clip each group of parameters by its own norm; the norms before that.
 
-        DeepSpeed has clipped and stepped by now: by one norm over all groups, which is what comes back for each.
+        DeepSpeed has clipped and stepped by now: by one norm over all groups, which comes back as ``joint``.
         """
         if self.deepspeed:
             norm = self.accelerator.clip_grad_norm_([], max_norm)
-            return {name: torch.as_tensor(0.0 if norm is None else norm) for name in groups}
+            return {"joint": torch.as_tensor(0.0 if norm is None else norm)}
         self.accelerator.unscale_gradients()
         norms: dict[str, Tensor] = {}
         for name, parameters in groups.items():
@@ -329,6 +349,21 @@ class Engine:
         mesh = getattr(self.accelerator, "torch_device_mesh", None)
         return None if mesh is None else mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
 
+    def take_up_settings(self, optimizer: Any, checkpoint: Path) -> bool:
+        """Take up the settings of an optimizer that keeps no state; False where there is a state, or nothing is cut.
+
+        torch cannot hand out a whole checkpoint's state (FULL_STATE_DICT) where it is empty, as that of plain SGD.
+        """
+        path = checkpoint / "optimizer.bin"
+        if not self.sharded or not path.is_file():
+            return False
+        saved = torch.load(path, weights_only=True, mmap=True)
+        if saved["state"]:
+            return False
+        for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({name: value for name, value in theirs.items() if name != "params"})
+        return True
+
     @contextmanager
     def whole(self, *models: Any) -> Iterator[None]:
         """Within this context every process holds all weights of some models, which is collective to enter.
@@ -362,6 +397,11 @@ class Engine:
         extra = [self._root] if inside and module is not self._root else []
         return [*extra, *_units(module)]
 
+    @property
+    def in_pieces(self) -> bool:
+        """Checkpoints hold each process's own pieces (SHARDED_STATE_DICT)."""
+        return self.sharded and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """The whole state of a cut model, on the main process (elsewhere nothing); None where models are whole.
 
@@ -372,7 +412,7 @@ class Engine:
             return None
         first: dict[int, str] = {}
         tied = [n for n, p in model.named_parameters(remove_duplicate=False) if first.setdefault(id(p), n) != n]
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return {name: x for name, x in state.items() if name not in tied}
 
 
@@ -381,17 +421,17 @@ def _units(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
-def _make_root(model: nn.Module) -> None:
+def _make_root(model: Any) -> None:
     """Let FSDP2 know the model as the root of its units, also where only parts of it are called.
 
     FSDP2 takes the first unit that runs for the root. A method that counts as a forward pass, and does nothing, makes
     it this one.
     """
-    model._begin = _begin.__get__(model)  # type: ignore[assignment]
+    model._begin = _begin.__get__(model)
     register_fsdp_forward_method(model, "_begin")
-    model._begin()  # type: ignore[operator]
+    model._begin()
     del model._begin
-    model.reshard()  # type: ignore[operator]
+    model.reshard()
 
 
 def _begin(self: nn.Module) -> None:

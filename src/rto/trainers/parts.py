@@ -24,7 +24,9 @@ from rto.models.precision import check_derivative, hold
 from rto.models.roles import Role, SharedBase, adapt, place, shared_base, trainable
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.rollout.rewards import FunctionReward, RewardFunc, RewardModel, reward_source
-from rto.rollout.sampling import Sampler, TransformersSampler
+from rto.rollout.samplers.base import SampleFunction, Sampler
+from rto.rollout.samplers.config import vllm_sampler
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.scoring import Scoring
 from rto.rollout.token_rewards import TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL
@@ -45,7 +47,7 @@ class Parts:
 
     policy: nn.Module
     critic: nn.Module | None
-    sampler: Sampler
+    sampler: Sampler | SampleFunction
     scoring: Scoring
 
 
@@ -60,7 +62,7 @@ class Named:
     value_model: Source | None
     reward_funcs: list[RewardFunc]
     reward_tokenizers: list[PreTrainedTokenizerBase | None]
-    sampler: Sampler | None
+    sampler: Sampler | SampleFunction | None
     peft_config: Any
 
     def check(self, args: RTOConfig) -> None:
@@ -78,6 +80,8 @@ class Named:
             raise ValueError(
                 f"score_coef={args.score_coef} asks for a sentence score: pass reward_funcs, or set score_coef=0"
             )
+        if args.use_vllm and self.sampler is not None:
+            raise ValueError("use_vllm names a sampler, and another one is given: leave out one of them")
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward_funcs")
 
@@ -110,9 +114,7 @@ class Named:
         policy = load_policy(self.model, **reading.trained(self.model, adapted=self.peft_config is not None))
         check_derivative(source_name(self.model), policy)
         check_output_layer(policy)
-        sampler: Sampler = self.sampler or TransformersSampler.of(
-            policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens
-        )
+        sampler = self._sampler(policy, tokenizer, args)
         if self.peft_config is not None:
             set_seed(args.seed)  # new adapters start at random, the same ones each time a run is started
             policy = adapt(policy, self.peft_config, revision=reading.init.get("revision"))
@@ -135,6 +137,15 @@ class Named:
             offload=args.offload_frozen,
         )
         return Parts(policy=policy, critic=critic, sampler=sampler, scoring=scoring)
+
+    def _sampler(
+        self, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: RTOConfig
+    ) -> Sampler | SampleFunction:
+        if self.sampler is not None:
+            return self.sampler
+        if args.use_vllm:
+            return vllm_sampler(args, args.sampling(), policy, tokenizer)
+        return TransformersSampler.of(policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens)
 
     def _score_sources(
         self,

@@ -28,12 +28,13 @@ from rto.credit import Credit
 from rto.data.formats import Prompt, Rows, Skipped, read_prompts, read_sets
 from rto.files import shown
 from rto.finite import NotFiniteError, together
+from rto.functional.importance import log_ratio, mismatch
 from rto.functional.masked import masked_mean, masked_sum
 from rto.functional.ppo import approx_kl, policy_loss, value_loss
 from rto.models.actor import Actor, TokenOutputs
 from rto.models.loading import Source, load_tokenizer, shared_context, source_name
 from rto.rollout.rewards import RewardFunc
-from rto.rollout.sampling import Sampler
+from rto.rollout.samplers.base import SampleFunction, Sampler
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TokenRewardSpec
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
@@ -68,7 +69,7 @@ class RTOTrainer(TokenTrainer):
         train_dataset: prompts in TRL's prompt-only format; other columns are handed to reward functions.
         eval_dataset: prompts for ``evaluate``, or a dictionary of such data sets.
         processing_class: the tokenizer; None loads the model's.
-        sampler: draws completions; None decodes with transformers.
+        sampler: draws completions: a `Sampler`, or a function of policy, prompts and seed; None: as ``args`` says.
         peft_config: train a new PEFT adapter on the policy instead of the whole model. Where the policy is an
             adapter, each other model that is given as the folder of an adapter on the same base shares that base
             (`rto.models.roles`); any other model is one of its own.
@@ -97,7 +98,7 @@ class RTOTrainer(TokenTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | SampleFunction | None = None,
         peft_config: Any = None,
         credit: Credit | None = None,
         **kwargs: Any,
@@ -107,6 +108,7 @@ class RTOTrainer(TokenTrainer):
         if credit is not None:
             args.adopt(credit)
         self.credit = credit or args.credit()
+        self.correction = args.correction()
         named = Named(
             model=model,
             token_rewards=listed(dpo_model),
@@ -147,6 +149,8 @@ class RTOTrainer(TokenTrainer):
         self.scoring.reading = self._reading
         self.scoring.state = lambda: self.state
         self.scoring.lay_out(self.args.device, self.engine.lay_out)
+        for scorer in self.scoring.reward_models:  # it was tried on weights that other processes may not have read
+            scorer.padding = self.engine.of_main(scorer.padding)
 
     # --- the algorithm
 
@@ -164,7 +168,7 @@ class RTOTrainer(TokenTrainer):
             with self._phase("credit"):
                 credited = self.credit(rollout, text=self._token_text, all_reduce=self.all_reduce)
             self._targets = credited.targets
-            self.record(**credited.metrics, episodes=self._episodes(iteration + 1))
+            self.record(**credited.metrics, **self._distance(rollout), episodes=self._episodes(iteration + 1))
         assert self._targets is not None
         epoch, part = divmod(update, args.num_mini_batches)
         shuffle = torch.Generator().manual_seed(self._seed(iteration) + epoch)
@@ -185,7 +189,7 @@ class RTOTrainer(TokenTrainer):
         actor: Actor = self.accelerator.unwrap_model(model)
         with self.engine.whole(actor.policy), together(self.accelerator), self.accelerator.autocast():
             try:
-                return complete(self.sampler, actor.policy, [p.ids for p in prompts], seed)
+                return complete(self.sampler, actor.policy, [p.ids for p in prompts], seed, version=self._iteration)
             except NotFiniteError as error:
                 at = "" if error.row is None else f" ({shown_prompt(prompts, error.row)})"
                 raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
@@ -273,7 +277,12 @@ class RTOTrainer(TokenTrainer):
                     "approx_kl": approx_kl(out.logp, part.old_logp),
                 }
                 self.watch.see(policy.loss, "loss of the policy", mask=part.mask, rows=share[0], tell=tell)
-                total = total + masked_sum(policy.loss, part.mask)
+                weighted = policy.loss
+                if self.correction is not None and part.sampler_logp is not None:
+                    drawn = self.correction(log_ratio(part.old_logp, part.sampler_logp, part.mask))
+                    weighted = drawn.weights * weighted
+                    terms["clip/importance"] = drawn.clipped.float()
+                total = total + masked_sum(weighted, part.mask)
             if out.values is not None:
                 assert part.old_values is not None
                 assert part.returns is not None
@@ -314,6 +323,23 @@ class RTOTrainer(TokenTrainer):
                 values[at, :width] = out.values
         return TokenOutputs(logp, values if self.credit.needs_values else None, entropy)
 
+    def _distance(self, rollout: Rollout) -> dict[str, Tensor]:
+        """How far what drew the rollout is from the policy, where it says so."""
+        if rollout.sampler_logp is None:
+            return {}
+        known = rollout.mask & ~rollout.sampler_logp.isnan()
+        if not self.all_reduce(known.sum().float()):
+            return {}
+        found = mismatch(
+            log_ratio(rollout.policy_logp, rollout.sampler_logp, known), known, all_reduce=self.all_reduce
+        )
+        return {
+            "sampling/sampling_logp_difference/mean": found.mean,
+            "sampling/sampling_logp_difference/max": self.accelerator.gather(found.largest).max(),
+            "sampling/kl": found.kl,
+            "sampling/effective_sample_size": found.effective,
+        }
+
     @contextmanager
     def _reading(self, *models: Any) -> Iterator[None]:
         """How `Scoring` reads a model: whole, in the precision of the run, and every process or none."""
@@ -322,6 +348,11 @@ class RTOTrainer(TokenTrainer):
 
     def _token_text(self, token: int) -> str:
         return str(self.processing_class.decode([token]))
+
+    @property
+    def _iteration(self) -> int:
+        """Batches of rollouts that were learned from."""
+        return self.state.global_step // self.args.updates_per_rollout
 
     def _episodes(self, iterations: int) -> int:
         return iterations * self.args.per_device_train_batch_size * self.accelerator.num_processes
@@ -407,8 +438,9 @@ class RTOTrainer(TokenTrainer):
         mine = [prompts[i % len(prompts)] for i in at]
         counted = torch.tensor([i < len(prompts) for i in at], device=self.args.device)
         kept, self._metrics = self._metrics, defaultdict(list)
-        samples = self.sample(self.model, mine, seed=self.args.seed)
-        rollout = self.score(self.model, samples, mine, counted)
+        with self.engine.whole(self.model.policy):
+            samples = self.sample(self.model, mine, seed=self.args.seed)
+            rollout = self.score(self.model, samples, mine, counted)
         kl = masked_sum(rollout.policy_logp - rollout.ref_logp, rollout.mask, dim=-1)
         self.record(kl=mean_over(kl, counted, self.all_reduce))
         found = {f"{metric_key_prefix}_{name}": values[-1] for name, values in self._metrics.items()}

@@ -44,6 +44,7 @@ from rto.models.precision import check_derivative
 from rto.models.roles import trainable
 from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
+from rto.trainers.engine import check_layout
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 from rto.trainers.trl import FromTRL
 
@@ -72,6 +73,7 @@ class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_arguments(self)
         on_this_machine(self)
+        check_layout(self)
         super().__post_init__()
 
 
@@ -82,6 +84,7 @@ class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_arguments(self)
         on_this_machine(self)
+        check_layout(self)
         super().__post_init__()
 
 

@@ -1,0 +1,34 @@
+"""`rto run` of a few rows in small pieces, as a program of one process or several; or a long wait.
+
+usage: several.py OUTPUT | --nap
+"""
+
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from test_pipeline import SMALL
+
+from rto import pipeline
+from rto.recipe import load_recipe
+from rto.trainers import engine
+
+
+def main() -> None:
+    if sys.argv[1] == "--nap":  # longer than an exchange of tensors may take
+        engine.TIMEOUT = timedelta(seconds=2)
+        if engine.processes().is_main_process:
+            time.sleep(6)
+        engine.wait_for_all()
+        print(f"process {engine.processes().process_index} goes on", file=sys.stderr)
+        return
+    pipeline.SIDE_BY_SIDE = 16
+    halved = {name: n // engine.processes().num_processes if "batch_size" in name else n for name, n in SMALL.items()}
+    pipeline.run(load_recipe(None, halved), sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""What lays models over processes, as far as one process shows it; `test_sharded.py` has the rest."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch import nn
+
+import rto
+from rto import PreferenceConfig, RTOConfig
+from rto.models.actor import Actor
+from rto.trainers import engine
+from rto.trainers.engine import EngineError, check_layout, shared_out
+from rto.trainers.supervised import RewardConfig, SFTConfig
+
+LAUNCHES = Path(rto.__file__).parent / "recipes" / "accelerate"
+
+
+@pytest.mark.parametrize("kind", [RTOConfig, PreferenceConfig, SFTConfig, RewardConfig])
+@pytest.mark.parametrize("way", ["launched", "launched with a file", "given", "given as a file"])
+def test_zero_3_is_refused_before_any_model_loads(
+    kind: Any, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line that names what to use, whether or not DeepSpeed is installed."""
+    file = tmp_path / "zero3.json"
+    settings = {"zero_optimization": {"stage": 3}}
+    file.write_text(json.dumps(settings))
+    if way.startswith("launched"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    if way == "launched with a file":
+        monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    given = {"given": settings, "given as a file": str(file)}.get(way)
+    with pytest.raises(EngineError, match=r"ZeRO-3 is not supported.*FSDP2") as caught:
+        kind(output_dir="x", report_to="none", deepspeed=given)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def args(fsdp: bool | None, version: int) -> Any:
+        return SimpleNamespace(deepspeed=None, fsdp=fsdp, fsdp_config={"version": version})
+
+    check_layout(args(True, 2))
+    check_layout(args(None, 1))
+    with pytest.raises(EngineError, match=r"version 1.*FSDP2"):
+        check_layout(args(True, 1))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(EngineError, match=r"version 1.*FSDP2"):
+        check_layout(args(None, 2))
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("accelerate launch --cpu --num_processes 2 train.py", 2),
+        ("accelerate launch --num-processes=4 --cpu train.py", 4),
+        ("accelerate launch --cpu train.py", 0),
+        ("accelerate launch --config_file CONFIG train.py", 3),
+    ],
+)
+def test_one_process_where_several_were_asked_for_is_told(
+    command: str, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("num_processes: 3\n")
+    words = command.replace("CONFIG", str(config)).split()
+    monkeypatch.setattr(engine, "_command_of_parent", lambda: words)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    engine.warn_of_one_process.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        engine.warn_of_one_process()
+    engine.warn_of_one_process.cache_clear()
+    said = [record.getMessage() for record in caplog.records if "has started one process" in record.getMessage()]
+    assert len(said) == (asked > 1)
+    assert all(f"torchrun --nproc_per_node {asked}" in line for line in said)
+
+
+def test_an_actor_names_the_layers_that_it_has(tiny_model: Any) -> None:
+    """Names that no module has would be refused by accelerate."""
+    actor = Actor(tiny_model(), tiny_model(seed=1))
+    actor.policy._no_split_modules = [*actor.policy._no_split_modules, "NobodysLayer"]
+    assert actor._no_split_modules == {"LlamaDecoderLayer"}
+
+
+def test_an_actor_ties_what_its_models_tie(tiny_model: Any) -> None:
+    actor = Actor(tiny_model())
+    actor.policy.lm_head.weight = nn.Parameter(torch.zeros_like(actor.policy.lm_head.weight))
+    actor.tie_weights()
+    assert actor.policy.lm_head.weight is actor.policy.model.embed_tokens.weight
+
+
+def test_work_of_one_process_is_its_own() -> None:
+    assert shared_out([3, 1, 2], lambda i: i * i) == [9, 1, 4]
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCHES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_say_what_they_mean(path: Path) -> None:
+    """accelerate reads each, every key is one of its own, and what it hands to a process is what the name says."""
+    config = load_config_from_file(str(path))
+    given = yaml.safe_load(path.read_text())
+    assert given.keys() <= {*vars(config)}
+    parser = launch_command_parser()
+    args, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "train.py"]))
+    assert isinstance(args, argparse.Namespace)
+    environment = {} if path.stem == "zero2" else prepare_multi_gpu_env(args)
+    assert args.num_processes == 8
+    assert args.mixed_precision == "bf16"
+    assert args.use_fsdp == (path.stem == "fsdp2")
+    assert args.use_deepspeed == (path.stem == "zero2")
+    if args.use_deepspeed:
+        assert args.zero_stage == 2
+    if args.use_fsdp:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            plugin = FullyShardedDataParallelPlugin()
+            check_layout(SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None))
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward
+        assert plugin.cpu_ram_efficient_loading
+        assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"

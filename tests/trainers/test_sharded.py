@@ -1,0 +1,324 @@
+"""Models cut over processes by FSDP2 train as one whole model does: two processes × half a batch, and one process.
+
+One launch runs many cases, since starting processes costs more than they do. See `sharded.py` for how a CPU is made
+to shard, without which these tests would test DDP.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import sharded_cases
+import torch
+from test_checkpoints import free_port
+from test_shared_base import write_adapter
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+PROGRAM = Path(__file__).with_name("sharded.py")
+SHARDED = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+SAVING = {"num_mini_batches": 2, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3}
+SAVING |= {"normalize_scores": True, "kl_target": 0.5}
+ADAM = {"optim": "adamw_torch_fused"}
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+"""What `accelerate launch` sets for ``recipes/accelerate/fsdp2.yaml``; of a host, one process reads weights."""
+
+EQUAL: dict[str, dict[str, Any]] = {
+    "dpo": {"run": "prefer", "loss": "dpo"},
+    "kto": {"run": "prefer", "loss": "kto"},
+    "tdpo": {"run": "prefer", "loss": "tdpo"},
+    "ppo": {"run": "rto", "dpo_coef": 0.0},
+    "rto": {"run": "rto"},
+    "rto on one base": {"run": "rto", "lora": True},
+}
+"""What is compared with one process, by settings that both have."""
+SLOWER: dict[str, dict[str, Any]] = {
+    "dpo under an adapter": {"run": "prefer", "loss": "dpo", "lora": True},
+    "tdpo under an adapter": {"run": "prefer", "loss": "tdpo", "lora": True},
+    "dpo with a reference": {"run": "prefer", "loss": "dpo", "ref_model": "dpo"},
+    "dpo, accumulated, clipped": {
+        "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
+        "learning_rate": 1e-3, "batch": 2,
+    },
+    "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
+}  # fmt: skip
+
+
+def launch(cases: list[dict[str, Any]], where: Path, processes: int = 2, program: Path = PROGRAM) -> str:
+    """Run cases one after the other in one group of processes; what they said on stderr."""
+    path = where / "cases.json"
+    path.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_port", str(free_port()), str(program), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="session")
+def models(tiny_folder: Path, dpo_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders by kind: whole models, and adapters on one base."""
+    root = tmp_path_factory.mktemp("models")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    with torch.no_grad():
+        scorer.score.weight.copy_(torch.linspace(-1, 1, scorer.score.in_features)[None])
+    scorer.save_pretrained(root / "reward")
+    tokenizer.save_pretrained(root / "reward")
+    adapters = [write_adapter(tiny_folder, root / f"adapter{i}", i, tokenizer, scalar=i == 2) for i in (1, 2)]
+    whole = [str(tiny_folder), str(dpo_folder), str(root / "reward")]
+    return {"whole": whole, "adapters": [str(tiny_folder), *map(str, adapters)]}
+
+
+def case(models: Any, name: str, settings: dict[str, Any], where: Path, *, processes: int) -> dict[str, Any]:
+    """A case's keyword arguments, by how many processes share its batch."""
+    kwargs = {**settings, "output": str(where / re.sub(r"\W+", "-", name))}
+    run = kwargs.pop("run")
+    if run == "prefer":
+        kwargs |= {"policy": models["whole"][0], "batch": kwargs.get("batch", 4) // processes}
+        kwargs |= {"ref_model": models["whole"][1]} if "ref_model" in kwargs else {}
+    else:
+        kwargs |= {"models": models["adapters" if kwargs.get("lora") else "whole"], "batch": 8 // processes}
+    if processes > 1 and "launched" not in kwargs:
+        kwargs["fsdp"] = True
+    return {"run": f"sharded_cases:{run}", **kwargs}
+
+
+def alone(settings: dict[str, Any]) -> None:
+    """A case in this process."""
+    getattr(sharded_cases, settings.pop("run").partition(":")[2])(**settings)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a run has exported: policy and critic."""
+    found = [p for part in ("", "value_model") for p in (folder / part).glob("*.safetensors")]
+    return {f"{p.relative_to(folder)} {n}": x for p in found for n, x in safetensors.torch.load_file(p).items()}
+
+
+def furthest(a: Path, b: Path) -> float:
+    """The largest difference of two runs' exported weights, which go by the same names."""
+    ours, theirs = weights(a), weights(b)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def logged(folder: Path, *names: str) -> list[list[float]]:
+    """Series of an export's log."""
+    history = json.loads((folder / "history.json").read_text())
+    return [[row[name] for row in history if name in row] for name in names]
+
+
+def layouts(folder: Path) -> list[dict[str, Any]]:
+    """How models lay over the processes, by rank."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("layout_*.json"))]
+
+
+def at(root: Path, name: str) -> Path:
+    return root / re.sub(r"\W+", "-", name)
+
+
+def check_equal(one: Path, two: Path) -> None:
+    """Losses, gradient norms, evaluation and weights."""
+    names = ("loss", "grad_norm", "grad_norm/policy", "grad_norm/value", "kl", "score")
+    for name, ours, theirs in zip(names, logged(one, *names), logged(two, *names)):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5), name
+    assert len(logged(two, "loss")[0]) >= 3
+    found = [json.loads((folder / "evaluation.json").read_text()) for folder in (one, two)]
+    timed = re.compile("runtime|per_second")
+    for name in (n for n in found[0] if not timed.search(n) and not math.isnan(found[0][n])):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4, abs=1e-5), name
+    assert furthest(one, two) < 1e-5
+
+
+def moved(folder: Path, start: Path) -> dict[str, torch.Tensor]:
+    """What training added to the policy's weights."""
+    before, after = (safetensors.torch.load_file(f / "model.safetensors") for f in (start, folder))
+    return {name: after[name] - before[name] for name in before}
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """‖a − b‖ / ‖a‖."""
+    gap, size = (sum(x.square().sum().item() for x in xs) for xs in ([a[n] - b[n] for n in a], a.values()))
+    return math.sqrt(gap / size)
+
+
+@pytest.fixture(scope="module")
+def launched(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case of the default suite on two processes, each with half a batch."""
+    root = tmp_path_factory.mktemp("two")
+    cases = [case(models, name, settings, root, processes=2) for name, settings in EQUAL.items()]
+    saving = {"run": "rto", **SAVING}
+    cases += [case(models, "straight", saving | SHARDED | ADAM, root, processes=2)]
+    resume = str(at(root, "straight") / "checkpoint-3")
+    cases += [case(models, "resumed", saving | SHARDED | ADAM | {"resume": resume}, root, processes=2)]
+    cases += [case(models, "bf16", {"run": "prefer", "loss": "dpo", "bf16": True}, root, processes=2)]
+    launch(cases, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_one(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The same in one process, whole."""
+    root = tmp_path_factory.mktemp("one")
+
+    def run(name: str, settings: dict[str, Any]) -> Path:
+        if not at(root, name).is_dir():
+            alone(case(models, name, settings, root, processes=1))
+        return at(root, name)
+
+    return run
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_cut_models_train_as_a_whole_one(name: str, launched: Path, by_one: Callable[..., Path]) -> None:
+    check_equal(by_one(name, EQUAL[name]), at(launched, name))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_every_model_is_cut_by_its_layers(name: str, launched: Path) -> None:
+    """DTensors everywhere, more than one unit, and no process with more than its share: it really is FSDP2."""
+    ranks = layouts(at(launched, name))
+    assert len(ranks) == 2
+    roles = "one base" in name
+    for model in ("trained", *(m for m in ranks[0] if m.startswith(("reference", "dpo_model", "reward model")))):
+        for layout in (rank[model] for rank in ranks if not (roles and model != "trained")):
+            assert layout["cut"]
+            assert layout["units"] > 2
+        if not roles or model == "trained":
+            assert sum(rank[model]["here"] for rank in ranks) == ranks[0][model]["all"]
+            assert max(rank[model]["here"] for rank in ranks) < 0.52 * ranks[0][model]["all"]
+
+
+@pytest.mark.parametrize("name", [name for name in EQUAL if EQUAL[name]["run"] == "rto"])
+def test_processes_decode_unlike_numbers_of_steps(name: str, launched: Path) -> None:
+    """What is equal above is so although one process has decoded further than the other."""
+    first, second = (rank["steps"] for rank in layouts(at(launched, name)))
+    assert len(first) == len(second) > 3  # three rollouts and an evaluation
+    assert sum(a != b for a, b in zip(first, second)) > 1
+
+
+def test_a_run_in_pieces_resumes_bit_for_bit(launched: Path) -> None:
+    """SHARDED_STATE_DICT, in the middle of a rollout, with AdamW's moments; and the export is whole all the same."""
+    straight, resumed = at(launched, "straight"), at(launched, "resumed")
+    assert (straight / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
+    assert furthest(straight, resumed) == 0
+    assert logged(straight, "loss")[0][3:] == logged(resumed, "loss")[0][3:]
+    assert json.loads((straight / "evaluation.json").read_text())["eval_kl"] != 0
+
+
+@pytest.mark.parametrize("name", ["dpo", "rto", "straight"])
+def test_plain_transformers_loads_what_is_exported(name: str, launched: Path, models: Any) -> None:
+    folder = at(launched, name)
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert stored.keys() == safetensors.torch.load_file(Path(models["whole"][0]) / "model.safetensors").keys()
+    assert {x.dtype for x in stored.values()} == {torch.float32}
+
+
+def test_adapters_of_a_cut_base_are_peft_s(launched: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+    folder = at(launched, "rto on one base")
+    AutoPeftModelForCausalLM.from_pretrained(folder)
+    critic = AutoPeftModelForSequenceClassification.from_pretrained(folder / "value_model", num_labels=1)
+    assert critic.base_model.model.score.modules_to_save["default"].weight.any()
+
+
+def test_bf16_computes_in_bf16_and_adds_up_in_fp32(launched: Path, by_one: Callable[..., Path], models: Any) -> None:
+    """Log-probabilities come out in fp32, trained weights stay fp32, frozen ones are bf16.
+
+    FSDP2 gathers weights in bf16, so that norms and embeddings are rounded, too, which one process's autocast keeps:
+    both are as far from fp32, and from each other.
+    """
+    for rank in layouts(at(launched, "bf16")):
+        assert rank["trained"]["dtypes"] == ["torch.float32"]
+        assert rank["reference"]["dtypes"] == ["torch.bfloat16"]
+        assert (rank["logp"], rank["gradients"]) == ("torch.float32", "torch.float32")
+        assert rank["narrow"] < 3  # of 6
+    start = Path(models["whole"][0])
+    exact = moved(by_one("dpo", EQUAL["dpo"]), start)
+    one = moved(by_one("bf16", EQUAL["dpo"] | {"bf16": True}), start)
+    two = moved(at(launched, "bf16"), start)
+    assert 0 < apart(exact, one) < 0.06
+    assert 0 < apart(exact, two) < 0.09
+    assert 0 < apart(one, two) < 0.12
+
+
+# --- one launch each, or many: not in the default suite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOWER)
+def test_more_cases_train_as_a_whole_model(
+    name: str, models: Any, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    launch([case(models, name, SLOWER[name], tmp_path, processes=2)], tmp_path)
+    check_equal(by_one(name, SLOWER[name]), at(tmp_path, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "tdpo", "rto", "rto on one base"])
+def test_one_process_reads_the_weights(name: str, models: Any, by_one: Callable[..., Path], tmp_path: Path) -> None:
+    """``cpu_ram_efficient_loading``: the others get theirs, frozen models' and tied ones too."""
+    launch([case(models, name, EQUAL[name] | {"launched": LAUNCHED}, tmp_path, processes=2)], tmp_path)
+    check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
+def test_a_whole_checkpoint_resumes_bit_for_bit(optim: str, models: Any, tmp_path: Path) -> None:
+    """FULL_STATE_DICT; plain SGD has no state, which torch does not expect."""
+    settings = {"run": "rto", "optim": optim, **SAVING}
+    straight = case(models, "straight", settings, tmp_path, processes=2)
+    settings["resume"] = str(tmp_path / "straight" / "checkpoint-3")
+    launch([straight, case(models, "resumed", settings, tmp_path, processes=2)], tmp_path)
+    assert furthest(tmp_path / "straight", tmp_path / "resumed") == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "checkpoint-3")
+
+
+@pytest.mark.slow
+def test_killed_processes_resume(models: Any, tmp_path: Path) -> None:
+    settings = {"run": "rto", **SAVING, **SHARDED, **ADAM, "save_steps": 2, "num_train_epochs": 2}
+    straight = case(models, "straight", settings, tmp_path, processes=2)
+    broken = case(models, "broken", settings | {"kill": "mid-rollout"}, tmp_path, processes=2)
+    with pytest.raises(AssertionError, match=r"SIGKILL|-9"):
+        launch([straight, broken], tmp_path)
+    assert (tmp_path / "straight" / "model.safetensors").is_file()
+    assert not (tmp_path / "broken" / "model.safetensors").is_file()
+    launch([case(models, "broken", settings | {"resume": True}, tmp_path, processes=2)], tmp_path)
+    assert furthest(tmp_path / "straight", tmp_path / "broken") == 0
+
+
+@pytest.mark.slow
+def test_the_best_model_is_loaded_and_reading_may_come_first(models: Any, tmp_path: Path) -> None:
+    """An evaluation before training reads a cut model; after it the best checkpoint's weights are exported."""
+    settings = {"run": "prefer", "loss": "dpo", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    settings |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1, "early": True}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    launch([case(models, "best", settings, tmp_path, processes=2)], tmp_path)
+    best = tmp_path / "best"
+    first = safetensors.torch.load_file(best / "checkpoint-1" / "model.safetensors")  # the loss falls, so it is best
+    found = safetensors.torch.load_file(best / "model.safetensors")
+    assert all(torch.equal(first[name], found[name]) for name in first)
+    last = safetensors.torch.load_file(best / "checkpoint-3" / "model.safetensors")
+    assert not torch.equal(last["model.norm.weight"], found["model.norm.weight"])
+    losses: Sequence[float] = logged(best, "eval_loss")[0]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # π = π_ref before training
+    assert losses[1] > losses[3]
