@@ -187,6 +187,7 @@ class Pipeline:
                 peft_config=recipe.lora(),
             )
             _check_policy(trainer.model, tokenizer)
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
@@ -247,6 +248,7 @@ class Pipeline:
                 eval_dataset=self._eval_pairs(),
                 peft_config=self.recipe.lora(),
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
             trainer.save_model()
@@ -268,6 +270,7 @@ class Pipeline:
                 processing_class=tokenizer,
                 peft_config=self.recipe.lora("SEQ_CLS") if self.recipe.reward_model is None else None,
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
             trainer.save_model()
@@ -290,6 +293,7 @@ class Pipeline:
                 train_dataset=recipe.data.prompts.load(recipe.seed),
                 peft_config=recipe.lora(),
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             trainer.save_model()
 
@@ -473,6 +477,13 @@ class Pipeline:
             wait_for_all()
         wait_for_all()
         gc.collect()
+
+    def _begin(self, trainer: Any) -> None:
+        """A line of what a stage is about to do."""
+        weights = list(trainer.model.parameters())
+        trained, every = (sum(p.numel() for p in weights if p.requires_grad or of) for of in (False, True))
+        learns = f"{every:,} weights" if trained == every else f"{trained:,} of {every:,} weights"
+        self.console.print(Text(f"  {len(trainer.train_dataset):,} rows, {learns} learn", "dim"))
 
     def _inputs(self, name: str) -> dict[str, str | None]:
         """Digests of what a stage is made from: rows, models, and the stages before it."""

@@ -125,7 +125,6 @@ ONLINE: Names = {
     ),
     "reward_clip_range": Not("token_reward_clip bounds token rewards, normalize_scores tames scores"),
     "multi_objective_aggregation": Not("scores are summed by reward_weights", (None, "sum_then_normalize")),
-    "num_generations": Not("give each prompt as often as it is to be answered", (None, 1)),
     "num_generations_eval": Not("one completion a held-out prompt", (None, 1)),
     **each(
         "generation_batch_size steps_per_generation batch_size local_batch_size mini_batch_size local_mini_batch_size "

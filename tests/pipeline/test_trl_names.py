@@ -95,7 +95,6 @@ def test_their_defaults_that_ask_for_nothing_pass(kind: str, f: Any) -> None:
 
 MEANT = {
     "truncation_mode",  # TRL cuts rows by default
-    "num_generations",
     "scale_rewards",
 }
 """Defaults of TRL that ask for what is not done here."""

@@ -35,6 +35,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         total_episodes: stop after so many rollouts on all processes; None goes by ``num_train_epochs``.
         num_ppo_epochs: passes over each rollout batch.
         num_mini_batches: updates in one pass.
+        num_generations: completions of each prompt in an iteration; rollouts of a prompt are credited like any others.
         dpo_coef: β₁; 0 runs no DPO model: PPO.
         kl_coef: β₂.
         score_coef: β₃; 0 needs no reward function.
@@ -66,6 +67,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     total_episodes: int | None = field(default=None, metadata={"help": "Stop after so many rollouts."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt in an iteration."})
     num_mini_batches: int = field(default=4, metadata={"help": "Updates in one pass over a batch of rollouts."})
 
     dpo_coef: float = field(default=0.05, metadata={"help": "β₁, the weight of the token reward; 0 is PPO."})
@@ -117,6 +119,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         "total_episodes": COUNT,
         "num_ppo_epochs": COUNT,
         "num_mini_batches": COUNT,
+        "num_generations": COUNT,
         "dpo_coef": NOT_NEGATIVE,
         "kl_coef": NOT_NEGATIVE,
         "token_reward_pessimism": NOT_NEGATIVE,
@@ -167,6 +170,11 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} does not divide into "
                 f"num_mini_batches={self.num_mini_batches}"
+            )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}, the rollouts of an iteration, are "
+                f"no multiple of num_generations={self.num_generations}, the completions of each prompt"
             )
 
     @property

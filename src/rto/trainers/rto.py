@@ -151,6 +151,7 @@ class RTOTrainer(TokenTrainer):
         if args.offload_frozen and self.engine.sharded:
             raise ValueError("offload_frozen does not go with FSDP: let it off-load (fsdp_config: cpu_offload)")
         self.scoring.reading = self._reading
+        self.scoring.state = lambda: self.state
         self.scoring.lay_out(self.args.device, self.engine.lay_out)
         for scorer in self.scoring.reward_models:  # it was tried on weights that other processes may not have read
             scorer.padding = self.engine.of_main(scorer.padding)
@@ -262,7 +263,10 @@ class RTOTrainer(TokenTrainer):
         """Every number of a rollout is finite before any is used."""
         rollout, completions = scored.rollout, scored.completed.completions
         for name, scores in scored.by_source.items():
-            self.watch.see(scores, f"score of {name} (as float32)", tell=lambda row: shown(completions[row]))
+            given = ~scores.isnan()  # a reward function may have nothing to say of a row
+            self.watch.see(
+                scores, f"score of {name} (as float32)", mask=given, tell=lambda row: shown(completions[row])
+            )
         self.watch.check(self.state.global_step + 1)
         per_token = {
             "log-probability of the policy": rollout.policy_logp,
@@ -431,8 +435,8 @@ class RTOTrainer(TokenTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Prompts of this process, the same batch for every update of a rollout."""
         batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        if tail := len(self.train_dataset) % batch:
-            total = len(self.train_dataset)
+        total, answers = len(self.train_dataset), self.args.num_generations
+        if tail := total * answers % batch // answers:
             logger.warning("each pass over %d prompts leaves out %d, which fill no batch of %d", total, tail, batch)
         return DataLoader(self.train_dataset, batch_sampler=self._prompt_order(), collate_fn=list)
 
@@ -445,6 +449,7 @@ class RTOTrainer(TokenTrainer):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             updates_done=lambda: self.state.global_step,
+            answers=answers,
         )
 
     def _seed(self, iteration: int) -> int:
