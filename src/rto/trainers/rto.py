@@ -449,7 +449,7 @@ class RTOTrainer(TokenTrainer):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             updates_done=lambda: self.state.global_step,
-            answers=answers,
+            answers=self.args.num_generations,
         )
 
     def _seed(self, iteration: int) -> int:
