@@ -208,11 +208,9 @@ def run(args: list[str]) -> int:
     folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
     recipe = load_recipe(path, values)
     if dry:
-        from rich.console import Console
-
         from rto.dry_run import dry_run, show
 
-        show(dry_run(recipe, Path(str(folder))), Console())
+        show(dry_run(recipe, Path(str(folder))), Terminal())
         return 0
     from rto.pipeline import run as run_recipe
 

@@ -21,7 +21,7 @@ from rto.evaluation.benchmarks.formats import Benchmark
 from rto.evaluation.benchmarks.types import Answer, Question
 from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout import scoring
-from rto.rollout.sampling import Sampler
+from rto.rollout.samplers.base import SampleFunction, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def generate(
     folder: Path,
     *,
     name: str,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     settings: Row,
     batch_size: int = 32,
     seed: int = 0,
@@ -139,7 +139,7 @@ def _answer_all(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     journal: Journal,
     batch_size: int,
     seed: int,
@@ -185,7 +185,7 @@ def batch_seed(seed: int, k: int) -> int:
 def draw(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     ids: Sequence[list[int]],
     batch: Sequence[int],
     seed: int,

@@ -126,9 +126,11 @@ def serve(folder: str, requests: TextIO, answers: TextIO) -> None:
             else:
                 result = _drawn(model, asked)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+            said = {"error": f"{type(error).__name__}: {error}"}
         else:
-            print(json.dumps({"result": result}), file=answers, flush=True)
+            said = {"result": result}
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
 
 
 def _drawn(model: nn.Module, asked: dict[str, Any]) -> list[dict[str, Any]]:
