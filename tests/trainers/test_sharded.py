@@ -54,6 +54,8 @@ SLOWER: dict[str, dict[str, Any]] = {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
         "learning_rate": 1e-3, "batch": 2,
     },
+    "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
+    "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
 }  # fmt: skip
 
@@ -65,7 +67,7 @@ def launch(cases: list[dict[str, Any]], where: Path, processes: int = 2, program
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(free_port()), str(program), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -370,7 +372,7 @@ def test_two_hosts_train_as_one(
                 subprocess.Popen([*command, str(PROGRAM), str(path)], env=environment, stdout=log, stderr=log)
             )
     try:
-        codes = [process.wait(timeout=500) for process in started]
+        codes = [process.wait(timeout=1200) for process in started]
     finally:
         for process in started:
             process.kill()
