@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,8 @@ SLOWER: dict[str, dict[str, Any]] = {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
         "learning_rate": 1e-3, "batch": 2,
     },
+    "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
+    "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
 }  # fmt: skip
 
@@ -65,9 +68,21 @@ def launch(cases: list[dict[str, Any]], where: Path, processes: int = 2, program
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(free_port()), str(program), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    code, said = wait(
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    )
+    assert code == 0, said[-4000:]
+    return said
+
+
+def wait(started: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr of a launcher; one that takes too long is ended with all that it has started."""
+    try:
+        _, said = started.communicate(timeout=1200)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    return started.returncode, said or ""
 
 
 @pytest.fixture(scope="session")
@@ -366,14 +381,9 @@ def test_two_hosts_train_as_one(
         command = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
         command += ["--node_rank", str(rank), "--master_addr", "10.77.0.1", "--master_port", "29400"]
         with (tmp_path / f"host{rank}.log").open("w") as log:
-            started.append(
-                subprocess.Popen([*command, str(PROGRAM), str(path)], env=environment, stdout=log, stderr=log)
-            )
-    try:
-        codes = [process.wait(timeout=500) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+            settings: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen([*command, str(PROGRAM), str(path)], text=True, **settings))
+    codes = [wait(launcher)[0] for launcher in started]
     assert codes == [0, 0], [(tmp_path / f"host{rank}.log").read_text()[-2000:] for rank in range(2)]
     for name in chosen:
         assert len(layouts(at(tmp_path, name))) == 2
