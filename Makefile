@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n auto -m slow
 
-# Kills at random moments and malformed inputs; CHAOS="--kills 20 --inputs 100" for less.
+# Kills at random moments and malformed inputs; CHAOS="--kills 20 --inputs 100 --minutes 5" for less.
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos $(CHAOS)
 

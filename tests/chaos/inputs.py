@@ -762,17 +762,19 @@ def attempt(given: Input, folder: Path) -> tuple[str | None, int | None, str]:
     return verdict(given, args, code, said), code, said
 
 
-def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> Counter[str]:
-    """Counts: tried, used, refused, and what is wrong."""
-    counts: Counter[str] = Counter()
+def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> dict[str, Counter[str]]:
+    """Counts of each kind: tried, used, refused, and what is wrong."""
+    counts: dict[str, Counter[str]] = {}
     for given in inputs:
         if time.monotonic() > deadline:
             break
         wrong, code, said = attempt(given, base / "input")
-        counts["tried"] += 1
-        counts["used" if code == 0 else "refused"] += wrong is None
-        if wrong is not None:
-            counts[wrong] += 1
+        here = counts.setdefault(given.name.partition("/")[0], Counter())
+        here["tried"] += 1
+        if wrong is None:
+            here["used" if code == 0 else "refused"] += 1
+        else:
+            here[wrong] += 1
             if show:
                 print(f"{wrong}: {given.name}, exit code {code}\n{said[-900:]}\n", flush=True)
     return counts

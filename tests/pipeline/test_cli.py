@@ -7,7 +7,6 @@ shape checks of the other tests read.
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -191,18 +190,7 @@ def test_freed_memory_is_used_again() -> None:
     """Twenty tensors of 64 MiB, made and freed in turn: the command's process does not pay for new pages each time."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     settings = [("leave", {}), ("keep", {}), ("keep", {"MALLOC_MMAP_THRESHOLD_": "131072"})]
-    rounds = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, how],
-                env=environment | own,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for how, own in settings
-    ]
+    rounds = [int(warm.run(FAULTS, how, environment=environment | own).stdout) for how, own in settings]
     usual, kept, asked = rounds
     assert usual == 20
     assert kept < 10  # the heap grows for a few rounds, then serves them all
