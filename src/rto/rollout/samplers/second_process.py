@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -81,7 +81,7 @@ class SecondProcess:
     def _start(self) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         line = [sys.executable, "-m", "rto.rollout.samplers.second_process", str(self._folder)]
-        process = subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True)
+        process = subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
         weakref.finalize(self, _end, process)
         return process
 
@@ -110,9 +110,10 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def serve(folder: str, requests: TextIO, answers: TextIO) -> None:
+def serve(folder: str, requests: Iterable[str], answers: Any) -> None:
     """Answer until requests end."""
     model: Any = None
+    answer: dict[str, Any]
     for line in requests:
         asked = json.loads(line)
         try:
@@ -126,10 +127,10 @@ def serve(folder: str, requests: TextIO, answers: TextIO) -> None:
             else:
                 result = _drawn(model, asked)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            said = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}"}
         else:
-            said = {"result": result}
-        answers.write(json.dumps(said) + "\n")
+            answer = {"result": result}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
