@@ -48,9 +48,11 @@ from rto.rollout.rewards import Completed as Completed
 from rto.rollout.rewards import FunctionReward as FunctionReward
 from rto.rollout.rewards import RewardFunc as RewardFunc
 from rto.rollout.rewards import RewardModel as RewardModel
-from rto.rollout.sampling import Sampler as Sampler
-from rto.rollout.sampling import SamplingConfig as SamplingConfig
-from rto.rollout.sampling import TransformersSampler as TransformersSampler
+from rto.rollout.samplers.base import FunctionSampler as FunctionSampler
+from rto.rollout.samplers.base import Sampler as Sampler
+from rto.rollout.samplers.base import SamplingConfig as SamplingConfig
+from rto.rollout.samplers.engines import EngineSampler as EngineSampler
+from rto.rollout.samplers.transformers import TransformersSampler as TransformersSampler
 from rto.rollout.scoring import Scoring as Scoring
 from rto.rollout.token_rewards import Ensemble as Ensemble
 from rto.rollout.token_rewards import MeanLogProb as MeanLogProb

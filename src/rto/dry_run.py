@@ -24,7 +24,7 @@ from rto.errors import users_code
 from rto.functional.preference import UnpairedLoss
 from rto.models.loading import find_config, load_tokenizer, max_positions, positions_of
 from rto.planning.configs import shape_of
-from rto.planning.job import Phase, Rates
+from rto.planning.job import Phase, Rates, Stage
 from rto.planning.memory import Placement
 from rto.planning.workload import ROLES, Workload, shapes_of, workload
 from rto.recipe import Recipe, folder_of, is_function, resolve, stage_config
@@ -78,7 +78,7 @@ class _Plan:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
-        trust = {"trust_remote_code": True} if getattr(recipe, "trust_remote_code", False) else {}
+        trust: dict[str, Any] = {"trust_remote_code": True} if getattr(recipe, "trust_remote_code", False) else {}
         if is_function(recipe.model):
             function = resolve(recipe.model, "model:")
             with users_code(recipe.model):
@@ -248,7 +248,7 @@ class _Plan:
         phases: list[Phase] = []
         full = 1.0
         if self.work is not None:
-            part = next(x for x in self.work.job.parts if getattr(x, "name", "") == phase)
+            part = next(x for x in self.work.job.parts if isinstance(x, Stage) and x.name == phase)
             phases = list(part.phases(self._place(self.work)))
             full = updates * part.passes * part.at.rows * (part.at.prompt + part.at.response)
         seconds = self._seconds(phases, updates)

@@ -44,11 +44,8 @@ def test_a_card_says_what_others_may_know() -> None:
     assert "base_model: owner/base" in text
     assert "datasets:\n- owner/prompts\n" in text
     assert "Left out of train_dataset: 2 without a prompt." in text
-    assert [line for line in text.splitlines() if line.startswith(("| `score`", "| `kl`", "| `eval_score`"))] == [
-        "| `score` | 2 |",
-        "| `kl` | 4 |",
-        "| `eval_score` | 5 |",
-    ]
+    told_of = {line for line in text.splitlines() if line.startswith(("| `score`", "| `kl`", "| `eval_score`"))}
+    assert told_of == {"| `kl` | 4 |", "| `score` | 2 |", "| `eval_score` | 5 |"}
     assert all(f"eprint        = {{{BIBLIOGRAPHY[key][3]}}}" in text for key in ("rto", "ppo", "dpo"))
     assert "model_init_kwargs" not in settings(told.args)
     assert settings(told.args)["dpo_coef"] == told.args.dpo_coef
