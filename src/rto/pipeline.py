@@ -21,11 +21,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS
-from rto.data.formats import DataError, Prompt, load_rows, read_prompts
+from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
+from rto.data.pieces import drawn
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
-from rto.inspection.reading import pieces, spoken
+from rto.inspection.reading import spoken
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
@@ -399,11 +400,8 @@ class Pipeline:
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
             ids = tokens[keep].tolist()
-            shown = [
-                text or label for text, label in zip(pieces(tokenizer, ids), tokenizer.convert_ids_to_tokens(ids))
-            ]
             row = {"method": name, "prompt": spoken(raw[i]), "gold": answers[name].gold[i]}
-            lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
+            lines.append({**row, "tokens": drawn(tokenizer, ids), "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
     def _scorer(self) -> RewardModel:

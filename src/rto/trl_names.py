@@ -95,10 +95,7 @@ _ROLLOUTS = (
     "per_device_train_batch_size is the rollouts of an iteration, num_mini_batches and num_ppo_epochs its updates"
 )
 _PPO = "the loss is PPO's clipped surrogate, a mean over all tokens of a minibatch"
-<<<<<<< HEAD
 _VLLM = "of an engine's settings RTOConfig has those that begin with vllm_; a server has its own flags"
-=======
->>>>>>> cli
 _DRAW = "completions are drawn by temperature, top_p and top_k alone, so that their log-probabilities are known"
 ONLINE: Names = {
     **_EVERYWHERE,
@@ -160,21 +157,12 @@ ONLINE: Names = {
         "model_adapter_name ref_adapter_name",
         Not("the policy is the adapter that model names, π_ref its base or the adapter that ref_model names"),
     ),
-<<<<<<< HEAD
     "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
     "vllm_importance_sampling_clip_min": Not("weights are bounded from above: vllm_importance_sampling_clip_max"),
     **each(
         "vllm_model_impl vllm_structured_outputs_regex vllm_group_port vllm_tensor_parallel_size",
         Not(_VLLM, (None, "vllm", 1, 51216)),
     ),
-=======
-    "vllm_model_impl": Not("vLLM's own implementation draws", (None, "vllm")),
-    "vllm_group_port": Not("weights reach a server through vllm_sync_folder", (None, 51216)),
-    "vllm_tensor_parallel_size": Not("start the server with it, and take vllm_mode server", (None, 1)),
-    "vllm_structured_outputs_regex": Not(_DRAW),
-    "vllm_importance_sampling_cap": Not("vllm_importance_sampling_clip_max"),
-    "vllm_importance_sampling_clip_min": Not("weights have an upper bound: vllm_importance_sampling_clip_max"),
->>>>>>> cli
 }
 """Of ``GRPOConfig``, ``RLOOConfig`` and, until TRL 1.12, ``PPOConfig``."""
 

@@ -306,7 +306,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     sources = "a folder of `rto run`, AlpacaEval annotations, Arena-Hard judgments, or a folder that holds such files"
     add("sources", nargs="+", type=Path, metavar="RUN", help=sources)
-    add("--output_dir", type=Path, default=Path("comparison"), help="for compare.md and compare.json")
+    add("--output_dir", type=Path, default=Path("comparison"), help="for compare.md, .html and .json")
     add("--difficulty", type=Path, help="AlpacaEval's instruction_difficulty.csv, for its length control")
     add("--gamed", type=Path, help="AlpacaEval's df_gamed.csv, for its regularised length control")
     who = "who computes AE LC: the fit here, or the official package alpaca-eval"

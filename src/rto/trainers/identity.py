@@ -18,6 +18,7 @@ FREE = {
     *("use_cpu", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "full_determinism", "use_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "dataset_num_proc"),
     "offload_frozen",
+    "stop_on_alarm",
 }
 """Settings that may change when a run is resumed, for they decide nothing."""
 FREE_PREFIXES = (

@@ -40,6 +40,7 @@ from rto.rollout.samplers.base import SampleFunction, Sampler, SamplerError, as_
 from rto.rollout.samplers.randomness import row_seeds
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TokenRewardSpec
+from rto.trainers.alarms import AlarmCallback
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
@@ -47,6 +48,7 @@ from rto.trainers.parts import Named, listed
 from rto.trainers.precision import Reading
 from rto.trainers.prompts import RolloutSampler, fit_batch, room, shown_prompt, with_room
 from rto.trainers.rollout_state import load_state, load_targets, save_state, save_targets
+from rto.trainers.tables import CompletionsTable
 
 __all__ = ["RTOConfig", "RTOTrainer"]
 logger = logging.getLogger(__name__)
@@ -148,6 +150,9 @@ class RTOTrainer(TokenTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        if not any(isinstance(c, AlarmCallback) for c in self.callback_handler.callbacks):
+            self.add_callback(AlarmCallback(stop=args.stop_on_alarm))
+        self.add_callback(CompletionsTable(self.callback_handler))
         if args.offload_frozen and self.engine.sharded:
             raise ValueError("offload_frozen does not go with FSDP: let it off-load (fsdp_config: cpu_offload)")
         self.scoring.reading = self._reading
@@ -256,7 +261,16 @@ class RTOTrainer(TokenTrainer):
         self.record(**length_metrics(lengths, samples.ended, counted, self.all_reduce, self.accelerator.gather))
         if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
             folder, step, most = Path(str(self.args.output_dir)), self.state.global_step, self.args.log_completions
-            write_completions(folder, step, scored.completed, scores, most=most, evaluation=counted is not None)
+            write_completions(
+                folder,
+                step,
+                scored.completed,
+                scores,
+                rollout,
+                self.processing_class,
+                most=most,
+                evaluation=counted is not None,
+            )
         return rollout
 
     def _check(self, scored: Scored, prompts: Sequence[Prompt]) -> None:
