@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS
-from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
+from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.data.pieces import drawn
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
