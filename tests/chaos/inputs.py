@@ -181,7 +181,7 @@ def data(models: dict[str, str]) -> Iterator[Input]:
                     cases[f"{column} {value!r:.24}"] = one, row
                     cases[f"{column} {value!r:.24} everywhere"] = (
                         [{**r, column: value} for r in rows],
-                        ("row 0", column),
+                        ("row 0", column, "line 1", "line 2"),
                     )
                 cases[f"{column} gone"] = (
                     [{k: v for k, v in r.items() if k != column or i != AT} for i, r in enumerate(rows)],
@@ -273,7 +273,9 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
             (folder / "recipe.yaml").write_bytes(written(content) if isinstance(content, dict) else content)
             return ["run", "recipe.yaml", "--output_dir", "out"]
 
-        return Input(f"recipe/{name}/run", write, (("recipe.yaml", "data."), where or ("",)), check_only=True)
+        return Input(
+            f"recipe/{name}/run", write, (("recipe.yaml", "data.", "model "), where or ("",)), check_only=True
+        )
 
     def written(tree: Any) -> bytes:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode()
@@ -760,17 +762,19 @@ def attempt(given: Input, folder: Path) -> tuple[str | None, int | None, str]:
     return verdict(given, args, code, said), code, said
 
 
-def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> Counter[str]:
-    """Counts: tried, used, refused, and what is wrong."""
-    counts: Counter[str] = Counter()
+def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> dict[str, Counter[str]]:
+    """Counts of each kind: tried, used, refused, and what is wrong."""
+    counts: dict[str, Counter[str]] = {}
     for given in inputs:
         if time.monotonic() > deadline:
             break
         wrong, code, said = attempt(given, base / "input")
-        counts["tried"] += 1
-        counts["used" if code == 0 else "refused"] += wrong is None
-        if wrong is not None:
-            counts[wrong] += 1
+        here = counts.setdefault(given.name.partition("/")[0], Counter())
+        here["tried"] += 1
+        if wrong is None:
+            here["used" if code == 0 else "refused"] += 1
+        else:
+            here[wrong] += 1
             if show:
                 print(f"{wrong}: {given.name}, exit code {code}\n{said[-900:]}\n", flush=True)
     return counts

@@ -18,6 +18,7 @@ from rto.batches import collate
 from rto.data.chat import (
     completion_ids,
     prompt_ids,
+    split_special_tokens,
     stop_ids,
     template_options,
     without_tail,
@@ -106,6 +107,10 @@ class InspectArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     output_dir: str = field(default="inspection", metadata={"help": "Where inspection.json and .html are written."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={"help": "Read special tokens in the text of rows as text; else as the tokenizer has it."},
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Precision of the models.", "choices": ["float32", "bfloat16", "float16"]},
@@ -193,7 +198,9 @@ def inspect(args: InspectArguments) -> Inspection:
     score: str | Callable[..., Any] | None = args.reward_model
     if args.reward_model is not None and is_function(args.reward_model):
         score = resolve(args.reward_model, "--reward_model")
-    tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
+    tokenizer = split_special_tokens(
+        load_tokenizer(named[0], trust_remote_code=args.trust_remote_code), args.split_special_tokens
+    )
     source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
     if args.dataset_name is None:
         shown_rows, data = _rows_to_show(args, tokenizer, models, limit), _what(args)
@@ -368,6 +375,8 @@ def _inspector(
         **init,
     )
     scored = None if score is None else reward_source(score, max_tokens=args.max_tokens_per_micro_batch, **init)
+    if isinstance(scored, RewardModel):
+        split_special_tokens(scored.tokenizer, args.split_special_tokens)
     return Inspector(source, tokenizer, score=scored, device=PartialState().device)
 
 
