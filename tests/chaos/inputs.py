@@ -12,7 +12,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
