@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import warm
@@ -71,6 +72,18 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     assert codes == [0, 0, 0, 0], errors[-3000:]
     for folder in (sft, dpo, out):
         AutoModelForCausalLM.from_pretrained(folder)
+    for folder, method in ((sft, "SFT"), (dpo, "DPO"), (reward, "reward model"), (out, "RTO")):
+        card = ModelCard.load(Path(folder) / "README.md")
+        about = json.loads((Path(folder) / "rto_config.json").read_text())
+        assert about["method"] == method
+        assert about["data"]["rows"] == len(WORDS)
+        assert {"rto", "generated_from_trainer"} <= set(card.data.tags)
+        assert card.data.base_model is None  # a folder of this machine is nobody else's
+        assert str(tmp_path) not in card.content + json.dumps(about)
+        assert f"# {Path(folder).name}" in card.content
+    assert "`eval_accuracy`" in (Path(dpo) / "README.md").read_text()
+    assert "| `dpo_coef` | 0.1 |" in card.content
+    assert "| `kl` |" in card.content
     assert AutoModelForSequenceClassification.from_pretrained(reward).config.num_labels == 1
     first = json.loads((Path(out) / "log.jsonl").read_text().split("\n")[0])
     assert first["share/token"] > 0

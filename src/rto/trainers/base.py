@@ -24,6 +24,7 @@ from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
+from rto.trainers.cards import write_card
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
@@ -267,6 +268,7 @@ class TokenTrainer(SealedCheckpoints):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
         torch.save(for_saving(self.args), folder / "training_args.bin")
+        write_card(self, folder)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
