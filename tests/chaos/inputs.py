@@ -4,6 +4,7 @@ An `Input` is written into an empty folder and read by one command there. The co
 where the rest can be used, or 2 and one line that names the file and the row, or the key.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,7 +12,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -332,12 +332,11 @@ UNSAFE = ("push_to_hub", "help", "torch_compile")
 @cache
 def known_flags(command: str) -> list[str]:
     """What a command's help lists."""
-    out, sys.stdout = sys.stdout, io.StringIO()
-    try:
-        run([*command.split(), "--help"])
-        text = sys.stdout.getvalue()
-    finally:
-        sys.stdout = out
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        for page in ("--help", "--help-all"):  # the second where there is one
+            run([*command.split(), page])
+    text = said.getvalue()
     found = {name for name in re.findall(r"(?<![\w-])--([a-z]\w+)(?![\w-])", text) if not name.startswith(UNSAFE)}
     return sorted(f"--{name}" for name in found)
 
