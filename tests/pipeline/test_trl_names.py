@@ -97,17 +97,6 @@ MEANT = {
     "truncation_mode",  # TRL cuts rows by default
     "num_generations",
     "scale_rewards",
-    "vllm_mode",
-    "vllm_model_impl",
-    "vllm_server_host",
-    "vllm_server_port",
-    "vllm_server_timeout",
-    "vllm_group_port",
-    "vllm_gpu_memory_utilization",
-    "vllm_tensor_parallel_size",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
 }
 """Defaults of TRL that ask for what is not done here."""
 
