@@ -95,7 +95,6 @@ _ROLLOUTS = (
     "per_device_train_batch_size is the rollouts of an iteration, num_mini_batches and num_ppo_epochs its updates"
 )
 _PPO = "the loss is PPO's clipped surrogate, a mean over all tokens of a minibatch"
-_VLLM = "of an engine's settings RTOConfig has those that begin with vllm_; a server has its own flags"
 _DRAW = "completions are drawn by temperature, top_p and top_k alone, so that their log-probabilities are known"
 ONLINE: Names = {
     **_EVERYWHERE,
@@ -159,10 +158,14 @@ ONLINE: Names = {
     ),
     "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
     "vllm_importance_sampling_clip_min": Not("weights are bounded from above: vllm_importance_sampling_clip_max"),
-    **each(
-        "vllm_model_impl vllm_structured_outputs_regex vllm_group_port vllm_tensor_parallel_size",
-        Not(_VLLM, (None, "vllm", 1, 51216)),
+    "vllm_model_impl": Not("vLLM takes its own implementation of a model", (None, False, "vllm")),
+    "vllm_structured_outputs_regex": Not(_DRAW),
+    "vllm_group_port": Not("weights go to a server as files: vllm_sync_folder", (None, False, 51216)),
+    "vllm_tensor_parallel_size": Not(
+        "an engine on several devices is a server, started with --tensor-parallel-size: vllm_mode", (None, False, 1)
     ),
+    "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
+    "vllm_importance_sampling_clip_min": Not("weights are bounded above alone: vllm_importance_sampling_clip_max"),
 }
 """Of ``GRPOConfig``, ``RLOOConfig`` and, until TRL 1.12, ``PPOConfig``."""
 

@@ -152,7 +152,7 @@ def test_a_batch_that_could_not_be_drawn_stops_the_run(start: Callable[..., RTOT
         ({"vllm_importance_sampling_mode": "none"}, "vllm_importance_sampling_mode='none' is not known"),
         ({"critic_warmup_steps": 2, "advantage_estimator": "reinforce++"}, "critic_warmup_steps asks for a critic"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else ", ".join(x),
 )
 def test_what_does_not_go_together_is_told(start: Callable[..., RTOTrainer], settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

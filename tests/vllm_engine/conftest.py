@@ -30,7 +30,7 @@ SHAPE = {
 }
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
 KINDS = {"whole": {}, "lora": LORA}
-START = 300
+START = 900
 """Seconds that a server may take to be there, on a machine that has other things to do."""
 
 
