@@ -164,8 +164,6 @@ ONLINE: Names = {
     "vllm_tensor_parallel_size": Not(
         "an engine on several devices is a server, started with --tensor-parallel-size: vllm_mode", (None, False, 1)
     ),
-    "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
-    "vllm_importance_sampling_clip_min": Not("weights are bounded above alone: vllm_importance_sampling_clip_max"),
 }
 """Of ``GRPOConfig``, ``RLOOConfig`` and, until TRL 1.12, ``PPOConfig``."""
 
