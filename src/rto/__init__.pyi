@@ -3,6 +3,7 @@
 One line a name; a name here is in ``rto.__all__``, imported when it is first used.
 """
 
+from rto.alarms import Bounds as Bounds
 from rto.batches import Rollout as Rollout
 from rto.batches import Samples as Samples
 from rto.batches import Sequences as Sequences

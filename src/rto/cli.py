@@ -208,11 +208,9 @@ def run(args: list[str]) -> int:
     folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
     recipe = load_recipe(path, values)
     if dry:
-        from rich.console import Console
-
         from rto.dry_run import dry_run, show
 
-        show(dry_run(recipe, Path(str(folder))), Console())
+        show(dry_run(recipe, Path(str(folder))), Terminal())
         return 0
     from rto.pipeline import run as run_recipe
 
@@ -234,7 +232,7 @@ def init(args: list[str]) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output")
     write_atomically(path, text)
-    print(f"{path}: look it over, then rto run {path} --dry_run")
+    say(f"{path}: look it over, then rto run {path} --dry_run")
     return 0
 
 

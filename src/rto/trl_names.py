@@ -156,12 +156,14 @@ ONLINE: Names = {
         "model_adapter_name ref_adapter_name",
         Not("the policy is the adapter that model names, π_ref its base or the adapter that ref_model names"),
     ),
-    "vllm_model_impl": Not("vLLM's own implementation draws", (None, "vllm")),
-    "vllm_group_port": Not("weights reach a server through vllm_sync_folder", (None, 51216)),
-    "vllm_tensor_parallel_size": Not("start the server with it, and take vllm_mode server", (None, 1)),
+    "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
+    "vllm_importance_sampling_clip_min": Not("weights are bounded from above: vllm_importance_sampling_clip_max"),
+    "vllm_model_impl": Not("vLLM takes its own implementation of a model", (None, False, "vllm")),
     "vllm_structured_outputs_regex": Not(_DRAW),
-    "vllm_importance_sampling_cap": Not("vllm_importance_sampling_clip_max"),
-    "vllm_importance_sampling_clip_min": Not("weights have an upper bound: vllm_importance_sampling_clip_max"),
+    "vllm_group_port": Not("weights go to a server as files: vllm_sync_folder", (None, False, 51216)),
+    "vllm_tensor_parallel_size": Not(
+        "an engine on several devices is a server, started with --tensor-parallel-size: vllm_mode", (None, False, 1)
+    ),
 }
 """Of ``GRPOConfig``, ``RLOOConfig`` and, until TRL 1.12, ``PPOConfig``."""
 

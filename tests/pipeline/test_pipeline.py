@@ -17,15 +17,17 @@ from rto.recipe import folder_of, load_recipe
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if p.parent.name != "prefer")
 SMALL = {
-    "data.demonstrations.rows": 64,
-    "data.pair_prompts.rows": 48,
-    "data.prompts.rows": 32,
-    "data.test_prompts.rows": 16,
-    "completion_length": 24,
-    "train.per_device_train_batch_size": 16,
+    "data.demonstrations.rows": 32,
+    "data.pair_prompts.rows": 32,
+    "data.prompts.rows": 16,
+    "data.test_prompts.rows": 8,
+    "completion_length": 16,
+    "train.per_device_train_batch_size": 8,
+    "train.num_mini_batches": 2,
     "prefer.per_device_train_batch_size": 16,
     "reward.per_device_train_batch_size": 16,
-    "sft.per_device_train_batch_size": 32,
+    "reward.num_train_epochs": 1,
+    "sft.per_device_train_batch_size": 16,
 }
 
 
@@ -50,9 +52,9 @@ def test_every_stage_leaves_its_work(finished: Path) -> None:
 
 def test_pairs_carry_labels_only(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "pairs" / "pairs.jsonl").read_text().split("\n")[:-1]]
-    assert len(rows) == 48
+    assert len(rows) == 32
     assert all(row.keys() == {"prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"} for row in rows)
-    assert not all(row["chosen_ended"] for row in rows)  # 24 tokens do not suffice for a reply
+    assert not all(row["chosen_ended"] for row in rows)  # 16 tokens do not suffice for a reply
 
 
 def test_a_dry_run_tells_what_the_run_did(finished: Path, tmp_path: Path) -> None:

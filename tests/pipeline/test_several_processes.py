@@ -24,7 +24,7 @@ def start(argument: str, processes: int) -> str:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, str(PROGRAM), argument], env=environment, capture_output=True, text=True, timeout=600
+        [*command, str(PROGRAM), argument], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr

@@ -135,3 +135,24 @@ def layout(model: Any) -> dict[str, Any]:
         "all": sum(p.numel() for p in parameters),
         "dtypes": sorted({str(p.dtype) for p in parameters}),
     }
+
+
+def pipeline(output: str, batch: int, **values: Any) -> None:
+    """Every stage of `rto run` on a few rows, and how SFT's and the reward model's weights lay."""
+    from rto.pipeline import run
+    from rto.recipe import load_recipe
+    from rto.trainers.checkpoints import SealedCheckpoints
+
+    small = {"data.demonstrations.rows": 32, "data.pair_prompts.rows": 16, "data.prompts.rows": 16}
+    small |= {"data.test_prompts.rows": 8, "completion_length": 12}
+    small |= {f"{stage}.per_device_train_batch_size": batch for stage in ("sft", "prefer", "reward", "train")}
+    plain, laid = SealedCheckpoints.save_model, {}
+
+    def save_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        laid[type(self).__name__] = layout(self.model)
+        plain(self, *args, **kwargs)
+
+    SealedCheckpoints.save_model = save_model
+    run(load_recipe(None, small | values), output)
+    SealedCheckpoints.save_model = plain
+    (Path(output) / f"layout_{dist.get_rank()}.json").write_text(json.dumps(laid))

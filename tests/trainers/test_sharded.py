@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ SLOWER: dict[str, dict[str, Any]] = {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
         "learning_rate": 1e-3, "batch": 2,
     },
+    "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
+    "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
 }  # fmt: skip
 
@@ -64,9 +68,21 @@ def launch(cases: list[dict[str, Any]], where: Path, processes: int = 2, program
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(free_port()), str(program), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    code, said = wait(
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    )
+    assert code == 0, said[-4000:]
+    return said
+
+
+def wait(started: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr of a launcher; one that takes too long is ended with all that it has started."""
+    try:
+        _, said = started.communicate(timeout=1200)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        raise
+    return started.returncode, said or ""
 
 
 @pytest.fixture(scope="session")
@@ -322,3 +338,103 @@ def test_the_best_model_is_loaded_and_reading_may_come_first(models: Any, tmp_pa
     losses: Sequence[float] = logged(best, "eval_loss")[0]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # π = π_ref before training
     assert losses[1] > losses[3]
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces on one wire: the beginning of a command on each."""
+    names = [f"rto{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("two hosts are two network namespaces, which take root and iproute2")
+    try:
+        ip("netns", "add", names[0])
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine makes no network namespaces")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one(
+    hosts: list[list[str]], models: Any, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    """torchrun on two hosts that reach each other by one address each: the models are cut over both."""
+    chosen = ("tdpo", "rto")
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([case(models, name, EQUAL[name], tmp_path, processes=2) for name in chosen]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "wire"}
+    started = []
+    for rank, host in enumerate(hosts):
+        command = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command += ["--node_rank", str(rank), "--master_addr", "10.77.0.1", "--master_port", "29400"]
+        with (tmp_path / f"host{rank}.log").open("w") as log:
+            settings: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen([*command, str(PROGRAM), str(path)], text=True, **settings))
+    codes = [wait(launcher)[0] for launcher in started]
+    assert codes == [0, 0], [(tmp_path / f"host{rank}.log").read_text()[-2000:] for rank in range(2)]
+    for name in chosen:
+        assert len(layouts(at(tmp_path, name))) == 2
+        check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_stage_of_a_run_is_cut(adapters: bool, tmp_path: Path) -> None:
+    """SFT and reward model, too: trained cut, exported whole, each the start of the next."""
+    values = {"peft.r": 4, "peft.target_modules": "all-linear"} if adapters else {}
+    whole = {"run": "sharded_cases:pipeline", "output": str(tmp_path / "run"), "batch": 4, "launched": LAUNCHED}
+    launch([whole | values], tmp_path)
+    for rank in layouts(tmp_path / "run"):
+        assert rank.keys() == {"SFTTrainer", "PreferenceTrainer", "RewardTrainer", "RTOTrainer"}
+        assert all(layout["cut"] and layout["units"] > 1 for layout in rank.values())
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
+    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert results["RTO"]["kl"] != 0
+
+
+ZERO_2 = {
+    "use_cpu": False,  # under which accelerate knows no DeepSpeed
+    "deepspeed": {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+    },
+    "launched": {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"},
+}
+
+
+@pytest.mark.slow
+def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path], tmp_path: Path) -> None:
+    """Several micro-batches an update; policy and critic are clipped by one norm, so here by none. And it resumes."""
+    pytest.importorskip("deepspeed", reason="needs pip install deepspeed, which builds with g++ and ninja")
+    free = {"max_grad_norm": 1e9}
+    shared = {"dpo": EQUAL["dpo"] | free, "rto": EQUAL["rto"] | free}
+    cases = [case(models, name, settings | ZERO_2, tmp_path, processes=2) for name, settings in shared.items()]
+    saving = {"run": "rto", **SAVING, **ADAM, **ZERO_2}
+    cases += [case(models, "straight", saving, tmp_path, processes=2)]
+    saving |= {"resume": str(tmp_path / "straight" / "checkpoint-3")}
+    launch([*cases, case(models, "resumed", saving, tmp_path, processes=2)], tmp_path)
+    for name, settings in shared.items():
+        one, two = by_one(f"{name} unclipped", settings), tmp_path / name
+        assert furthest(one, two) < 1e-5
+        ours, theirs = logged(one, "loss", "kl"), logged(two, "loss", "kl")
+        assert all(b == pytest.approx(a, rel=1e-5, abs=1e-5) for a, b in zip(ours, theirs))
+    policy, critic = logged(by_one("rto unclipped", shared["rto"]), "grad_norm/policy", "grad_norm/value")
+    joint = [math.hypot(a, b) for a, b in zip(policy, critic)]
+    assert logged(tmp_path / "rto", "grad_norm/joint")[0] == pytest.approx(joint, rel=1e-4)
+    assert furthest(tmp_path / "straight", tmp_path / "resumed") == 0

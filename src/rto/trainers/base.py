@@ -5,7 +5,7 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -75,6 +75,8 @@ def check_training(args: TrainingArguments) -> None:
         ValueError: with the argument, and the nearest known value or the remedy.
     """
     check_arguments(args, getattr(args, "ranges", TRAINING))
+    for name in (f.name for f in fields(args) if f.name.endswith("_kwargs")):
+        json_mapping(name, getattr(args, name))
     kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)

@@ -31,6 +31,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     Attributes:
         learning_rate: of the policy (paper: 5e-7).
         value_learning_rate: of the critic (paper: 9e-6).
+        critic_warmup_steps: updates in which the critic alone learns, before the policy moves.
         total_episodes: stop after so many rollouts on all processes; None goes by ``num_train_epochs``.
         num_ppo_epochs: passes over each rollout batch.
         num_mini_batches: updates in one pass.
@@ -48,6 +49,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
+        stop_on_alarm: end training at the first alarm of `rto.alarms`; an `AlarmCallback` of one's own sets bounds.
         max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
             means what 8 GiB of key-value cache hold.
         offload_frozen: keep each model that is only read in host memory until it is read; adapters on a shared base
@@ -56,6 +58,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Learning rate of the critic."})
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Updates in which the critic alone learns, before the policy moves."}
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Rollouts a process draws in one iteration."}
@@ -104,6 +109,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     offload_frozen: bool = field(
         default=False, metadata={"help": "Keep models that are only read in host memory until they are read."}
     )
+    stop_on_alarm: bool = field(
+        default=False, metadata={"help": "End training when KL, EOS rate, clipping … pass a bound (rto.alarms)."}
+    )
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
@@ -111,6 +119,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         **TokenTrainingArguments.ranges,
         **VLLMArguments.vllm_ranges,
         "value_learning_rate": NOT_NEGATIVE,
+        "critic_warmup_steps": NOT_NEGATIVE,
         "total_episodes": COUNT,
         "num_ppo_epochs": COUNT,
         "num_mini_batches": COUNT,
@@ -157,6 +166,8 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
                 "allows and per_device_train_batch_size to the rollouts of an iteration"
             )
+        if self.critic_warmup_steps and self.advantage_estimator != "gae":
+            raise ValueError("critic_warmup_steps asks for a critic: advantage_estimator=reinforce++ has none")
         if self.temperature == 0:
             raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
         if self.per_device_train_batch_size % self.num_mini_batches:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -22,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from rto.batches import Rollout
+from rto.data.pieces import drawn
 from rto.files import write_atomically
 from rto.functional.masked import AllReduce, masked_mean
 from rto.rollout.rewards import Completed
@@ -119,9 +122,20 @@ def length_metrics(
 
 
 def write_completions(
-    folder: Path, step: int, batch: Completed, scores: dict[str, Float[Tensor, " B"]], *, most: int, evaluation: bool
+    folder: Path,
+    step: int,
+    batch: Completed,
+    scores: dict[str, Float[Tensor, " B"]],
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    most: int,
+    evaluation: bool,
 ) -> None:
-    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so."""
+    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so.
+
+    Where there is a token reward, its raw numbers stand beside the text of the tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float | None]] = {
         f"score/{name}" if name else "score": [None if math.isnan(v) else v for v in x.tolist()]
@@ -132,6 +146,10 @@ def write_completions(
             row = {"step": step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
             row |= {"split": "eval"} if evaluation else {}
             row |= {name: column[i] for name, column in values.items()}
+            if rollout.token_logratio is not None:
+                rewards = rollout.token_logratio[i][rollout.mask[i]].tolist()
+                row["tokens"] = drawn(tokenizer, batch.completion_ids[i])
+                row["token_rewards"] = [float(f"{r:.6g}") for r in rewards]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

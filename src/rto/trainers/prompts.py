@@ -44,14 +44,21 @@ class RolloutSampler(IndexSampler[list[int]]):
         return self.size * self.answers // (self.rollouts * self.world) * self.repeats
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.updates_done() // len(self)
+        for mine in self._epoch(self.updates_done() // len(self)):
+            for _ in range(self.repeats):
+                yield mine
+
+    def batch(self, iteration: int) -> list[int]:
+        """What this process draws in an iteration, counted from the beginning of the run."""
+        epoch, at = divmod(iteration, len(self) // self.repeats)
+        return self._epoch(epoch)[at]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
         shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.size, generator=shuffle).repeat_interleave(self.answers).tolist()
         batch = self.rollouts * self.world
-        for start in range(0, len(order) - batch + 1, batch):
-            mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
-            for _ in range(self.repeats):
-                yield mine
+        first = range(self.rank * self.rollouts, len(order) - batch + 1 + self.rank * self.rollouts, batch)
+        return [order[start : start + self.rollouts] for start in first]
 
 
 def room(args: RTOConfig, context: int | None) -> int | None:
