@@ -4,6 +4,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import trl
 
 from rto import RTOConfig
 from rto.credit import METHODS, Credit
@@ -49,6 +50,12 @@ def test_a_card_says_what_others_may_know() -> None:
     assert all(f"eprint        = {{{BIBLIOGRAPHY[key][3]}}}" in text for key in ("rto", "ppo", "dpo"))
     assert "model_init_kwargs" not in settings(told.args)
     assert settings(told.args)["dpo_coef"] == told.args.dpo_coef
+
+
+def test_a_configuration_of_trl_has_a_card_too() -> None:
+    args = trl.RewardConfig(output_dir="x", use_cpu=True, bf16=False)
+    assert settings(args)["learning_rate"] == args.learning_rate
+    assert method_of(args).task == "text-classification"
 
 
 def test_what_is_a_hub_name() -> None:

@@ -138,7 +138,8 @@ def about(trainer: Any) -> dict[str, Any]:
 
 def settings(args: Any) -> dict[str, Any]:
     """A configuration's own arguments, and the common ones; nothing that names a folder or holds a secret."""
-    kind = next(k.__name__ for k in type(args).__mro__ if k.__module__.partition(".")[0] == "rto")
+    ours = (k.__name__ for k in type(args).__mro__ if k.__module__.partition(".")[0] == "rto")
+    kind = next(ours, None)  # TRL's own configurations serve, too
     own = [flag.name for flag in declared(module_of(kind), kind) if flag.name not in PRIVATE] if kind else []
     found = {name: getattr(args, name) for name in dict.fromkeys([*own, *COMMON])}
     return {name: str(x.value) if hasattr(x, "value") else x for name, x in found.items()}
