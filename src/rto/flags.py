@@ -61,6 +61,17 @@ def add_trust(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_split(parser: argparse._ActionsContainer) -> None:
+    """``--split_special_tokens``, as the stages have it; None for as the tokenizer has it."""
+    parser.add_argument(
+        "--split_special_tokens",
+        type=_yes_or_no,
+        nargs="?",
+        const=True,
+        help="Read special tokens in the text of rows as text; else as the tokenizer has it.",
+    )
+
+
 def _yes_or_no(text: str) -> bool:
     found = as_flag(text)
     if not isinstance(found, bool):

@@ -21,11 +21,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.chat import TEMPLATE_COLUMNS
-from rto.data.formats import DataError, Prompt, Skipped, load_rows, read_prompts
+from rto.data.formats import DataError, Prompt, load_rows, read_prompts
+from rto.data.pieces import drawn
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
-from rto.inspection.reading import pieces, spoken
+from rto.inspection.reading import spoken
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
@@ -48,6 +49,7 @@ from rto.stages import MODEL_FILES, digest_of, stage
 from rto.terminal import Terminal
 from rto.trainers.engine import processes, shared_out, wait_for_all
 from rto.trainers.preference import PreferenceTrainer
+from rto.trainers.prompts import with_room
 from rto.trainers.rto import RTOTrainer
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
 from rto.values import read_yaml, write_yaml
@@ -186,6 +188,7 @@ class Pipeline:
                 peft_config=recipe.lora(),
             )
             _check_policy(trainer.model, tokenizer)
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
@@ -194,7 +197,7 @@ class Pipeline:
             merged: Any = trainer.accelerator.unwrap_model(trainer.model)
             if trainer.engine.sharded:
                 trainer.save_model(str(folder / "adapter"))
-                merged = load_policy(folder / "adapter") if trainer.args.should_save else None
+                merged = load_policy(folder / "adapter", **self._trust) if trainer.args.should_save else None
             if trainer.args.should_save:
                 merged = merged.merge_and_unload()
                 stop_at_eos(merged, tokenizer)
@@ -246,6 +249,7 @@ class Pipeline:
                 eval_dataset=self._eval_pairs(),
                 peft_config=self.recipe.lora(),
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
             trainer.save_model()
@@ -267,6 +271,7 @@ class Pipeline:
                 processing_class=tokenizer,
                 peft_config=self.recipe.lora("SEQ_CLS") if self.recipe.reward_model is None else None,
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             self._held_out(trainer, folder)
             trainer.save_model()
@@ -289,6 +294,7 @@ class Pipeline:
                 train_dataset=recipe.data.prompts.load(recipe.seed),
                 peft_config=recipe.lora(),
             )
+            self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
             trainer.save_model()
 
@@ -364,7 +370,7 @@ class Pipeline:
         )
         if recipe.gold is None:
             scorer = self._scorer()
-            asked = readable(scorer, asked, recipe.completion_length, what=f"data.{prompts}")
+            asked, _ = with_room(asked, f"data.{prompts}", scorers=[scorer], completion=recipe.completion_length)
             judge, judged_by = _judge(scorer, asked), REWARD_MODEL
         else:
             gold = recipe.gold
@@ -394,11 +400,8 @@ class Pipeline:
         lines = []
         for i, (tokens, keep, ratio) in enumerate(zip(rows.responses, rows.mask, ratios)):
             ids = tokens[keep].tolist()
-            shown = [
-                text or label for text, label in zip(pieces(tokenizer, ids), tokenizer.convert_ids_to_tokens(ids))
-            ]
             row = {"method": name, "prompt": spoken(raw[i]), "gold": answers[name].gold[i]}
-            lines.append({**row, "tokens": shown, "rewards": ratio[keep].tolist()})
+            lines.append({**row, "tokens": drawn(tokenizer, ids), "rewards": ratio[keep].tolist()})
         _write_lines(folder / "token_rewards.jsonl", lines)
 
     def _scorer(self) -> RewardModel:
@@ -473,6 +476,13 @@ class Pipeline:
         wait_for_all()
         gc.collect()
 
+    def _begin(self, trainer: Any) -> None:
+        """A line of what a stage is about to do."""
+        weights = list(trainer.model.parameters())
+        trained, every = (sum(p.numel() for p in weights if p.requires_grad or of) for of in (False, True))
+        learns = f"{every:,} weights" if trained == every else f"{trained:,} of {every:,} weights"
+        self.console.print(Text(f"  {len(trainer.train_dataset):,} rows, {learns} learn", "dim"))
+
     def _inputs(self, name: str) -> dict[str, str | None]:
         """Digests of what a stage is made from: rows, models, and the stages before it."""
         recipe = self.recipe
@@ -540,26 +550,6 @@ def _judge(
 ) -> Callable[[list[str], list[bool]], list[float]]:
     """What scores the answers to some prompts."""
     return lambda texts, ended: scores(Completed.of(asked, texts, ended))
-
-
-def readable(scorer: RewardModel, asked: list[Prompt], completion_length: int, *, what: str) -> list[Prompt]:
-    """Prompts that leave room for a completion in what a reward model reads; the others are counted and told.
-
-    Raises:
-        DataError: none is left.
-    """
-    if scorer.context is None:
-        return asked
-    room, skipped = scorer.context - completion_length, Skipped(total=len(asked))
-    fit = [n <= room for n in scorer.prompt_lengths(asked)]
-    for i, fits in enumerate(fit):
-        if not fits:
-            skipped.add(f"with no room for a completion in the {scorer.context} tokens that the reward model reads", i)
-    if not any(fit):
-        raise DataError(f"{skipped.report(what)}: lower completion_length, or take a reward_model of a longer context")
-    if skipped.counts:
-        logger.warning(skipped.report(what))
-    return [prompt for prompt, fits in zip(asked, fit) if fits]
 
 
 def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -55,6 +55,8 @@ def check_ranges(of: object, **ranges: Range) -> None:
             raise ValueError(f"{name} must {allowed}, got {value}")
 
 
+ADAPTER = {"r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
+"""Ranges of PEFT's ``LoraConfig``."""
 TRAINING = {
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
@@ -76,6 +78,10 @@ TRAINING = {
     "data_seed": NOT_NEGATIVE,
     "dataloader_num_workers": NOT_NEGATIVE,
     "max_length": COUNT,
+    "dataset_num_proc": COUNT,
+    "pad_to_multiple_of": COUNT,
+    "eval_accumulation_steps": COUNT,
+    "router_aux_loss_coef": NOT_NEGATIVE,
     "center_rewards_coefficient": NOT_NEGATIVE,
 }
 """Ranges of `transformers.TrainingArguments`, and of what TRL's configurations add."""

@@ -25,7 +25,8 @@ SET_BY_STAGES = {"task_type", "peft_type", "inference_mode", "base_model_name_or
 EMBEDDED = Path(__file__).parent / "recipes" / "embedded.yaml"
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -120,7 +121,7 @@ class Tuning:
 
     factors: list[Positive] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     seed: Seed = 1000
-    max_kl: float | None = None
+    max_kl: NotNegative | None = None
     like: dict[str, str] = field(default_factory=dict)
 
 
@@ -191,7 +192,7 @@ class Recipe:
     reward_model: str | None = None
     train: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"RTO": {}})
-    evaluate_temperature: Annotated[float, Field(ge=0)] = 1.0
+    evaluate_temperature: NotNegative = 1.0
     peft: dict[str, Any] | None = None
     trust_remote_code: bool = False
     study: Study = field(default_factory=Study)

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: training ends its update, saves a checkpoint and stops; everything else stops at once."""
 
+import os
 import signal
 import sys
 import threading
@@ -39,6 +40,29 @@ def listen() -> None:
             signal.signal(signum, _on_signal)
 
 
+@contextmanager
+def _not_swallowed() -> Iterator[None]:
+    """Within, a signal that came while the interpreter ran a destructor or a callback is sent again.
+
+    What these raise is reported and dropped, `Interrupted` as well, and the command would go on to its end.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Interrupted):
+            again = threading.Timer(0.05, os.kill, (os.getpid(), unraisable.exc_value.signum))
+            again.daemon = True
+            again.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def _on_signal(signum: int, frame: FrameType | None) -> None:
     global _asked
     if not _patient or _asked is not None:
@@ -67,7 +91,8 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., int]:
     def run(*args: Any, **kwargs: Any) -> int:
         listen()
         try:
-            return command(*args, **kwargs)
+            with _not_swallowed():
+                return command(*args, **kwargs)
         except Interrupted as stop:
             print(f"rto: {stop}", file=sys.stderr)  # noqa: T201
             return 128 + stop.signum

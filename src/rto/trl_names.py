@@ -95,7 +95,6 @@ _ROLLOUTS = (
     "per_device_train_batch_size is the rollouts of an iteration, num_mini_batches and num_ppo_epochs its updates"
 )
 _PPO = "the loss is PPO's clipped surrogate, a mean over all tokens of a minibatch"
-_VLLM = "completions are drawn by transformers, or by the sampler that RTOTrainer(sampler=…) is given"
 _DRAW = "completions are drawn by temperature, top_p and top_k alone, so that their log-probabilities are known"
 ONLINE: Names = {
     **_EVERYWHERE,
@@ -125,7 +124,6 @@ ONLINE: Names = {
     ),
     "reward_clip_range": Not("token_reward_clip bounds token rewards, normalize_scores tames scores"),
     "multi_objective_aggregation": Not("scores are summed by reward_weights", (None, "sum_then_normalize")),
-    "num_generations": Not("give each prompt as often as it is to be answered", (None, 1)),
     "num_generations_eval": Not("one completion a held-out prompt", (None, 1)),
     **each(
         "generation_batch_size steps_per_generation batch_size local_batch_size mini_batch_size local_mini_batch_size "
@@ -158,14 +156,13 @@ ONLINE: Names = {
         "model_adapter_name ref_adapter_name",
         Not("the policy is the adapter that model names, π_ref its base or the adapter that ref_model names"),
     ),
-    "use_vllm": Not(_VLLM),
-    **each(
-        "vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url "
-        "vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization "
-        "vllm_max_model_length vllm_tensor_parallel_size vllm_importance_sampling_cap "
-        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_correction "
-        "vllm_importance_sampling_mode",
-        Not(_VLLM),
+    "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
+    "vllm_importance_sampling_clip_min": Not("weights are bounded from above: vllm_importance_sampling_clip_max"),
+    "vllm_model_impl": Not("vLLM takes its own implementation of a model", (None, False, "vllm")),
+    "vllm_structured_outputs_regex": Not(_DRAW),
+    "vllm_group_port": Not("weights go to a server as files: vllm_sync_folder", (None, False, 51216)),
+    "vllm_tensor_parallel_size": Not(
+        "an engine on several devices is a server, started with --tensor-parallel-size: vllm_mode", (None, False, 1)
     ),
 }
 """Of ``GRPOConfig``, ``RLOOConfig`` and, until TRL 1.12, ``PPOConfig``."""

@@ -30,7 +30,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="no further kill or input is begun after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="subjects whose name begins so")
-    parser.add_argument("--kind", default="", help="only inputs with this in their name: data/, model/, by train, …")
+    parser.add_argument(
+        "--kind", nargs="+", default=[], help="inputs whose name begins so: data, model/config.json, …"
+    )
     given = parser.parse_args()
     import_everything()
     begun, failed = time.monotonic(), False
@@ -73,14 +75,16 @@ def spoil(given: argparse.Namespace, base: Path, models: dict[str, str], deadlin
     failed, total = False, Counter[str]()
     with judging(base / "asked", misbehave) as url:
         known = every_input(models, base, url)
-        known = {kind: [x for x in inputs if given.kind in x.name] for kind, inputs in known.items()}
+        known = {
+            kind: [x for x in inputs if not given.kind or x.name.startswith(tuple(given.kind))]
+            for kind, inputs in known.items()
+        }
         print(f"{sum(map(len, known.values())):,} inputs are known", flush=True)
-        chosen = drawn(known, given.inputs, random.Random(given.seed))
-        for kind in dict.fromkeys(x.name.partition("/")[0] for x in chosen):
-            found = feed([x for x in chosen if x.name.startswith(f"{kind}/")], base, deadline)
-            print(f"{kind}: {', '.join(f'{n} {what}' for what, n in found.items())}", flush=True)
-            failed |= bool(found.keys() - {"tried", "used", "refused"})
-            total += found
+        found = feed(drawn(known, given.inputs, random.Random(given.seed)), base, deadline)
+        for kind, counts in found.items():
+            print(f"{kind}: {', '.join(f'{n} {what}' for what, n in counts.items())}", flush=True)
+            failed |= bool(counts.keys() - {"tried", "used", "refused"})
+            total += counts
     print(f"inputs: {', '.join(f'{n} {what}' for what, n in total.items())}")
     return failed
 

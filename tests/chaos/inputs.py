@@ -4,6 +4,7 @@ An `Input` is written into an empty folder and read by one command there. The co
 where the rest can be used, or 2 and one line that names the file and the row, or the key.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,7 +12,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -181,7 +181,7 @@ def data(models: dict[str, str]) -> Iterator[Input]:
                     cases[f"{column} {value!r:.24}"] = one, row
                     cases[f"{column} {value!r:.24} everywhere"] = (
                         [{**r, column: value} for r in rows],
-                        ("row 0", column),
+                        ("row 0", column, "line 1", "line 2"),
                     )
                 cases[f"{column} gone"] = (
                     [{k: v for k, v in r.items() if k != column or i != AT} for i, r in enumerate(rows)],
@@ -273,7 +273,9 @@ def recipes(models: dict[str, str]) -> Iterator[Input]:
             (folder / "recipe.yaml").write_bytes(written(content) if isinstance(content, dict) else content)
             return ["run", "recipe.yaml", "--output_dir", "out"]
 
-        return Input(f"recipe/{name}/run", write, (("recipe.yaml", "data."), where or ("",)), check_only=True)
+        return Input(
+            f"recipe/{name}/run", write, (("recipe.yaml", "data.", "model "), where or ("",)), check_only=True
+        )
 
     def written(tree: Any) -> bytes:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode()
@@ -330,12 +332,11 @@ UNSAFE = ("push_to_hub", "help", "torch_compile")
 @cache
 def known_flags(command: str) -> list[str]:
     """What a command's help lists."""
-    out, sys.stdout = sys.stdout, io.StringIO()
-    try:
-        run([*command.split(), "--help"])
-        text = sys.stdout.getvalue()
-    finally:
-        sys.stdout = out
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        for page in ("--help", "--help-all"):  # the second where there is one
+            run([*command.split(), page])
+    text = said.getvalue()
     found = {name for name in re.findall(r"(?<![\w-])--([a-z]\w+)(?![\w-])", text) if not name.startswith(UNSAFE)}
     return sorted(f"--{name}" for name in found)
 
@@ -760,17 +761,19 @@ def attempt(given: Input, folder: Path) -> tuple[str | None, int | None, str]:
     return verdict(given, args, code, said), code, said
 
 
-def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> Counter[str]:
-    """Counts: tried, used, refused, and what is wrong."""
-    counts: Counter[str] = Counter()
+def feed(inputs: list[Input], base: Path, deadline: float, *, show: bool = True) -> dict[str, Counter[str]]:
+    """Counts of each kind: tried, used, refused, and what is wrong."""
+    counts: dict[str, Counter[str]] = {}
     for given in inputs:
         if time.monotonic() > deadline:
             break
         wrong, code, said = attempt(given, base / "input")
-        counts["tried"] += 1
-        counts["used" if code == 0 else "refused"] += wrong is None
-        if wrong is not None:
-            counts[wrong] += 1
+        here = counts.setdefault(given.name.partition("/")[0], Counter())
+        here["tried"] += 1
+        if wrong is None:
+            here["used" if code == 0 else "refused"] += 1
+        else:
+            here[wrong] += 1
             if show:
                 print(f"{wrong}: {given.name}, exit code {code}\n{said[-900:]}\n", flush=True)
     return counts

@@ -434,7 +434,9 @@ class Campaign:
 
     def _tell(self, kind: str, what: str) -> None:
         self.counts[kind] += 1
-        print(f"{self.name}: {what}\n{self.log.read_text(errors='replace')[-1500:]}", flush=True)
+        said = self.log.read_text(errors="replace")
+        at = said.find("Traceback (most")
+        print(f"{self.name}: {what}\n{said[-1500:] if at < 0 else said[max(at - 300, 0) : at + 2500]}", flush=True)
 
 
 def command_of(process: int) -> str:

@@ -28,8 +28,8 @@ from rto.models.actor import token_values
 from rto.models.loading import load_policy, max_positions, scalar_head
 from rto.models.roles import SharedBase
 from rto.models.scalars import check_critic, critic_of, last_scored, values_of, why_no_critic
-from rto.pipeline import readable
 from rto.rollout.rewards import Completed, RewardModel, distinct, reward_source
+from rto.trainers.prompts import with_room
 from tables import check_table
 
 LENGTHS = (40, 2, 23, 5, 11, 1, 31)
@@ -223,10 +223,10 @@ def test_a_judge_counts_what_it_cannot_read(kind: str, tokenizer: Any) -> None:
 def test_prompts_without_room_in_the_learned_judge_are_counted(tokenizer: Any, caplog: Any) -> None:
     source = RewardModel(scorer("llama"), tokenizer)
     asked = [Prompt(ids=[], raw="x" * n, columns={}) for n in (1, source.context - 4, source.context)]
-    assert readable(source, asked, 4, what="rows") == asked[:2]
+    assert with_room(asked, "rows", scorers=[source], completion=4)[0] == asked[:2]
     assert "1 with no room for a completion" in caplog.text
-    with pytest.raises(DataError, match="lower completion_length"):
-        readable(source, asked[2:], 4, what="rows")
+    with pytest.raises(DataError, match="take a reward model of a longer context"):
+        with_room(asked[2:], "rows", scorers=[source], completion=4)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "t5", "deberta-v2", "falcon"])

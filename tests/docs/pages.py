@@ -48,6 +48,13 @@ def blocks(page: str) -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a block as lists of words, comments and continued lines understood."""
+    """The commands of a block as lists of words, comments and continued lines understood.
+
+    ``NAME=$(…)`` is one word: what a shell makes of it is the shell's to say.
+    """
     lines = re.sub(r"\\\n\s*", " ", text).split("\n")
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words for line in lines if (words := _words(line))]
+
+
+def _words(line: str) -> list[str]:
+    return [line.partition("  #")[0].strip()] if re.match(r"\w+=\$\(", line) else shlex.split(line, comments=True)

@@ -1,8 +1,8 @@
 """Run the steps of pages one after the other, as a reader would in one shell and one interpreter a page.
 
 In a process of its own, since the parser of arguments rewrites the annotations of the configurations. A step is
-``{"at": …, "kind": "open" | "rto" | "python" | "shell" | "write" | "set", …}``; the first one that fails ends it, by
-its place.
+``{"at": …, "kind": "open" | "rto" | "python" | "shell" | "write" | "set" | "assign", …}``; the first that fails
+ends it, by its place.
 """
 
 import json
@@ -34,6 +34,11 @@ def run(step: dict[str, Any]) -> None:
             exec(compile(step["text"], step["at"], "exec"), NAMES)
         case "shell":
             subprocess.run(step["words"], check=True, timeout=600)
+        case "assign":
+            (line,) = step["words"]
+            name = line.partition("=")[0]
+            shell = ["bash", "-ec", f'{line}; printf %s "${name}"']
+            os.environ[name] = subprocess.run(shell, check=True, capture_output=True, text=True, timeout=600).stdout
         case "set":
             os.environ.update(step["variables"])
         case "write":

@@ -35,6 +35,7 @@ SMALLER = {
 INSTALL = "it installs packages from an index, or clones from a public host"
 HUB_DATA = "it reads from the hub"
 ENDPOINT = "it needs an endpoint that answers, and a key"
+VLLM = "it needs vLLM, which `make vllm-test` has"
 HOURS = "it is a measurement of many minutes to hours, whose figures the page states"
 CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "git clone"): INSTALL,
@@ -46,8 +47,11 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/judging.md", "rto evaluate judge --answers eval/arena/model_answer/rto.jsonl"): ENDPOINT,
     ("docs/performance.md", "python benchmarks/"): HOURS,
     ("docs/planning.md", "python benchmarks/plan.py"): HOURS,
+    ("docs/report.md", "rto watch"): "it serves until it is interrupted",
     ("docs/results.md", "rto reproduce"): HOURS,
     ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
+    ("docs/samplers.md", "python -m rto.rollout.samplers.vllm_server"): VLLM,
+    ("docs/samplers.md", "rto train"): VLLM,
     ("docs/install.md", "python -m venv"): INSTALL,
     ("docs/install.md", "git clone"): INSTALL,
     ("docs/install.md", "pip install"): INSTALL,
@@ -93,6 +97,8 @@ def step(block: Block, words: list[str]) -> dict[str, Any] | None:
     if words[0] == "rto":
         more = next((flags for start, flags in SMALLER.items() if re.fullmatch(f"{start}( --.*)?", line)), ())
         return {"at": block.at, "kind": "rto", "words": [*words[1:], *more], "line": line}
+    if re.match(r"\w+=", words[0]):
+        return {"at": block.at, "kind": "assign", "words": words}
     if words[0] == "export":
         return {"at": block.at, "kind": "set", "variables": dict(word.split("=", 1) for word in words[1:])}
     return {"at": block.at, "kind": "shell", "words": words, "line": line}

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from sources import run_folder
 from rto.data.errors import DataError
 from rto.evaluation.commands import compare as main
 from rto.evaluation.table.measures import Settings
-from rto.evaluation.table.page import markdown, show
+from rto.evaluation.table.page import html, markdown, show
 from rto.evaluation.table.significance import compare
 from rto.evaluation.table.sources import read_sources
 
@@ -184,6 +185,9 @@ def test_names_are_text(annotations, settings):
     assert r"\</td\>\|\[bold\]x\[/bold\] \`a\` \*\*b\*\* ?\[31m??\# h" in page
     rows = [line for line in page.split("\n") if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in rows[:4]}) == 1
+    page = html(found)
+    assert not re.search("[\x00-\x08\x1b\u202e]", page)
+    assert "&lt;/td&gt;|[bold]x[/bold] `a` **b** ␛[31m\\u202e" in page
 
 
 def test_command(annotations, tmp_path, capsys):
@@ -195,6 +199,10 @@ def test_command(annotations, tmp_path, capsys):
     cells = next(c for c in written["columns"] if c["key"] == "ae_wr")["cells"]
     assert cells["good"]["value"] > cells["fair"]["value"]
     assert f"{cells['good']['value']:.2f}" in (out / "compare.md").read_text()
+    page = (out / "compare.html").read_text()
+    assert f"<b>{cells['good']['value']:.2f}</b> [{cells['good']['low']:.2f}, " in page  # it leads
+    assert re.findall("<h2>(.*?)</h2>", page)[0] == "Models"
+    assert "<h2>Differences in AE WR</h2>" in page
     assert "NaN" not in (out / "compare.json").read_text()
     assert written["settings"]["rounds"] == 200
 

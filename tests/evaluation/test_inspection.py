@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from rto.data.pieces import pieces
 from rto.inspection import statistics as inspection
-from rto.inspection.reading import pieces
 from rto.inspection.statistics import (
     KINDS,
     Carried,

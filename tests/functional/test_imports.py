@@ -1,10 +1,13 @@
+import ast
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
+import rto
 from rto.functional.masked import masked_mean
 
 BLOCKED = ("transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
@@ -25,7 +28,7 @@ def test_the_formulas_need_torch_only():
 
         names = [m.name for m in pkgutil.iter_modules(rto.functional.__path__, "rto.functional.")]
         assert len(names) >= 6, names
-        for name in [*names, "rto.batches"]:
+        for name in [*names, "rto.batches", "rto.credit"]:
             importlib.import_module(name)
         try:
             import transformers
@@ -35,6 +38,30 @@ def test_the_formulas_need_torch_only():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "blocked as it should be"
+
+
+ORDER = ("functional", "batches", "credit models", "rollout", "trainers", "pipeline", "cli")
+"""Lowest first; what stands together does not know each other."""
+
+
+def test_imports_go_down_only() -> None:
+    """Every import of every module on the way from formulas to the command, also within functions."""
+    level = {name: i for i, names in enumerate(ORDER) for name in names.split()}
+    root = Path(rto.__file__).parent
+    files = [path for name in level for path in sorted(root.glob(f"{name}/**/*.py")) + sorted(root.glob(f"{name}.py"))]
+    assert len(files) > 30
+    wrong = []
+    for path in files:
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            parts = [name.split(".") for name in named]
+            rooms = {p[1] for p in parts if p[0] == "rto" and len(p) > 1}
+            above = [room for room in rooms - {own} if level.get(room, -1) >= level[own]]
+            wrong += [f"{path.relative_to(root)} imports rto.{room}" for room in above]
+    assert not wrong
 
 
 def test_signatures_are_checked_while_the_tests_run():

@@ -18,7 +18,7 @@ MAY = {
     "batches": {"functional"},
     "evaluation.statistics": set(),
     "demo": set(),
-    "theory": {"functional", "errors", "flags"},
+    "theory": {"functional", "errors", "flags", "terminal"},
     "alarms": set(),
     "report": {"alarms", "files", "flags", "values", "errors", "data.errors"},
     "evaluation.benchmarks.types": {"files"},

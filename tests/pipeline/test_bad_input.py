@@ -210,3 +210,27 @@ def test_saved_recipe_is_the_resolved_one(tmp_path: Path) -> None:
     assert saved["train"]["gamma"] == 0.5
     assert saved["evaluate_temperature"] == 1.0
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+LISTS = ["study.tune.factors", "study.fractions"]
+NUMBERS = [
+    "label_temperature",
+    "evaluate_temperature",
+    "study.tune.max_kl",
+    "completion_length",
+    "study.seeds",
+    "seed",
+]
+NUMBERS += ["data.prompts.rows", "peft.r", "peft.lora_alpha", "peft.lora_dropout", *LISTS]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_of_a_recipe_is_refused_by_its_range(key: str, value: float) -> None:
+    """Of the recipe itself and of its adapters; those of the stages are their configurations'."""
+    changes: dict[str, Any] = {
+        key: [value] if key.endswith("s") and key[-5:] != "seeds" and "rows" not in key else value
+    }
+    changes["data.validation_prompts"] = {"path": "rto.demo.embedded:prompts", "rows": 4}
+    with pytest.raises(RecipeError, match=key.split(".")[-1]):
+        load_recipe(None, changes)

@@ -2,13 +2,14 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+import warm
 
 CHAOS = Path(__file__).parents[1] / "chaos"
 KINDS = {"data", "recipe", "flag", "model", "checkpoint", "evaluation", "judge"}
@@ -23,13 +24,7 @@ def _tool() -> Iterator[None]:
 
 def test_a_few_kills_and_spoilt_inputs_lose_nothing() -> None:
     few = ["--kills", "3", "--inputs", str(len(KINDS)), "--only", "compare", "inputs", "--seed", "3"]
-    done = subprocess.run(
-        [sys.executable, str(CHAOS), *few],
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = warm.run(CHAOS, *few, environment={**os.environ, "PYTHONWARNINGS": "ignore"}, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "compare: 3 tried, 1 ended, 0 lost, 0 stuck, 0 unsaid" in done.stdout
     assert set(re.findall(r"^(\w+): 1 tried, 1 (?:used|refused)$", done.stdout, re.MULTILINE)) == KINDS

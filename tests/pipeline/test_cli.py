@@ -7,12 +7,14 @@ shape checks of the other tests read.
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import warm
 
 WORDS = ["ab", "cab", "back", "abacus", "crab", "dab", "fable", "garb"]
 COMMON = ["--report_to", "none", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
@@ -35,13 +37,7 @@ def rto(*commands: list[str]) -> tuple[list[int], str, str]:
     """Exit codes, standard output and standard error of several commands."""
     path = [str(Path(__file__).parents[1] / "trainers"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = warm.run(PROGRAM, json.dumps(commands), environment=environment, timeout=240)
     codes = [int(line.split()[-1]) for line in done.stdout.split("\n") if line.startswith("exit code")]
     assert len(codes) == len(commands), done.stderr[-3000:]
     return codes, done.stdout, done.stderr
@@ -76,6 +72,18 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     assert codes == [0, 0, 0, 0], errors[-3000:]
     for folder in (sft, dpo, out):
         AutoModelForCausalLM.from_pretrained(folder)
+    for folder, method in ((sft, "SFT"), (dpo, "DPO"), (reward, "reward model"), (out, "RTO")):
+        card = ModelCard.load(Path(folder) / "README.md")
+        about = json.loads((Path(folder) / "rto_config.json").read_text())
+        assert about["method"] == method
+        assert about["data"]["rows"] == len(WORDS)
+        assert {"rto", "generated_from_trainer"} <= set(card.data.tags)
+        assert card.data.base_model is None  # a folder of this machine is nobody else's
+        assert str(tmp_path) not in card.content + json.dumps(about)
+        assert f"# {Path(folder).name}" in card.content
+    assert "`eval_accuracy`" in (Path(dpo) / "README.md").read_text()
+    assert "| `dpo_coef` | 0.1 |" in card.content
+    assert "| `kl` |" in card.content
     assert AutoModelForSequenceClassification.from_pretrained(reward).config.num_labels == 1
     first = json.loads((Path(out) / "log.jsonl").read_text().split("\n")[0])
     assert first["share/token"] > 0
@@ -182,18 +190,7 @@ def test_freed_memory_is_used_again() -> None:
     """Twenty tensors of 64 MiB, made and freed in turn: the command's process does not pay for new pages each time."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     settings = [("leave", {}), ("keep", {}), ("keep", {"MALLOC_MMAP_THRESHOLD_": "131072"})]
-    rounds = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, how],
-                env=environment | own,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for how, own in settings
-    ]
+    rounds = [int(warm.run(FAULTS, how, environment=environment | own).stdout) for how, own in settings]
     usual, kept, asked = rounds
     assert usual == 20
     assert kept < 10  # the heap grows for a few rounds, then serves them all

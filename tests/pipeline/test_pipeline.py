@@ -1,28 +1,33 @@
 """The whole method on a few rows: every stage leaves what the next one and the report read."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rto.dry_run import dry_run, show
 from rto.pipeline import Pipeline, run
-from rto.recipe import load_recipe
+from rto.recipe import folder_of, load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in ROOT.glob("recipes/**/*.yaml") if p.parent.name != "prefer")
 SMALL = {
-    "data.demonstrations.rows": 64,
-    "data.pair_prompts.rows": 48,
-    "data.prompts.rows": 32,
-    "data.test_prompts.rows": 16,
-    "completion_length": 24,
-    "train.per_device_train_batch_size": 16,
+    "data.demonstrations.rows": 32,
+    "data.pair_prompts.rows": 32,
+    "data.prompts.rows": 16,
+    "data.test_prompts.rows": 8,
+    "completion_length": 16,
+    "train.per_device_train_batch_size": 8,
+    "train.num_mini_batches": 2,
     "prefer.per_device_train_batch_size": 16,
     "reward.per_device_train_batch_size": 16,
-    "sft.per_device_train_batch_size": 32,
+    "reward.num_train_epochs": 1,
+    "sft.per_device_train_batch_size": 16,
 }
 
 
@@ -47,9 +52,44 @@ def test_every_stage_leaves_its_work(finished: Path) -> None:
 
 def test_pairs_carry_labels_only(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "pairs" / "pairs.jsonl").read_text().split("\n")[:-1]]
-    assert len(rows) == 48
+    assert len(rows) == 32
     assert all(row.keys() == {"prompt", "chosen", "rejected", "chosen_ended", "rejected_ended"} for row in rows)
-    assert not all(row["chosen_ended"] for row in rows)  # 24 tokens do not suffice for a reply
+    assert not all(row["chosen_ended"] for row in rows)  # 16 tokens do not suffice for a reply
+
+
+def test_a_dry_run_tells_what_the_run_did(finished: Path, tmp_path: Path) -> None:
+    """Rows and updates of every stage, without a weight trained or a file written."""
+    recipe = load_recipe(None, SMALL)
+    planned = {folder_of(x.stage): x for x in dry_run(recipe, tmp_path)}
+    assert list(planned) == ["sft", "pairs", "dpo", "reward", "ppo", "rto", "evaluation"]
+    for stage in ("sft", "dpo", "reward", "ppo", "rto"):
+        about = json.loads((finished / stage / "rto_config.json").read_text())
+        assert planned[stage].updates == about["steps"]
+        assert planned[stage].rows == about["data"]["rows"]
+        assert planned[stage].memory > 0
+        assert planned[stage].seconds > 0
+    assert not list(tmp_path.iterdir())
+    assert all(x.done for x in dry_run(recipe, finished))
+
+
+def test_a_dry_run_counts_what_is_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "Where is it? ", "chosen": "Sorry.", "rejected": "No."}] * 20
+    rows += [
+        {"prompt": "x", "chosen": "same", "rejected": "same"},
+        {"prompt": "x", "chosen": "long " * 400, "rejected": "y"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(None, SMALL | {"data.pairs.path": str(tmp_path / "pairs.jsonl")})
+    planned = {x.stage: x for x in dry_run(recipe, tmp_path / "run")}
+    for stage in ("DPO", "reward"):
+        assert planned[stage].rows == 22
+        assert sum(int(part.split()[0]) for part in planned[stage].left_out.split("; ")) == 2
+        assert planned[stage].updates == {"DPO": 2, "reward": 4}[stage]  # 20 rows by 16, twice for the reward model
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(list(planned.values()), console)
+    text = console.export_text()
+    assert all(stage in text for stage in planned)
+    assert "Nothing was trained" in text
 
 
 def test_second_run_does_nothing(finished: Path) -> None:

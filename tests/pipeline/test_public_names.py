@@ -25,7 +25,7 @@ def fresh(code: str, *args: str) -> str:
     """What a new process prints."""
     environment = {**os.environ, "COLUMNS": "100"}
     command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout
 
 

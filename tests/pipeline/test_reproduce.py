@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +275,15 @@ def test_report_is_drawn_from_results(finished: Path) -> None:
         figure = finished / f"{name}.svg"
         assert figure.read_text().startswith("<?xml")
         assert f"![{name}]({name}.svg)" in text
-    first = {p: p.read_bytes() for p in finished.glob("*.svg")}
+    html = (finished / "report.html").read_text()
+    headings = [unescape(heading) for heading in re.findall("<h2>(.*?)</h2>", html)]
+    assert headings == [*re.findall("^### (.*)$", text, re.MULTILINE), "Figures"]
+    cells = [unescape(cell) for cell in re.findall(r"<t[hd](?: [^>]*)?>(?:<b>)?([^<]*)", html)]
+    rows = [line[1:-1].split("|") for line in text.split("\n") if line.startswith("| ") and "---" not in line]
+    assert cells == [cell.strip().strip("*") for row in rows for cell in row]
+    assert html.count("<svg role") == 5
+    assert len(html) < 1_000_000
+    first = {p: p.read_bytes() for p in [*finished.glob("*.svg"), finished / "report.html"]}
     write_study(finished / "results.json")
     assert {p: p.read_bytes() for p in first} == first
 

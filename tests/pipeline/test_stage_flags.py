@@ -4,14 +4,14 @@ In a process of its own, as in `test_cli`: the parser of arguments rewrites the 
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import warm
 
 PROGRAM = """
 import json, sys, torch
@@ -73,7 +73,7 @@ def ran(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
             named = [text for flag, value in common.items() for text in (f"--{flag}", str(value))]
             commands[stage, name] = [stage, *named, *flags]
     arguments = [json.dumps(list(commands.values())), str(tiny_folder)]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=240)
+    done = warm.run(PROGRAM, *arguments, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert all(row["code"] == 0 for row in found), done.stderr[-3000:]

@@ -95,19 +95,7 @@ def test_their_defaults_that_ask_for_nothing_pass(kind: str, f: Any) -> None:
 
 MEANT = {
     "truncation_mode",  # TRL cuts rows by default
-    "num_generations",
     "scale_rewards",
-    "vllm_mode",
-    "vllm_model_impl",
-    "vllm_server_host",
-    "vllm_server_port",
-    "vllm_server_timeout",
-    "vllm_group_port",
-    "vllm_gpu_memory_utilization",
-    "vllm_tensor_parallel_size",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
 }
 """Defaults of TRL that ask for what is not done here."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rto import RTOTrainer
 from rto.alarms import RULES, Bounds, check
 from rto.trainers.alarms import AlarmCallback
 
@@ -79,10 +80,20 @@ def test_bounds_are_checked() -> None:
         Bounds(window=0)
 
 
+def count(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def own(built: Any, **kwargs: Any) -> None:
+    """Put a callback of one's own in the place of the one that every trainer has."""
+    built.remove_callback(AlarmCallback)
+    built.add_callback(AlarmCallback(**kwargs))
+
+
 def test_training_tells_an_alarm_once_and_goes_on(trainer: Callable, caplog: pytest.LogCaptureFixture) -> None:
     """A KL that is beyond its bound from the second rollout on, since the first is the reference's own."""
     built = trainer(total_episodes=40)
-    built.add_callback(AlarmCallback(Bounds(kl=1e-5, clip_token_reward=None)))
+    own(built, bounds=Bounds(kl=1e-5, clip_token_reward=None))
     with caplog.at_level(logging.WARNING, logger="rto.trainers.alarms"):
         built.train()
     assert built.state.global_step == 10
@@ -93,8 +104,24 @@ def test_training_tells_an_alarm_once_and_goes_on(trainer: Callable, caplog: pyt
 
 def test_training_stops_at_an_alarm_if_asked(trainer: Callable, caplog: pytest.LogCaptureFixture) -> None:
     built = trainer(total_episodes=40)
-    built.add_callback(AlarmCallback(Bounds(kl=1e-5, clip_token_reward=None), stop=True))
+    own(built, bounds=Bounds(kl=1e-5, clip_token_reward=None), stop=True)
     with caplog.at_level(logging.WARNING, logger="rto.trainers.alarms"):
         built.train()
     assert built.state.global_step == 4
     assert "training stops at step 4" in caplog.text
+
+
+def test_every_trainer_has_the_alarms(trainer: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """Most token rewards of two models that have nothing in common are beyond the clip."""
+    built = trainer(total_episodes=40, stop_on_alarm=True)
+    with caplog.at_level(logging.WARNING, logger="rto.trainers.alarms"):
+        built.train()
+    assert built.state.global_step == 2
+    assert "share of tokens with a clipped token reward" in caplog.text
+
+
+def test_a_callback_of_ones_own_replaces_them(tiny_folder: Any, config: Callable, prompts: Any) -> None:
+    mine = AlarmCallback(Bounds(kl=3.0))
+    args = config(dpo_coef=0.0)
+    built = RTOTrainer(str(tiny_folder), args, reward_funcs=count, train_dataset=prompts, callbacks=[mine])
+    assert [c for c in built.callback_handler.callbacks if isinstance(c, AlarmCallback)] == [mine]

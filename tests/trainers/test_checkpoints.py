@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from killable import build
 from preferring import prefer
 
+import warm
 from rto.trainers.checkpoints import SEAL, CheckpointError, check_seal, last_checkpoint
 from rto.trainers.logs import keep_lines
 
@@ -21,14 +21,8 @@ RTO, PREFERENCE = (Path(__file__).with_name(name) for name in ("killable.py", "p
 
 
 def start(*args: str, processes: int = 1, program: Path = RTO) -> subprocess.CompletedProcess:
-    launch = [sys.executable]
-    if processes > 1:
-        # "--multi_gpu" is how `accelerate launch` spells several processes; use_cpu in the arguments makes them gloo.
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*launch, str(program), *args], env=environment, capture_output=True, text=True, timeout=300)
+    return warm.run(program, *args, processes=processes, environment=environment)
 
 
 def free_port() -> int:

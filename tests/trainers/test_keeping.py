@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,30 @@ def test_a_signal_ends_the_update_saves_and_stops(tiny_folder: Path, tmp_path: P
     again.train("last")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_a_signal_that_a_destructor_would_swallow_still_stops(capsys: pytest.CaptureFixture) -> None:
+    """Python reports and drops what a destructor raises."""
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def command() -> int:
+        made = Dying()
+        del made
+        threading.Event().wait(20)
+        return 0
+
+    before = sys.unraisablehook
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert signals.in_one_line(command)() == 128 + signal.SIGTERM
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert capsys.readouterr().err == "rto: stopped by SIGTERM\n"
+    assert sys.unraisablehook is before
 
 
 def test_damaged_lines_are_dropped_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

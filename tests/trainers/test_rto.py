@@ -308,7 +308,7 @@ def test_models_that_are_read_wait_in_host_memory(trainer: Callable[..., RTOTrai
             model.to = move  # type: ignore[assignment]
         found.append(rollout_of(run))
     for name, x in found[0].tensors().items():
-        assert torch.equal(x, found[1].tensors()[name]), name
+        torch.testing.assert_close(found[1].tensors()[name], x, rtol=0, atol=0, equal_nan=True, msg=name)
     each = ("reference", "dpo_model 0", "reward model 0")
     assert [name for name, _ in moves] == [name for name in each for _ in range(2)]
     assert all(device == "cpu" for _, device in moves)  # also the device of this machine

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,10 @@ from peft import (
     get_peft_model,
 )
 from sharing import share
-from test_checkpoints import comparable, free_port
+from test_checkpoints import comparable
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import warm
 from rto.batches import collate
 from rto.models.actor import policy_logprobs, token_values
 from rto.models.roles import Role
@@ -153,13 +153,8 @@ def test_saved_roles_load_with_peft(folders, tmp_path):
 
 
 def start(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*launch, str(PROGRAM), *args], env=environment, capture_output=True, text=True, timeout=300)
+    return warm.run(PROGRAM, *args, processes=processes, environment=environment)
 
 
 def test_two_processes_share_as_one_does(folders, alone, tmp_path):

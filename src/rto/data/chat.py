@@ -3,6 +3,9 @@
 Every stage, and every model that is given text, reads through here. A conversation is what the tokenizer's chat
 template renders; nothing is known here of any template by name.
 
+Special tokens that stand in the text of a row are read as tokens, as everywhere in the library, or as text where the
+tokenizer says ``split_special_tokens``; those that the template writes are tokens either way.
+
 A completion is read behind its prompt: the whole conversation is rendered, and cut where the prompt ends. That is
 where the prompt by itself ends, generation prompt included, because a policy writes its first token there. Where the
 template renders the prompt otherwise when this answer follows (it opens ``<think>``, and the answer does not think),
@@ -11,12 +14,15 @@ it is where the two part.
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jinja2
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import remove_none_values
@@ -30,6 +36,10 @@ CONTEXT = 8
 
 _MARK = "\ue0ff"
 """A character of private use, which no template writes, trims or changes: it shows where a text ends as rendered."""
+
+
+_GUARD = "\ue0fe"
+"""Another, within a special token of a row's text: no tokenizer takes it for the token, and a normalizer drops it."""
 
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -89,6 +99,7 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) 
         TemplateError: the template refuses the conversation.
         DataError: it is no conversation, or the tokenizer has no template.
     """
+    prompt = _as_data(prompt, tokenizer)
     if isinstance(prompt, str):
         return _text_ids(prompt, tokenizer)
     return _ids(_opened(prompt, tokenizer, options), tokenizer)
@@ -128,6 +139,7 @@ def side_ids(
         TemplateError: the template refuses a conversation.
         DataError: it is no conversation, or the tokenizer has no template.
     """
+    prompt, completions = _as_data(prompt, tokenizer), [_as_data(y, tokenizer, behind=prompt) for y in completions]
     if _is_text(prompt, completions):
         start, before = prompt, _text_ids(prompt, tokenizer)
         wholes = [
@@ -142,7 +154,9 @@ def side_ids(
         encoded = [_ids(whole, tokenizer) for whole in wholes]
     if all(whole.startswith(start) for whole in wholes):
         return before, [
-            ids[len(before) :] if ids[: len(before)] == before else _ids(whole[len(start) :], tokenizer)
+            ids[len(before) :]
+            if ids[: len(before)] == before
+            else _ids(whole[len(start) :].removeprefix(_GUARD), tokenizer)
             for whole, ids in zip(wholes, encoded)
         ]
     size = min(common_prefix_length(before, ids) for ids in encoded)
@@ -158,6 +172,7 @@ def whole_ids(
 
     Nothing is cut, so nothing is tokenized apart: these are the ids that the model's own tokenizer gives the whole.
     """
+    prompt, completion = _as_data(prompt, tokenizer), _as_data(completion, tokenizer, behind=prompt)
     if _is_text(prompt, [completion]):
         return _text_ids(prompt + (_with_end(completion, tokenizer) if ended else completion), tokenizer, ended=ended)
     return _ids(_spoken(_turns(prompt, "user"), completion, tokenizer, ended, options), tokenizer)
@@ -177,7 +192,7 @@ def whole_sides(
 
 def conversation_ids(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
     """Token ids of a whole conversation; errors as for `prompt_ids`."""
-    return _ids(_render(_turns(messages, "user"), tokenizer, options), tokenizer)
+    return _ids(_render(_turns(_as_data(messages, tokenizer), "user"), tokenizer, options), tokenizer)
 
 
 def _is_text(prompt: Any, completions: Sequence[Any]) -> bool:
@@ -185,8 +200,11 @@ def _is_text(prompt: Any, completions: Sequence[Any]) -> bool:
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of text as it stands."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """Of text as it stands; what is guarded in it is no token."""
+    if _GUARD in text:
+        return _guarding(tokenizer, len(tokenizer)).encode(text)
+    whole = {"split_special_tokens": False} if splits(tokenizer) else {}
+    return list(tokenizer(text, add_special_tokens=False, **whole).input_ids)
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool = False) -> list[int]:
@@ -213,6 +231,135 @@ def _with_end(completion: str, tokenizer: PreTrainedTokenizerBase) -> str:
     end, closing = tokenizer.eos_token or "", _closing_of(tokenizer)
     known = [end, closing.stop_text, closing.text if closing.stop is not None else ""]
     return completion if completion.endswith(tuple(filter(None, known))) else completion + end
+
+
+# --- special tokens in the text of rows
+
+
+def splits(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether special tokens in the text of rows are text, as the tokenizer's own ``split_special_tokens`` says."""
+    return bool(getattr(tokenizer, "split_special_tokens", False))
+
+
+def split_special_tokens(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, told how to read special tokens in the text of rows; it is saved with that. None changes nothing.
+
+    Raises:
+        DataError: it cannot read them as text.
+    """
+    if wanted is not None:
+        tokenizer.split_special_tokens = wanted
+        tokenizer.init_kwargs["split_special_tokens"] = wanted
+    if splits(tokenizer) and getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(
+            f"split_special_tokens: a {type(tokenizer).__name__} cannot read special tokens as text; a fast one can"
+        )
+    return tokenizer
+
+
+def special_tokens_in(said: Any, tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
+    """The special tokens that stand in the text of a row, and how often.
+
+    A text may begin with BOS, and end with EOS or the template's end of turn: these are where they would be put.
+    """
+    if isinstance(said, str):
+        for first in filter(None, [tokenizer.bos_token]):
+            said = said.removeprefix(first)
+        for last in filter(None, [tokenizer.eos_token, _closing_of(tokenizer).stop_text]):
+            said = said.rstrip("\n").removesuffix(last)
+        found = _special(tokenizer, len(tokenizer))
+        return Counter(found.findall(said)) if found is not None else Counter()
+    parts = said.values() if isinstance(said, Mapping) else said if isinstance(said, list | tuple) else ()
+    return sum((special_tokens_in(part, tokenizer) for part in parts), Counter())
+
+
+def _as_data(said: Any, tokenizer: PreTrainedTokenizerBase, *, behind: Any = None) -> Any:
+    """Text or messages of a row with a guard in every special token, where these are text.
+
+    A completion that is text, ``behind`` a prompt that is, begins with one where a token would reach across.
+    """
+    if not splits(tokenizer):
+        return said
+    if isinstance(said, str):
+        found = _special(tokenizer, len(tokenizer))
+        before = behind if isinstance(behind, str) else ""
+        across = found is not None and any(
+            token.start() < len(before) < token.end() for token in found.finditer(before + said)
+        )
+        while found is not None and found.search(said):  # breaking one up may leave another
+            said = found.sub(lambda token: token[0][0] + _GUARD + token[0][1:], said)
+        return _GUARD + said if across else said
+    if isinstance(said, Mapping):
+        return {key: _as_data(value, tokenizer) for key, value in said.items()}
+    return [_as_data(part, tokenizer) for part in said] if isinstance(said, list | tuple) else said
+
+
+@lru_cache(maxsize=16)
+def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+    """What finds special tokens in text; ``size`` is the vocabulary's, for the cache."""
+    del size
+    stop = _closing_of(tokenizer).stop_text
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content == stop}
+    tokens = {token for token in tokens if len(token) > 1}  # one character cannot be broken up
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+
+
+@dataclass(frozen=True)
+class _Guarding:
+    """A tokenizer that finds special tokens only where no guard is in them, and has none in its model's vocabulary."""
+
+    backend: Tokenizer
+    ids: Mapping[int, int]
+    """Of the added tokens: theirs, to those of the tokenizer that this is a copy of."""
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(i, i) for i in self.backend.encode(text, add_special_tokens=False).ids]
+
+
+@lru_cache(maxsize=16)
+def _guarding(tokenizer: Any, size: int) -> _Guarding:
+    """The copy of a tokenizer: its normalizer drops guards once special tokens have been found without them.
+
+    A model may know special tokens as pieces of text, too (Unigram does); in the copy these have names that no text
+    has.
+
+    Raises:
+        DataError: the tokenizer finds special tokens in normalized text, and reads other text otherwise for that.
+    """
+    del size
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    for token in state["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+
+    def hidden(piece: Any) -> Any:
+        return _GUARD + piece if piece in special else piece
+
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden(piece): i for piece, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden(piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = hidden(model["unk_token"])
+    copy = Tokenizer.from_str(json.dumps(state))
+    own = [] if copy.normalizer is None else [copy.normalizer]
+    copy.normalizer = normalizers.Sequence([normalizers.Replace(_GUARD, ""), *own])
+    copy.no_padding()
+    copy.no_truncation()
+    added = {token["content"]: token["id"] for token in state["added_tokens"]}
+    ids = {theirs: own for content, own in added.items() if (theirs := copy.token_to_id(content)) is not None}
+    guarding = _Guarding(copy, ids)
+    probe = "".join(f"a b{content}a" for content in added)  # unguarded, they are what they were
+    if guarding.encode(probe) != list(
+        tokenizer(probe, add_special_tokens=False, split_special_tokens=False).input_ids
+    ):
+        raise DataError(
+            "split_special_tokens: this tokenizer finds special tokens in text that it has changed already, so that "
+            'they cannot be told apart: say "normalized": false of them in its tokenizer.json'
+        )
+    return guarding
 
 
 # --- conversations as text

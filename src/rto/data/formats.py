@@ -19,7 +19,15 @@ from typing import Any, TypeVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import conversation_ids, prompt_ids, side_ids, template_options, whole_ids
+from rto.data.chat import (
+    conversation_ids,
+    prompt_ids,
+    side_ids,
+    special_tokens_in,
+    splits,
+    template_options,
+    whole_ids,
+)
 from rto.data.errors import DataError
 from rto.data.files import load_rows
 from rto.data.values import Said, Unusable, blank, common_prompt, is_true, read_value, unanswered
@@ -60,11 +68,31 @@ class Skipped:
     total: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
+    special: Counter[str] = field(default_factory=Counter)
+    """Special tokens that stand in the text of rows which were not left out."""
+    holding: list[int] = field(default_factory=list)
+    """The rows that they stand in."""
 
     def add(self, reason: str, row: int) -> None:
         """Count one row."""
         self.counts[reason] += 1
         self.first.setdefault(reason, row)
+
+    def note_special(self, found: Counter[str], row: int) -> None:
+        """Count the special tokens in one row's text."""
+        if found:
+            self.special.update(found)
+            self.holding.append(row)
+
+    def tell_special(self, what: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn of special tokens in text, and of how they are read."""
+        if self.holding:
+            tokens = ", ".join(f"{token} {n} times" for token, n in self.special.most_common(REASONS))
+            how = "text" if splits(tokenizer) else "tokens (split_special_tokens: true reads them as text)"
+            logger.warning(
+                f"{what}: {len(self.holding)} of {self.total} rows hold special tokens in their text ({tokens}; "
+                f"first: row {self.holding[0]}), which are read as {how}"
+            )
 
     def report(self, what: str) -> str:
         """One line for people."""
@@ -172,7 +200,7 @@ def read_prompts(
         return Prompt(ids, said, {k: v for k, v in row.items() if k != "prompt"})
 
     remedy = "raise max_prompt_length or the model's context, or bring shorter prompts"
-    return _read(dataset, ("prompt",), read, what, remedy)
+    return _read(dataset, ("prompt",), read, what, remedy, tokenizer)
 
 
 def read_pairs(
@@ -210,7 +238,7 @@ def read_pairs(
         return Pair(prompt, chosen, rejected, i)
 
     remedy = "every pair needs a prompt and two different, non-empty completions that fit max_length"
-    return _read(dataset, ("chosen", "rejected"), read, what, remedy)
+    return _read(dataset, ("chosen", "rejected"), read, what, remedy, tokenizer)
 
 
 def read_labelled(
@@ -246,7 +274,7 @@ def read_labelled(
         return Labelled(prompt, ids, label)
 
     remedy = "every row needs a prompt, a non-empty completion that fits max_length, and a label"
-    kept, skipped = _read(dataset, ("prompt", "completion", "label"), read, what, remedy)
+    kept, skipped = _read(dataset, ("prompt", "completion", "label"), read, what, remedy, tokenizer)
     if len({row.desirable for row in kept}) == 1:
         raise DataError(
             f"{name_of(dataset, what)}: every label is {kept[0].desirable}: a preference needs desirable (true) and "
@@ -407,6 +435,7 @@ def _read(
     read: Callable[[int, dict[str, Any]], Kept],
     what: str,
     remedy: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[Kept], Skipped]:
     """Every row by ``read``, or counted with the reason that it is left out for.
 
@@ -424,6 +453,7 @@ def _read(
         skipped.total += 1
         try:
             kept.append(read(i, {**empty, **row}))
+            skipped.note_special(special_in_row(row, tokenizer), i)
         except DataError as error:
             skipped.add(reason_of(error), i)
     if not kept:
@@ -431,7 +461,14 @@ def _read(
         raise DataError(f"{why}. Nothing is left to train on: {remedy}.")
     if skipped.counts:
         logger.warning(skipped.report(what))
+    skipped.tell_special(what, tokenizer)
     return kept, skipped
+
+
+def special_in_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text: str = "text") -> Counter[str]:
+    """The special tokens in what a row says; ``text`` is its column of text, if it has one."""
+    columns = ("prompt", "completion", "chosen", "rejected", "messages", "conversations", text)
+    return special_tokens_in([row[name] for name in columns if name in row], tokenizer)
 
 
 def reason_of(error: DataError) -> str:

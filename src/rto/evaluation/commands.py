@@ -15,7 +15,7 @@ from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
 from rto.evaluation.benchmarks.types import Question
 from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
 from rto.files import safe_name
-from rto.flags import OneLine, add_trust
+from rto.flags import OneLine, add_split, add_trust
 from rto.terminal import Terminal, say
 from rto.values import nearest
 
@@ -61,13 +61,14 @@ def generate(args: list[str]) -> int:
     import torch
     from transformers.utils import logging as hf_logging
 
+    from rto.data.chat import split_special_tokens
     from rto.evaluation.benchmarks.answers import encode, weights_digest
     from rto.evaluation.benchmarks.answers import generate as draw
     from rto.models.loading import freeze, load_policy, load_tokenizer, max_positions
     from rto.rollout.sampling import SamplingConfig, TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
-    tokenizer = load_tokenizer(flags.model, **trust)
+    tokenizer = split_special_tokens(load_tokenizer(flags.model, **trust), flags.split_special_tokens)
     model = freeze(load_policy(flags.model, dtype=flags.dtype, **trust))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     context = max_positions(model) or 2**31
@@ -123,6 +124,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add_trust(parser)
+    add_split(parser)
     return parser
 
 
@@ -198,6 +200,7 @@ def _judge_parser() -> argparse.ArgumentParser:
         "--judge", help="A reward model's folder, a function (module:function), or gold (the embedded task's)."
     )
     add_trust(offline)
+    add_split(offline)
     chat = parser.add_argument_group("a chat model behind an OpenAI-compatible endpoint")
     add = chat.add_argument
     add("--judge_model", help="Its name at the endpoint.")
@@ -254,10 +257,11 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
 def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, None]:
     if flags.judge_model is not None:
         raise ValueError("--judge and --judge_model are two judges: name one")
+    from rto.data.chat import split_special_tokens
     from rto.evaluation.judging.judges import ScoreJudge
     from rto.models.loading import check_weights, find_config
     from rto.recipe import is_function, resolve
-    from rto.rollout.rewards import RewardFunc, reward_source
+    from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 
     name = "rto.demo.embedded:gold_reward" if flags.judge == "gold" else flags.judge
     source: RewardFunc = name
@@ -266,7 +270,10 @@ def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tup
     else:
         find_config("--judge", name, trust_remote_code=flags.trust_remote_code)
         check_weights("--judge", name)
-    return ScoreJudge(reward_source(source, max_tokens=2**14, trust_remote_code=flags.trust_remote_code)), None
+    scorer = reward_source(source, max_tokens=2**14, trust_remote_code=flags.trust_remote_code)
+    if isinstance(scorer, RewardModel):
+        split_special_tokens(scorer.tokenizer, flags.split_special_tokens)
+    return ScoreJudge(scorer), None
 
 
 # --- compare
@@ -299,7 +306,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     sources = "a folder of `rto run`, AlpacaEval annotations, Arena-Hard judgments, or a folder that holds such files"
     add("sources", nargs="+", type=Path, metavar="RUN", help=sources)
-    add("--output_dir", type=Path, default=Path("comparison"), help="for compare.md and compare.json")
+    add("--output_dir", type=Path, default=Path("comparison"), help="for compare.md, .html and .json")
     add("--difficulty", type=Path, help="AlpacaEval's instruction_difficulty.csv, for its length control")
     add("--gamed", type=Path, help="AlpacaEval's df_gamed.csv, for its regularised length control")
     who = "who computes AE LC: the fit here, or the official package alpaca-eval"

@@ -18,11 +18,13 @@ from rto.batches import collate
 from rto.data.chat import (
     completion_ids,
     prompt_ids,
+    split_special_tokens,
     stop_ids,
     template_options,
     without_tail,
 )
 from rto.data.formats import DataError, Pair, Prompt, Skipped, load_rows, normalized, read_pairs
+from rto.data.pieces import pieces
 from rto.errors import users_code
 from rto.inspection.statistics import (
     CreditReport,
@@ -53,7 +55,6 @@ from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
 from rto.values import check_choice
 
 ROWS = 256  # pairs scored at a time
-WINDOW = 6  # tokens before a token that its text may depend on
 
 Credit = Callable[..., Sequence[Sequence[Span]]]
 """``f(prompts, completions, **columns)``: where each completion earns its true reward."""
@@ -106,6 +107,10 @@ class InspectArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling."})
     output_dir: str = field(default="inspection", metadata={"help": "Where inspection.json and .html are written."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={"help": "Read special tokens in the text of rows as text; else as the tokenizer has it."},
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Precision of the models.", "choices": ["float32", "bfloat16", "float16"]},
@@ -193,7 +198,9 @@ def inspect(args: InspectArguments) -> Inspection:
     score: str | Callable[..., Any] | None = args.reward_model
     if args.reward_model is not None and is_function(args.reward_model):
         score = resolve(args.reward_model, "--reward_model")
-    tokenizer = load_tokenizer(named[0], trust_remote_code=args.trust_remote_code)
+    tokenizer = split_special_tokens(
+        load_tokenizer(named[0], trust_remote_code=args.trust_remote_code), args.split_special_tokens
+    )
     source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
     if args.dataset_name is None:
         shown_rows, data = _rows_to_show(args, tokenizer, models, limit), _what(args)
@@ -322,32 +329,6 @@ class Inspector:
         ]
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds to a completion; together they are its text.
-
-    A token that only begins a character adds nothing, the one that ends it adds it all; special tokens add nothing.
-    A token's text depends on the few before it (white space, bytes), so it is read as a difference.
-    """
-
-    def text(start: int, end: int) -> str:
-        return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def begins(at: int) -> bool:
-        """Whether reading may begin here: from the middle of a character, a run of byte tokens is no text at all."""
-        return text(at, whole).lstrip() == "".join(found[at:whole]).lstrip()
-
-    found: list[str] = []
-    whole = start = 0  # ids[:whole] have added their text
-    for i in range(1, len(ids) + 1):
-        if whole - start > WINDOW:
-            start = next((at for at in range(whole - WINDOW // 2, start, -1) if begins(at)), start)
-        before, after = text(start, whole), text(start, i)
-        done = not after.endswith("\ufffd") or i == len(ids)
-        found.append(after[len(before) :] if done else "")
-        whole = i if done else whole
-    return found
-
-
 def credit_report(pairs: Sequence[RewardedPair], credit: Credit) -> CreditReport:
     """How well token rewards follow the truth, word by word, on both sides of the pairs."""
     sides = [(pair.prompt, side) for pair in pairs for side in (pair.chosen, pair.rejected)]
@@ -394,6 +375,8 @@ def _inspector(
         **init,
     )
     scored = None if score is None else reward_source(score, max_tokens=args.max_tokens_per_micro_batch, **init)
+    if isinstance(scored, RewardModel):
+        split_special_tokens(scored.tokenizer, args.split_special_tokens)
     return Inspector(source, tokenizer, score=scored, device=PartialState().device)
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rto.data.chat import stop_ids
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
+from rto.ranges import ADAPTER, check_ranges
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 """The library asks on standard input where nothing decides about a model's own code; here that is an error at once."""
@@ -276,6 +277,10 @@ def check_adapter(name: str, config: Any) -> None:
     Raises:
         ValueError: it is a prompt, trains the base's biases, or starts by changing the base's weights.
     """
+    try:
+        check_ranges(config, **{key: allowed for key, allowed in ADAPTER.items() if hasattr(config, key)})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if not is_shareable(config):
         what = f"{getattr(config.peft_type, 'value', config.peft_type)}"
         raise ValueError(

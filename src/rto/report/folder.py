@@ -233,8 +233,8 @@ def _drawn(row: Any) -> Drawn | None:
     scores = {name.removeprefix("score/"): number(x) for name, x in row.items() if name.split("/")[0] == "score"}
     return Drawn(
         step=int(row["step"]),
-        prompt=str(row["prompt"]),
-        completion=str(row["completion"]),
+        prompt=_said(row["prompt"]),
+        completion=_said(row["completion"]),
         scores={printable(name): x for name, x in scores.items() if x is not None},
         tokens=tokens,
         rewards=rewards,
@@ -247,3 +247,10 @@ def _per_token(tokens: Any, rewards: Any) -> tuple[list[str], list[float]]:
     if not all(isinstance(x, int | float) for x in rewards):
         raise ValueError("rewards are numbers")
     return [str(token) for token in tokens], [float(x) for x in rewards]
+
+
+def _said(x: Any) -> str:
+    """Text, or what the messages of a conversation say."""
+    if isinstance(x, list):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in x)
+    return str(x)

@@ -1,8 +1,10 @@
 """Sources of sentence scores: reward models and Python functions, on completions as text."""
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -29,7 +31,7 @@ from rto.models.loading import (
 from rto.models.roles import Role
 from rto.models.scalars import scoring_wide
 
-RewardFunc = str | Path | nn.Module | Callable[..., list[float]]
+RewardFunc = str | Path | nn.Module | Callable[..., Any]
 """As in TRL's GRPO: a folder or hub id of a reward model, such a model, or a Python function."""
 
 
@@ -90,8 +92,8 @@ def said(prompt: Any, text: Any) -> Any:
     return text if isinstance(prompt, str) or not isinstance(text, str) else [{"role": "assistant", "content": text}]
 
 
-def call(function: Callable[..., Any], batch: Completed) -> Any:
-    """``f(prompts, completions, completion_ids, **columns)``, as in TRL's GRPO.
+def call(function: Callable[..., Any], batch: Completed, state: Any = None) -> Any:
+    """``f(prompts, completions, completion_ids, trainer_state, **columns)``, as in TRL's GRPO; it may be ``async``.
 
     Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``. What the function
     raises is its own and keeps its traceback.
@@ -101,11 +103,23 @@ def call(function: Callable[..., Any], batch: Completed) -> Any:
         "prompts": batch.prompts,
         "completions": batch.completions,
         "completion_ids": batch.completion_ids,
+        "trainer_state": state,
     }
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     takes = asked_for(function)
     with users_code(function_name(function)):
-        return function(**{name: x for name, x in offered.items() if takes_all or name in takes})
+        found = function(**{name: x for name, x in offered.items() if takes_all or name in takes})
+        return _awaited(found) if inspect.isawaitable(found) else found
+
+
+def _awaited(found: Awaitable[Any]) -> Any:
+    """What comes of it, in an event loop of its own: in a thread, since a notebook has one running."""
+
+    async def wait() -> Any:
+        return await found
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
 
 
 def asked_for(function: Callable[..., Any]) -> set[str]:
@@ -236,7 +250,7 @@ class RewardModel:
 
 
 class FunctionReward:
-    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float]``; see `call`."""
+    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``; see `call`."""
 
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
         self.function = function
@@ -247,15 +261,30 @@ class FunctionReward:
         """One score a completion.
 
         Raises:
+            ValueError: the function returns another number of scores, or one that is not finite, or none for a row.
+        """
+        return finite(f"reward function {self.name}", self.given(batch), batch.completions)
+
+    def given(self, batch: Completed, state: Any = None) -> list[float | None]:
+        """One score a completion, or None where the function does not apply.
+
+        Args:
+            batch: the completions.
+            state: the `transformers.TrainerState` of the training that asks, if one does.
+
+        Raises:
             ValueError: the function returns another number of scores, or one that is not finite.
         """
-        scores = list(call(self.function, batch))
+        scores = list(call(self.function, batch, state))
         if len(scores) != len(batch.completions):
             raise ValueError(
                 f"reward function {self.name} returned {len(scores)} scores for {len(batch.completions)} completions: "
                 "it must return one for each"
             )
-        return finite(f"reward function {self.name}", scores, batch.completions)
+        told = finite(
+            f"reward function {self.name}", [0.0 if score is None else score for score in scores], batch.completions
+        )
+        return [None if score is None else x for score, x in zip(scores, told, strict=True)]
 
 
 def finite(who: str, scores: Sequence[float | None], completions: Sequence[Any]) -> list[float]:

@@ -4,6 +4,8 @@ Whoever draws completions goes through `draw`, whoever shows them to a reward th
 trains on them through `Scoring`, which owns the reference and the sources of reward.
 """
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from rto.batches import Rollout, Samples, Sequences
 from rto.data.chat import completion_texts
 from rto.data.formats import Prompt
+from rto.files import shown
 from rto.models.actor import TokenOutputs, score_logprobs
 from rto.models.roles import Role
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, distinct
 from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
 from rto.rollout.samplers.randomness import row_seeds
 from rto.rollout.token_rewards import Ensemble, TokenSource
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,7 @@ class Scoring:
         temperature: τ of the reference's log-probabilities.
         max_tokens: padded tokens in one forward pass.
         reading: the context in which models' weights are read: whatever gathers them from where they are cut.
+        state: where training is, for reward functions that ask for ``trainer_state``.
         offload: keep each model in host memory until it is read. What cannot move alone (a role on a shared base, a
             quantized model) stays.
     """
@@ -109,6 +115,7 @@ class Scoring:
     max_tokens: int = 2**14
     reading: Callable[..., AbstractContextManager[None]] = gather_nothing
     offload: bool = False
+    state: Callable[[], Any] | None = None
     _device: torch.device | None = field(default=None, init=False)
 
     @property
@@ -160,7 +167,7 @@ class Scoring:
         by_source = self.scores(completed, samples.tokens.device)
         total = torch.zeros(len(samples), device=samples.tokens.device)
         for weight, scores in zip(self.weights or [1.0] * len(by_source), by_source.values()):
-            total += weight * scores
+            total += weight * scores.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
         rollout = Rollout(
             **samples.given(),
             policy_logp=acting.logp,
@@ -178,11 +185,24 @@ class Scoring:
             return score_logprobs(self.reference, samples, temperature=self.temperature, max_tokens=self.max_tokens)
 
     def scores(self, completed: Completed, device: torch.device | str = "cpu") -> dict[str, Float[Tensor, " B"]]:
-        """One score a completion from every source, by its name."""
+        """One score a completion from every source, by its name; NaN where a function has none to give."""
         found = {}
         for name, source in zip(self.names, self.sources):
             with self._read(getattr(source, "model", None)):
-                found[name] = torch.tensor(source(completed), dtype=torch.float32, device=device)
+                if isinstance(source, FunctionReward):
+                    scores = source.given(completed, None if self.state is None else self.state())
+                else:
+                    scores = list(source(completed))
+                values = [math.nan if x is None else x for x in scores]
+                found[name] = torch.tensor(values, dtype=torch.float32, device=device)
+        if found and (silent := torch.stack(list(found.values())).isnan().all(0)).any():
+            row = int(silent.nonzero()[0])
+            logger.warning(
+                "%d of %d completions have no score from any reward function, and count as 0: the first answers %s",
+                int(silent.sum()),
+                len(silent),
+                shown(completed.prompts[row]),
+            )
         return found
 
     @contextmanager

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from rto.evaluation.statistics.estimates import holm
 from rto.files import write_atomically
-from rto.report.plots import METADATA, STYLE, palette
+from rto.report.plots import METADATA, STYLE, palette, panel
+from rto.report.sheet import Titled, bold, render_sheet
 from rto.report.table import duration, measure
 from rto.studies.replicates import Interval, at_level, interval, over_optimisation, paired, smooth
 from rto.studies.reproduce import fraction_name
@@ -58,7 +59,7 @@ class Study:
 
 
 def write_study(results: Path) -> Path:
-    """Write ``report.md`` and its figures beside ``results.json``; returns the path of the former."""
+    """Write ``report.md``, its figures and ``report.html`` beside ``results.json``; returns the path of the first."""
     study = Study(json.loads(results.read_text(encoding="utf-8")))
     folder = results.parent
     drawn = {name: figure for name in FIGURES if (figure := DRAWN[name](study)) is not None}
@@ -66,6 +67,7 @@ def write_study(results: Path) -> Path:
         with matplotlib.rc_context({"svg.hashsalt": name}):  # the same results give the same bytes
             figure.savefig(folder / f"{name}.svg", metadata=dict.fromkeys(METADATA))
     write_atomically(folder / "report.md", markdown(study, list(drawn)))
+    write_atomically(folder / "report.html", page(study, drawn, title=folder.resolve().name))
     return folder / "report.md"
 
 
@@ -74,15 +76,40 @@ def write_study(results: Path) -> Path:
 
 def markdown(study: Study, figures: Sequence[str] = ()) -> str:
     """The tables as Markdown."""
+    parts = [_head(study), *(_section(title, rows) for title, rows in _tables(study).items())]
+    parts += [f"![{name}]({name}.svg)" for name in figures]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def page(study: Study, figures: Mapping[str, Figure], title: str) -> str:
+    """Tables and figures as one page of HTML."""
+    tables = [
+        Titled(title=name, rows=[[_emphasised(cell) for cell in row] for row in rows])
+        for name, rows in _tables(study).items()
+    ]
+    panels = []
+    for name, figure in figures.items():
+        what = (DRAWN[name].__doc__ or "").rstrip(".")
+        alt = f"{what}. Policies: {', '.join(study.policies)}. The tables have the numbers."
+        panels.append(panel(figure, alt, title=what, unit=""))
+    return render_sheet(title=title, kind="study", about=[_head(study)], tables=tables, figures=panels)
+
+
+def _head(study: Study) -> str:
     results = study.results
     seeds, machine = results["seeds"], results["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items())
     head = f"{len(seeds)} seeds ({seeds[0]}–{seeds[-1]}), means ± 95 % intervals over seeds (Student's t). "
-    head += f"Bold: the interval excludes zero. {machine}; {versions}."
-    parts = [head, _section("Held-out prompts", main_table(study))]
-    parts += [_section(title, table(study)) for title, table in TABLES.items()]
-    parts += [f"![{name}]({name}.svg)" for name in figures]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return f"{head}Bold: the interval excludes zero. {machine}; {versions}."
+
+
+def _tables(study: Study) -> dict[str, list[list[str]]]:
+    return {"Held-out prompts": main_table(study), **{title: table(study) for title, table in TABLES.items()}}
+
+
+def _emphasised(cell: str) -> str:
+    """What `marked` puts in bold, for the page."""
+    return bold(cell[2:-2]) if cell.startswith("**") and cell.endswith("**") else cell
 
 
 def main_table(study: Study) -> list[list[str]]:

@@ -5,7 +5,7 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights, save_adapter
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
+from rto.trainers.cards import write_card
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
@@ -74,6 +75,8 @@ def check_training(args: TrainingArguments) -> None:
         ValueError: with the argument, and the nearest known value or the remedy.
     """
     check_arguments(args, getattr(args, "ranges", TRAINING))
+    for name in (f.name for f in fields(args) if f.name.endswith("_kwargs")):
+        json_mapping(name, getattr(args, name))
     kind, kwargs = SchedulerType(args.lr_scheduler_type), json_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
@@ -265,6 +268,7 @@ class TokenTrainer(SealedCheckpoints):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(where)
         torch.save(for_saving(self.args), folder / "training_args.bin")
+        write_card(self, folder)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

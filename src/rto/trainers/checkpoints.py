@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rto import signals
 from rto.files import alone, digest, write_atomically
 from rto.finite import Watch, check_weights, together
+from rto.trainers import cards
 from rto.trainers.engine import Engine
 from rto.trainers.identity import compare, identity
 
@@ -37,6 +38,8 @@ class SealedCheckpoints(Trainer):
     What is not finite is not trained on and not saved: ``self.watch`` is looked at before every update, and every
     weight before it is written. One process a folder trains; a checkpoint knows the run it belongs to.
     """
+
+    create_model_card: Any = cards.create_model_card
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

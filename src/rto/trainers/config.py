@@ -31,9 +31,11 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     Attributes:
         learning_rate: of the policy (paper: 5e-7).
         value_learning_rate: of the critic (paper: 9e-6).
+        critic_warmup_steps: updates in which the critic alone learns, before the policy moves.
         total_episodes: stop after so many rollouts on all processes; None goes by ``num_train_epochs``.
         num_ppo_epochs: passes over each rollout batch.
         num_mini_batches: updates in one pass.
+        num_generations: completions of each prompt in an iteration; rollouts of a prompt are credited like any others.
         dpo_coef: β₁; 0 runs no DPO model: PPO.
         kl_coef: β₂.
         score_coef: β₃; 0 needs no reward function.
@@ -47,6 +49,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
+        stop_on_alarm: end training at the first alarm of `rto.alarms`; an `AlarmCallback` of one's own sets bounds.
         max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
             means what 8 GiB of key-value cache hold.
         offload_frozen: keep each model that is only read in host memory until it is read; adapters on a shared base
@@ -55,6 +58,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
 
     learning_rate: float = field(default=5e-7, metadata={"help": "Learning rate of the policy."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Learning rate of the critic."})
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Updates in which the critic alone learns, before the policy moves."}
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's second decay rate, as in the paper."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Rollouts a process draws in one iteration."}
@@ -62,6 +68,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     total_episodes: int | None = field(default=None, metadata={"help": "Stop after so many rollouts."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the prompts."})
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over each batch of rollouts."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt in an iteration."})
     num_mini_batches: int = field(default=4, metadata={"help": "Updates in one pass over a batch of rollouts."})
 
     dpo_coef: float = field(default=0.05, metadata={"help": "β₁, the weight of the token reward; 0 is PPO."})
@@ -102,6 +109,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     offload_frozen: bool = field(
         default=False, metadata={"help": "Keep models that are only read in host memory until they are read."}
     )
+    stop_on_alarm: bool = field(
+        default=False, metadata={"help": "End training when KL, EOS rate, clipping … pass a bound (rto.alarms)."}
+    )
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})
 
@@ -109,9 +119,11 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         **TokenTrainingArguments.ranges,
         **VLLMArguments.vllm_ranges,
         "value_learning_rate": NOT_NEGATIVE,
+        "critic_warmup_steps": NOT_NEGATIVE,
         "total_episodes": COUNT,
         "num_ppo_epochs": COUNT,
         "num_mini_batches": COUNT,
+        "num_generations": COUNT,
         "dpo_coef": NOT_NEGATIVE,
         "kl_coef": NOT_NEGATIVE,
         "token_reward_pessimism": NOT_NEGATIVE,
@@ -154,12 +166,19 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
                 "allows and per_device_train_batch_size to the rollouts of an iteration"
             )
+        if self.critic_warmup_steps and self.advantage_estimator != "gae":
+            raise ValueError("critic_warmup_steps asks for a critic: advantage_estimator=reinforce++ has none")
         if self.temperature == 0:
             raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
         if self.per_device_train_batch_size % self.num_mini_batches:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} does not divide into "
                 f"num_mini_batches={self.num_mini_batches}"
+            )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}, the rollouts of an iteration, are "
+                f"no multiple of num_generations={self.num_generations}, the completions of each prompt"
             )
 
     @property

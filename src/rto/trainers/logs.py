@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -21,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from rto.batches import Rollout
+from rto.data.pieces import drawn
 from rto.files import write_atomically
 from rto.functional.masked import AllReduce, masked_mean
 from rto.rollout.rewards import Completed
@@ -88,12 +92,13 @@ def mean_over(x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None, all_re
 def score_metrics(
     scores: dict[str, Float[Tensor, " B"]], counted: Bool[Tensor, " B"] | None, all_reduce: AllReduce
 ) -> dict[str, Float[Tensor, ""]]:
-    """Mean and deviation of each source's scores, and, under "", of their weighted sum."""
+    """Mean and deviation of each source's scores, where it gave one, and, under "", of their weighted sum."""
     found: dict[str, Float[Tensor, ""]] = {}
     for name, x in scores.items():
         key = f"score/{name}" if name else "score"
-        mean = mean_over(x, counted, all_reduce)
-        found |= {key: mean, f"{key}_std": mean_over((x - mean).square(), counted, all_reduce).sqrt()}
+        given = ~x.isnan() if counted is None else counted & ~x.isnan()
+        mean = mean_over(x, given, all_reduce)
+        found |= {key: mean, f"{key}_std": mean_over((x - mean).square(), given, all_reduce).sqrt()}
     return found
 
 
@@ -117,16 +122,34 @@ def length_metrics(
 
 
 def write_completions(
-    folder: Path, step: int, batch: Completed, scores: dict[str, Float[Tensor, " B"]], *, most: int, evaluation: bool
+    folder: Path,
+    step: int,
+    batch: Completed,
+    scores: dict[str, Float[Tensor, " B"]],
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    most: int,
+    evaluation: bool,
 ) -> None:
-    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so."""
+    """Add the first few completions of a rollout to ``completions.jsonl``; those of an evaluation say so.
+
+    Where there is a token reward, its raw numbers stand beside the text of the tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    values = {f"score/{name}" if name else "score": x.tolist() for name, x in scores.items()}
+    values: dict[str, list[float | None]] = {
+        f"score/{name}" if name else "score": [None if math.isnan(v) else v for v in x.tolist()]
+        for name, x in scores.items()
+    }
     with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
         for i in range(min(most, len(batch.prompts))):
             row = {"step": step, "prompt": batch.prompts[i], "completion": batch.completions[i]}
             row |= {"split": "eval"} if evaluation else {}
             row |= {name: column[i] for name, column in values.items()}
+            if rollout.token_logratio is not None:
+                rewards = rollout.token_logratio[i][rollout.mask[i]].tolist()
+                row["tokens"] = drawn(tokenizer, batch.completion_ids[i])
+                row["token_rewards"] = [float(f"{r:.6g}") for r in rewards]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

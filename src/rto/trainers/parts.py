@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from rto.data.chat import split_special_tokens
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     Source,
@@ -25,8 +26,8 @@ from rto.models.roles import Role, SharedBase, adapt, place, shared_base, traina
 from rto.models.scalars import check_critic, critic_of, why_no_critic
 from rto.rollout.rewards import FunctionReward, RewardFunc, RewardModel, reward_source
 from rto.rollout.samplers.base import SampleFunction, Sampler
-from rto.rollout.samplers.config import vllm_sampler
-from rto.rollout.samplers.transformers import TransformersSampler
+from rto.rollout.samplers.config import sampler_of
+from rto.rollout.samplers.engines import EngineSampler
 from rto.rollout.scoring import Scoring
 from rto.rollout.token_rewards import TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL
@@ -82,6 +83,11 @@ class Named:
             )
         if args.use_vllm and self.sampler is not None:
             raise ValueError("use_vllm names a sampler, and another one is given: leave out one of them")
+        if args.async_rollouts and not isinstance(self.sampler, EngineSampler | None):
+            raise ValueError(
+                "async_rollouts draws while the policy moves, so a sampler that is given must hold weights of its "
+                "own: an EngineSampler (rto.rollout.samplers.engines), or async_rollouts=0"
+            )
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(functions)} reward_funcs")
 
@@ -143,9 +149,7 @@ class Named:
     ) -> Sampler | SampleFunction:
         if self.sampler is not None:
             return self.sampler
-        if args.use_vllm:
-            return vllm_sampler(args, args.sampling(), policy, tokenizer)
-        return TransformersSampler.of(policy, tokenizer, args.sampling(), max_cache_tokens=args.max_cache_tokens)
+        return sampler_of(args, args.sampling(), policy, tokenizer)
 
     def _score_sources(
         self,
@@ -159,7 +163,7 @@ class Named:
         """Reward models and functions; a model that the critic may copy is read as trained models are."""
         tokenizers = self.reward_tokenizers or [None] * len(self.reward_funcs)
         placed = [place(base, f, "reward_model", scalar=True) for f in self.reward_funcs]
-        return [
+        sources = [
             reward_source(
                 model,
                 own or _tokenizer_on_base(model, tokenizer),
@@ -168,6 +172,10 @@ class Named:
             )
             for named, model, own in zip(self.reward_funcs, placed, tokenizers, strict=True)
         ]
+        for source in sources:
+            if isinstance(source, RewardModel):  # a policy that writes EOS in words must not end a text by that
+                split_special_tokens(source.tokenizer, reading.split)
+        return sources
 
     def _critic(
         self,

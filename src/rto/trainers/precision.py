@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
-from rto.models.loading import is_adapter, source_name, tokenizer_kwargs
+from rto.data.chat import split_special_tokens
+from rto.models.loading import is_adapter, load_tokenizer, source_name, tokenizer_kwargs
 from rto.models.precision import NARROW, as_dtype, check_derivative, keep_derivative, widen
 from rto.references import References, put_back
 from rto.values import json_mapping
@@ -50,6 +51,8 @@ class PrecisionArguments:
         model_init_kwargs: passed to ``from_pretrained`` of every model given as a folder or hub id; ``dtype`` and
             ``revision`` in it are of the model that training starts from.
         trust_remote_code: run code that comes with a model.
+        split_special_tokens: read special tokens that stand in the text of rows as text, and save the tokenizer so;
+            None leaves it to the tokenizer. What a chat template writes are tokens either way.
         frozen_dtype: precision of models that are only read; ``auto`` is the compute precision, bfloat16 under
             ``bf16``, else float32.
     """
@@ -58,6 +61,10 @@ class PrecisionArguments:
         default=None, metadata={"help": "Keyword arguments of from_pretrained for models given as folder or hub id."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={"help": "Read special tokens in the text of rows as text; else as the tokenizer has it."},
+    )
     frozen_dtype: str = field(
         default="auto",
         metadata={
@@ -102,6 +109,8 @@ class Reading:
     """Arguments of ``from_pretrained``, by what a model is for. Models given as objects keep what they have."""
 
     init: dict[str, Any]
+    split: bool | None
+    """How special tokens in the text of rows are read; None for as the tokenizer has it."""
     start: str
     """The model that training starts from, which a revision belongs to."""
     dtype: Any
@@ -122,7 +131,8 @@ class Reading:
         frozen = as_dtype(getattr(args, "frozen_dtype", "auto"))
         if frozen == "auto":
             frozen = torch.bfloat16 if args.mixed_precision == "bf16" else _at_least_fp32(dtype)
-        return cls(init=given, start=source_name(start), dtype=dtype, frozen_dtype=frozen)
+        split = getattr(args, "split_special_tokens", None)
+        return cls(init=given, split=split, start=source_name(start), dtype=dtype, frozen_dtype=frozen)
 
     def trained(self, source: Any, *, adapted: bool = False) -> dict[str, Any]:
         """For a model that is trained: whole, or (``adapted``, or the folder of an adapter) its adapter alone."""
@@ -137,6 +147,11 @@ class Reading:
     def frozen(self, source: Any) -> dict[str, Any]:
         """For a model that is only read."""
         return {**self._own(source), "dtype": self.frozen_dtype}
+
+    def read_tokenizer(self, model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        """The tokenizer that is given, or the model's; it reads special tokens as the configuration says."""
+        found = given or load_tokenizer(source_name(model), **self.tokenizer(model))
+        return split_special_tokens(found, self.split)
 
     def tokenizer(self, source: Any) -> dict[str, Any]:
         """For a model's tokenizer."""

@@ -23,7 +23,6 @@ from rto.models.loading import (
     clone,
     freeze,
     load_policy,
-    load_tokenizer,
     pad_id,
     shared_context,
     source_name,
@@ -147,7 +146,7 @@ class PreferenceTrainer(TokenTrainer):
         check_trainer_arguments(type(self), kwargs)
         args = args or PreferenceConfig(output_dir="preference")
         reading = Reading.of(args, model)
-        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        tokenizer = reading.read_tokenizer(model, processing_class)
         self.loss = loss or args.make_loss()
         self.args, self.processing_class = args, tokenizer
         readers = [("model", model)] + ([("ref_model", ref_model)] if ref_model is not None else [])

@@ -20,7 +20,8 @@ class RolloutSampler(IndexSampler[list[int]]):
     """Indices of the prompts of each update: a rollout's batch, once for each update it serves.
 
     The order of an epoch is a permutation seeded by (seed, epoch), cut into global batches, of which each process
-    takes its slice. The epoch follows from the number of updates done, which a checkpoint knows.
+    takes its slice. The epoch follows from the number of updates done, which a checkpoint knows. Where a prompt is
+    answered several times, its rollouts stand side by side, in one process.
     """
 
     def __init__(
@@ -33,22 +34,31 @@ class RolloutSampler(IndexSampler[list[int]]):
         rank: int,
         world: int,
         updates_done: Callable[[], int],
+        answers: int = 1,
     ) -> None:
+        self.answers = answers  # of each prompt
         self.size, self.rollouts, self.repeats, self.seed = size, rollouts, repeats, seed
         self.rank, self.world, self.updates_done = rank, world, updates_done
 
     def __len__(self) -> int:
-        return self.size // (self.rollouts * self.world) * self.repeats
+        return self.size * self.answers // (self.rollouts * self.world) * self.repeats
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.updates_done() // len(self)
-        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.size, generator=shuffle).tolist()
-        batch = self.rollouts * self.world
-        for start in range(0, self.size - batch + 1, batch):
-            mine = order[start + self.rank * self.rollouts : start + (self.rank + 1) * self.rollouts]
+        for mine in self._epoch(self.updates_done() // len(self)):
             for _ in range(self.repeats):
                 yield mine
+
+    def batch(self, iteration: int) -> list[int]:
+        """What this process draws in an iteration, counted from the beginning of the run."""
+        epoch, at = divmod(iteration, len(self) // self.repeats)
+        return self._epoch(epoch)[at]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.size, generator=shuffle).repeat_interleave(self.answers).tolist()
+        batch = self.rollouts * self.world
+        first = range(self.rank * self.rollouts, len(order) - batch + 1 + self.rank * self.rollouts, batch)
+        return [order[start : start + self.rollouts] for start in first]
 
 
 def room(args: RTOConfig, context: int | None) -> int | None:
@@ -110,9 +120,10 @@ def fit_batch(args: RTOConfig, prompts: list[Prompt] | None) -> None:
     Raises:
         ValueError: the prompts do not fill one batch.
     """
-    size, world = args.per_device_train_batch_size, args.world_size
-    if prompts is not None and len(prompts) < size * world:
-        fits = len(prompts) // world // args.num_mini_batches * args.num_mini_batches
+    size, world, answers = args.per_device_train_batch_size, args.world_size, args.num_generations
+    if prompts is not None and len(prompts) * answers < size * world:
+        whole = math.lcm(args.num_mini_batches, answers)
+        fits = len(prompts) * answers // world // whole * whole
         if fits == 0 or size != RTOConfig.per_device_train_batch_size:
             raise ValueError(
                 f"{len(prompts)} prompts do not fill one batch of {size * world} rollouts ({size} on each of {world} "

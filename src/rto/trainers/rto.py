@@ -2,7 +2,8 @@
 
 One update of `transformers.Trainer` is one minibatch here. A rollout serves ``num_ppo_epochs × num_mini_batches``
 updates; on the first of them it is sampled, scored and turned into targets. Prompts come through a data loader,
-rollouts never do: they are drawn when their turn has come, with the weights of that moment.
+rollouts never do: they are drawn when their turn has come, with the weights of that moment; with ``async_rollouts``
+one turn before, while the policy learns from those of the last, and weighed for it.
 
 Beside it: settings in `rto.trainers.config`, models in `rto.trainers.parts`, prompts in `rto.trainers.prompts`; below
 it: what frozen models say in `rto.rollout.scoring`, rewards and advantages in `rto.credit`.
@@ -32,11 +33,14 @@ from rto.functional.importance import log_ratio, mismatch
 from rto.functional.masked import masked_mean, masked_sum
 from rto.functional.ppo import approx_kl, policy_loss, value_loss
 from rto.models.actor import Actor, TokenOutputs
-from rto.models.loading import Source, load_tokenizer, shared_context, source_name
+from rto.models.loading import Source, shared_context
 from rto.rollout.rewards import RewardFunc
-from rto.rollout.samplers.base import SampleFunction, Sampler
+from rto.rollout.samplers.ahead import Ahead
+from rto.rollout.samplers.base import SampleFunction, Sampler, SamplerError, as_sampler
+from rto.rollout.samplers.randomness import row_seeds
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TokenRewardSpec
+from rto.trainers.alarms import AlarmCallback
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
@@ -44,6 +48,7 @@ from rto.trainers.parts import Named, listed
 from rto.trainers.precision import Reading
 from rto.trainers.prompts import RolloutSampler, fit_batch, room, shown_prompt, with_room
 from rto.trainers.rollout_state import load_state, load_targets, save_state, save_targets
+from rto.trainers.tables import CompletionsTable
 
 __all__ = ["RTOConfig", "RTOTrainer"]
 logger = logging.getLogger(__name__)
@@ -122,7 +127,7 @@ class RTOTrainer(TokenTrainer):
         )
         named.check(args)
         reading = Reading.of(args, model)
-        tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        tokenizer = reading.read_tokenizer(model, processing_class)
         readers = named.readers(args, tokenizer, reading)
         self.args, self.processing_class = args, tokenizer
         self._context = room(args, shared_context(readers, reading.tokenizer))
@@ -130,6 +135,7 @@ class RTOTrainer(TokenTrainer):
         fit_batch(args, prompts)
         parts = named.load(args, tokenizer, reading, needs_values=self.credit.needs_values)
         self.sampler, self.scoring = parts.sampler, parts.scoring
+        self._ahead = Ahead(as_sampler(self.sampler)) if args.async_rollouts else None
         fits = partial(with_room, scorers=self.scoring.reward_models, completion=args.max_completion_length)
         prompts, held_out, _ = read_sets(fits, prompts, held_out)
         fit_batch(args, prompts)
@@ -144,9 +150,13 @@ class RTOTrainer(TokenTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        if not any(isinstance(c, AlarmCallback) for c in self.callback_handler.callbacks):
+            self.add_callback(AlarmCallback(stop=args.stop_on_alarm))
+        self.add_callback(CompletionsTable(self.callback_handler))
         if args.offload_frozen and self.engine.sharded:
             raise ValueError("offload_frozen does not go with FSDP: let it off-load (fsdp_config: cpu_offload)")
         self.scoring.reading = self._reading
+        self.scoring.state = lambda: self.state
         self.scoring.lay_out(self.args.device, self.engine.lay_out)
         for scorer in self.scoring.reward_models:  # it was tried on weights that other processes may not have read
             scorer.padding = self.engine.of_main(scorer.padding)
@@ -161,7 +171,7 @@ class RTOTrainer(TokenTrainer):
             self._phase.seconds.clear()
             with self.engine.whole(self.model.policy):  # gathered once for all that is read of it
                 with self._phase("sample"):
-                    samples = self.sample(model, inputs, self._seed(iteration))
+                    samples = self._rollouts(model, inputs, iteration)
                 with self._phase("score"):
                     rollout = self.score(model, samples, inputs)
             with self._phase("credit"):
@@ -186,12 +196,35 @@ class RTOTrainer(TokenTrainer):
             NotFiniteError: the sampler's logits are NaN or infinite.
         """
         actor: Actor = self.accelerator.unwrap_model(model)
+        if self._ahead is not None:
+            self._ahead.wait()  # what is being drawn is drawn with the weights it was begun with
         with self.engine.whole(actor.policy), together(self.accelerator), self.accelerator.autocast():
             try:
                 return complete(self.sampler, actor.policy, [p.ids for p in prompts], seed, version=self._iteration)
             except NotFiniteError as error:
                 at = "" if error.row is None else f" ({shown_prompt(prompts, error.row)})"
                 raise NotFiniteError(f"step {self.state.global_step + 1}: {error}{at}: look at the policy") from error
+
+    def _rollouts(self, model: nn.Module, prompts: Sequence[Prompt], iteration: int) -> Samples:
+        """The samples of an iteration; with ``async_rollouts`` those that were begun one before, if they were."""
+        if self._ahead is None:
+            return self.sample(model, prompts, self._seed(iteration))
+        with together(self.accelerator):
+            samples = self._ahead.take(iteration)
+        if samples is None:
+            samples = self.sample(model, prompts, self._seed(iteration))
+        if iteration - samples.version > self.args.async_rollouts:
+            raise SamplerError(
+                f"step {self.state.global_step + 1}: these rollouts are of version {samples.version} of the weights, "
+                f"the policy is of version {iteration}: async_rollouts={self.args.async_rollouts} allows no more"
+            )
+        if (iteration + 1) * self.args.updates_per_rollout < self.state.max_steps:
+            following = [self.train_dataset[i].ids for i in self._prompt_order().batch(iteration + 1)]
+            seeds = row_seeds(self._seed(iteration + 1), len(following))
+            policy = self.accelerator.unwrap_model(model).policy
+            with together(self.accelerator), self.accelerator.autocast():
+                self._ahead.begin(policy, following, seeds, iteration=iteration + 1, version=iteration)
+        return samples
 
     @torch.no_grad()
     def score(
@@ -228,14 +261,26 @@ class RTOTrainer(TokenTrainer):
         self.record(**length_metrics(lengths, samples.ended, counted, self.all_reduce, self.accelerator.gather))
         if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
             folder, step, most = Path(str(self.args.output_dir)), self.state.global_step, self.args.log_completions
-            write_completions(folder, step, scored.completed, scores, most=most, evaluation=counted is not None)
+            write_completions(
+                folder,
+                step,
+                scored.completed,
+                scores,
+                rollout,
+                self.processing_class,
+                most=most,
+                evaluation=counted is not None,
+            )
         return rollout
 
     def _check(self, scored: Scored, prompts: Sequence[Prompt]) -> None:
         """Every number of a rollout is finite before any is used."""
         rollout, completions = scored.rollout, scored.completed.completions
         for name, scores in scored.by_source.items():
-            self.watch.see(scores, f"score of {name} (as float32)", tell=lambda row: shown(completions[row]))
+            given = ~scores.isnan()  # a reward function may have nothing to say of a row
+            self.watch.see(
+                scores, f"score of {name} (as float32)", mask=given, tell=lambda row: shown(completions[row])
+            )
         self.watch.check(self.state.global_step + 1)
         per_token = {
             "log-probability of the policy": rollout.policy_logp,
@@ -294,6 +339,8 @@ class RTOTrainer(TokenTrainer):
         # models run in step with each other and keep to one pass.
         passes = [("policy", "value")] if self.engine.deepspeed else [("policy",), ("value",)]
         passes = passes if self.credit.needs_values else [("policy",)]
+        if self.state.global_step < args.critic_warmup_steps:
+            passes = [("value",)]
         shares_of = [(rows, parts) for rows in self.micro_batches(batch.lengths.cpu()) for parts in passes]
         total = self.backward(model, shares_of, loss, whole=len(passes) == 1)
         means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
@@ -402,10 +449,13 @@ class RTOTrainer(TokenTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Prompts of this process, the same batch for every update of a rollout."""
         batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        if tail := len(self.train_dataset) % batch:
-            total = len(self.train_dataset)
+        total, answers = len(self.train_dataset), self.args.num_generations
+        if tail := total * answers % batch // answers:
             logger.warning("each pass over %d prompts leaves out %d, which fill no batch of %d", total, tail, batch)
-        sampler = RolloutSampler(
+        return DataLoader(self.train_dataset, batch_sampler=self._prompt_order(), collate_fn=list)
+
+    def _prompt_order(self) -> RolloutSampler:
+        return RolloutSampler(
             size=len(self.train_dataset),
             rollouts=self.args.per_device_train_batch_size,
             repeats=self.args.updates_per_rollout,
@@ -413,8 +463,8 @@ class RTOTrainer(TokenTrainer):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             updates_done=lambda: self.state.global_step,
+            answers=self.args.num_generations,
         )
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 
     def _seed(self, iteration: int) -> int:
         """Seed of everything random in an iteration: a function of what a checkpoint knows, so nothing is lost."""
@@ -455,6 +505,11 @@ class RTOTrainer(TokenTrainer):
         if self.state.global_step % self.args.updates_per_rollout:
             assert self._targets is not None
             save_targets(folder, self._targets, rank=self.accelerator.process_index)
+        if self._ahead is not None:
+            self._ahead.save(self._ahead_file(folder))
+
+    def _ahead_file(self, folder: Path) -> Path:
+        return folder / f"ahead_{self.accelerator.process_index}.safetensors"
 
     def _load_state(self, folder: Path) -> None:
         super()._load_state(folder)
@@ -463,3 +518,5 @@ class RTOTrainer(TokenTrainer):
         self.credit.load_state_dict(state)
         if (targets := load_targets(folder, rank=self.accelerator.process_index)) is not None:
             self._targets = targets.to(self.args.device)
+        if self._ahead is not None:
+            self._ahead.load(self._ahead_file(folder), self.args.device)

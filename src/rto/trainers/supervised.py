@@ -1,6 +1,8 @@
 """The supervised stages, as TRL does them: fine-tuning on demonstrations, and the sentence reward model."""
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from trl import SFTTrainer as TRLSFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from rto.data.chat import whole_sides, without_tail
+from rto.data.chat import splits, whole_sides, without_tail
 from rto.data.formats import (
     DataError,
     Pair,
@@ -28,13 +30,13 @@ from rto.data.formats import (
     read_pairs,
     read_sets,
     reason_of,
+    special_in_row,
 )
 from rto.models.loading import (
     Source,
     find_config,
     load_policy,
     load_scalar,
-    load_tokenizer,
     max_positions,
     positions_of,
     source_name,
@@ -126,7 +128,7 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
     ) -> None:
         self.skipped: dict[str, Skipped] = {}
         reading = Reading.of(args, model)
-        self._tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        self._tokenizer = reading.read_tokenizer(model, processing_class)
         start = start_from(load_policy, model, reading, peft_config)
         with _read_already(args):
             super().__init__(start, args, processing_class=self._tokenizer, peft_config=peft_config, **kwargs)
@@ -160,6 +162,11 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
                 with global_then_local_main_first():
                     dataset = dataset.map(demonstration, fn_kwargs=keywords, remove_columns=columns, **workers)
             dataset = self._without_refused(dataset, dataset_name)
+        elif splits(self._tokenizer):
+            raise DataError(
+                "split_special_tokens is for rows that are read here, not for a formatting_func, rows of token ids or "
+                "assistant_only_loss, which TRL reads: leave one of the two out"
+            )
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _without_refused(self, dataset: Dataset, part: str) -> Dataset:
@@ -169,6 +176,8 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
         for i, reason in enumerate(dataset["refused"]):
             if reason:
                 skipped.add(reason, i)
+        for i, special in enumerate(dataset["special"]):
+            skipped.note_special(Counter(json.loads(special)), i)
         if len(dataset) == sum(skipped.counts.values()):
             raise DataError(
                 f"{skipped.report(what)}. Nothing is left to train on: every row needs a prompt and a completion, "
@@ -176,7 +185,9 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
             )
         if skipped.counts:
             logger.warning(skipped.report(what))
-        return dataset.filter(lambda reason: not reason, input_columns="refused").remove_columns("refused")
+        skipped.tell_special(what, self._tokenizer)
+        kept = dataset.filter(lambda reason: not reason, input_columns="refused")
+        return kept.remove_columns(["refused", "special"])
 
 
 def demonstration(
@@ -193,10 +204,11 @@ def demonstration(
     try:
         prompt, ids = read_demonstration(row, tokenizer, text=text)
     except DataError as error:
-        return {"input_ids": [], "labels": [], "refused": reason_of(error)}
+        return {"input_ids": [], "labels": [], "refused": reason_of(error), "special": "{}"}
     learned = without_tail(ids, tokenizer)
     labels = ([-100] * len(prompt) if completion_only else prompt) + learned + [-100] * (len(ids) - len(learned))
-    return {"input_ids": prompt + ids, "labels": labels, "refused": ""}
+    special = json.dumps(special_in_row(row, tokenizer, text))
+    return {"input_ids": prompt + ids, "labels": labels, "refused": "", "special": special}
 
 
 class RewardTrainer(FromTRL, TRLRewardTrainer):
@@ -228,7 +240,7 @@ class RewardTrainer(FromTRL, TRLRewardTrainer):
         **kwargs: Any,
     ) -> None:
         reading = Reading.of(args, model)
-        self._tokenizer = processing_class or load_tokenizer(source_name(model), **reading.tokenizer(model))
+        self._tokenizer = reading.read_tokenizer(model, processing_class)
         self._max_length = args.max_length or 2**31
         if isinstance(model, nn.Module):
             self._context = max_positions(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rto.files import shown, write_atomically
+from rto.trainers.cards import write_card
 from rto.trainers.checkpoints import SealedCheckpoints
 from rto.trainers.logs import tell_quietly
 from rto.trainers.precision import for_saving
@@ -67,6 +68,7 @@ class FromTRL(SealedCheckpoints):
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+        write_card(self, Path(output_dir or str(args.output_dir)))
 
     def _save_state(self, folder: Path) -> None:
         """TRL's counters: what it has seen, and what it has not logged yet."""

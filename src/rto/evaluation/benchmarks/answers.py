@@ -15,13 +15,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rto.data.chat import prompt_ids
+from rto.data.chat import prompt_ids, special_tokens_in
 from rto.data.formats import DataError, Skipped
 from rto.evaluation.benchmarks.formats import Benchmark
 from rto.evaluation.benchmarks.types import Answer, Question
 from rto.files import Journal, Row, check_settings, write_atomically
 from rto.rollout import scoring
-from rto.rollout.sampling import Sampler
+from rto.rollout.samplers.base import SampleFunction, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,12 @@ def encode(
         else:
             kept.append(question)
             ids.append(row)
+            skipped.note_special(special_tokens_in(question.text, tokenizer), i)
     if not kept:
         raise DataError(f"{skipped.report('prompts')}: lower max_new_tokens, or take a model with a longer context")
     if skipped.counts:
         logger.warning(skipped.report("prompts"))
+    skipped.tell_special("prompts", tokenizer)
     return Encoded(questions=kept, ids=ids, skipped=skipped, template="chat" if chat else "plain")
 
 
@@ -90,7 +92,7 @@ def generate(
     folder: Path,
     *,
     name: str,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     settings: Row,
     batch_size: int = 32,
     seed: int = 0,
@@ -137,7 +139,7 @@ def _answer_all(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     journal: Journal,
     batch_size: int,
     seed: int,
@@ -183,7 +185,7 @@ def batch_seed(seed: int, k: int) -> int:
 def draw(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    sampler: Sampler,
+    sampler: Sampler | SampleFunction,
     ids: Sequence[list[int]],
     batch: Sequence[int],
     seed: int,

@@ -1,4 +1,4 @@
-"""A comparison for people and programs: the terminal, compare.md and compare.json.
+"""A comparison for people and programs: the terminal, compare.md, compare.html and compare.json.
 
 Names of models and judges are data: they are shown as text, never as markup, and control characters are shown as "?".
 """
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,8 +20,10 @@ from rich.text import Text
 from rto.evaluation.table.measures import Cell
 from rto.evaluation.table.significance import ALPHA, Column, Comparison, Pair
 from rto.files import printable, write_atomically
+from rto.report.sheet import Titled, bold, render_sheet
 from rto.report.table import MISSING
 
+PAIRS = ("difference", "prompts", "p", "p (Holm)", "significant")
 SHOWN_PAIRS = 15
 """Differences a column that the terminal shows; the files have all."""
 
@@ -48,10 +51,11 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write compare.md and compare.json into a folder, each whole or not at all, and return their paths."""
+    """Write compare.md, .html and .json into a folder, each whole or not at all, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "compare.md", folder / "compare.json"]
-    for path, text in zip(paths, [markdown(comparison), json.dumps(_plain(_document(comparison)), indent=1)]):
+    paths = [folder / f"compare.{kind}" for kind in ("md", "html", "json")]
+    texts = [markdown(comparison), html(comparison), json.dumps(_plain(_document(comparison)), indent=1)]
+    for path, text in zip(paths, texts, strict=True):
         write_atomically(path, text)
     return paths
 
@@ -59,6 +63,21 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 def markdown(comparison: Comparison) -> str:
     """The page in GitHub's Markdown."""
     return "\n".join(_markdown_lines(comparison)) + "\n"
+
+
+def html(comparison: Comparison) -> str:
+    """The page in the report's style."""
+    columns = comparison.columns
+    rows = [[e, *(_html_cell(c, c.cells.get(e)) for c in columns)] for e in comparison.entries]
+    tables = [Titled(title="Models", rows=[["model", *(c.title for c in columns)], *rows])]
+    for column in columns:
+        if column.pairs:
+            pairs = [[f"{p.first} − {p.second}", *_pair_cells(column, p)] for p in column.pairs]
+            tables.append(Titled(title=f"Differences in {column.title}", rows=[["first − second", *PAIRS], *pairs]))
+    if bias := list(_bias_rows(comparison)):
+        tables.append(Titled(title="The judges", rows=[BIAS_HEADINGS, *bias]))
+    about = list(_legend(comparison))
+    return render_sheet(title="Comparison", kind="win rates", about=about, tables=tables, notes=comparison.notes)
 
 
 def _markdown_lines(comparison: Comparison) -> Iterator[str]:
@@ -75,7 +94,7 @@ def _markdown_lines(comparison: Comparison) -> Iterator[str]:
         if column.pairs:
             yield from (f"## Differences in {_escaped(column.title)}", "")
             yield from _table(
-                ["first", "second", "first − second", "prompts", "p", "p (Holm)", "significant"],
+                ["first", "second", "first − second", *PAIRS[1:]],
                 [[_escaped(p.first), _escaped(p.second), *_pair_cells(column, p)] for p in column.pairs],
             )
             yield ""
@@ -125,6 +144,13 @@ def _markdown_cell(column: Column, cell: Cell | None) -> str:
         return MISSING
     value = _value(column, cell.value)
     return " ".join(filter(None, [f"**{value}**" if cell.leads else value, _interval(column, cell)]))
+
+
+def _html_cell(column: Column, cell: Cell | None) -> str:
+    if cell is None:
+        return MISSING
+    value = _value(column, cell.value)
+    return Markup(" ").join(filter(None, [bold(value) if cell.leads else value, _interval(column, cell)]))
 
 
 def _pairs_table(column: Column) -> Table:

@@ -13,6 +13,8 @@ from rto.models.loading import eos_ids, pad_id
 from rto.ranges import COUNT, POSITIVE, POSITIVE_SHARE, Range
 from rto.rollout.samplers.base import Sampler, SamplingConfig
 from rto.rollout.samplers.engines import EngineSampler
+from rto.rollout.samplers.second_process import SecondProcess
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.samplers.vllm import Colocated, Server
 from rto.values import check_choice
 
@@ -35,6 +37,9 @@ class VLLMArguments:
             the machine's.
         vllm_max_model_length: longest prompt and completion that vLLM makes room for; None goes by the model.
         vllm_enable_sleep_mode: vLLM gives its memory back during the update, where its platform can.
+        async_rollouts: 1 draws the next batch while the present one is learned from, by the server or, without vLLM,
+            in a second process of this machine's processors; its weights are then one version old. 0 draws each batch
+            when its turn has come.
         vllm_importance_sampling_correction: weigh the policy's loss by π/μ (`rto.functional.importance`), whatever
             draws: it is 1 to rounding where transformers do, in the policy's own precision.
         vllm_importance_sampling_mode: token or sequence, truncate or mask.
@@ -59,6 +64,9 @@ class VLLMArguments:
     vllm_enable_sleep_mode: bool = field(
         default=False, metadata={"help": "vLLM gives memory back during the update, where it can."}
     )
+    async_rollouts: int = field(
+        default=0, metadata={"help": "1: draw the next batch while the present one is learned from."}
+    )
     vllm_importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh the policy's loss by policy over sampler."}
     )
@@ -81,6 +89,20 @@ class VLLMArguments:
         """
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, tuple(MODES))
+        if self.async_rollouts not in (0, 1):
+            raise ValueError(
+                f"async_rollouts={self.async_rollouts}: samples may be one version old at most; choose from 0, 1"
+            )
+        if self.async_rollouts and self.use_vllm and self.vllm_mode == "colocate":
+            raise ValueError(
+                "async_rollouts draws while the policy is learned, which a colocated engine cannot: use "
+                "vllm_mode: server, or use_vllm=False for a second process"
+            )
+        if self.async_rollouts and not self.vllm_importance_sampling_correction:
+            logger.warning(
+                "async_rollouts learns from samples of the policy before, and "
+                "vllm_importance_sampling_correction=False does not make up for it: the gradient is biased"
+            )
         args: Any = self
         if (args.top_p < 1 or args.top_k) and not self.vllm_importance_sampling_correction:
             logger.warning(
@@ -95,14 +117,18 @@ class VLLMArguments:
         return Correction(self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max)
 
 
-def vllm_sampler(
-    args: Any, sampling: SamplingConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> Sampler:
-    """The sampler that `VLLMArguments` ask for.
+def sampler_of(args: Any, sampling: SamplingConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The sampler that the arguments of on-line training ask for.
 
     Raises:
         SamplerError: vLLM is not installed, or the server does not answer.
+        ValueError: models of this type cannot be sampled right by transformers.
     """
+    if not args.use_vllm:
+        ours = TransformersSampler.of(policy, tokenizer, sampling, max_cache_tokens=args.max_cache_tokens)
+        if not args.async_rollouts:
+            return ours
+        return EngineSampler(SecondProcess(ours.pad_id, args.max_cache_tokens), sampling, ours.eos_ids, ours.pad_id)
     return EngineSampler(_engine(args), sampling, eos_ids(policy, tokenizer), pad_id(tokenizer))
 
 

@@ -294,11 +294,11 @@ def _on_own_cache(model: nn.Module, batch: Sequences, choose: Choose, settings: 
     tokens = batch.tokens[:, :width]
     for t in range(limit):
         tokens = choose(decoder.step(tokens), live, t)
-        out[live[~done], t] = tokens[~done]
+        out[live, t] = tokens  # of rows that are done, too: they are cut at their length
         ends = ~done & torch.isin(tokens, eos)
-        lengths[live[ends]] = t + 1
+        lengths[live] = torch.where(ends, t + 1, lengths[live])
         done = done | ends
-        running = int((~done).sum())
+        running = int((~done).sum())  # the one wait for the device in a step
         if running == 0:
             break
         if running <= 0.75 * len(live):  # shrinking copies the cache, so not for every row

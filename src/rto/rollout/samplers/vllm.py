@@ -20,14 +20,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import safetensors.torch
 import torch
 from torch import nn
 
-from rto.models.loading import unwrap_peft
+from rto.models.loading import max_positions, unwrap_peft
 from rto.rollout.samplers.base import SamplerError, SamplingConfig
 from rto.rollout.samplers.engines import Drawn
 from rto.rollout.samplers.plain import keep_weights_plain
+from rto.rollout.samplers.transformers import cache_bytes
 from rto.rollout.samplers.weights import is_adapted, named_weights, write_adapter
 
 INSTALL = (
@@ -81,7 +83,7 @@ class Colocated:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's model is then an object of this process
         try:
-            import vllm  # noqa: F401
+            from vllm import SamplingParams  # noqa: F401
         except ImportError as error:
             raise SamplerError(f"{INSTALL} ({error})") from error
 
@@ -123,7 +125,7 @@ class Colocated:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        settings: dict[str, Any] = {"enforce_eager": True} if current_platform.is_cpu() else {}
+        settings = self._on_processors(policy) if current_platform.is_cpu() else {}
         self.sleep = self.sleep and current_platform.is_sleep_mode_available()
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's own threads stay as they are
         keep_weights_plain()
@@ -142,13 +144,22 @@ class Colocated:
                     logprobs_mode="processed_logprobs",
                     enable_sleep_mode=self.sleep,
                     seed=0,
-                    **settings | self.arguments,
+                    **self.arguments | settings,
                 )
         except (ValueError, NotImplementedError) as error:
             raise SamplerError(f"vLLM does not start: {' '.join(str(error).split())[:300]}") from error
         finally:
             torch.set_num_threads = threads  # on processors vLLM takes this function away
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _on_processors(self, policy: nn.Module) -> dict[str, Any]:
+        # No kernels are compiled, and the cache is as large as the rows need: vLLM's own measure of what is free takes
+        # the trainer's memory for its own.
+        rows, block = self.arguments.get("max_num_seqs") or 256, 128
+        length = self.arguments.get("max_model_len") or max_positions(policy) or 2048
+        need = rows * (length + block) * cache_bytes(policy)
+        share = self.arguments.get("gpu_memory_utilization", 0.3) * psutil.virtual_memory().total
+        return {"enforce_eager": True, "kv_cache_memory_bytes": int(min(need, share))}
 
 
 @contextmanager
@@ -190,7 +201,7 @@ def by_main(work: Callable[[], None]) -> None:
 
 
 ADAPTER = "rto-policy"
-"""What an adapter is called on a server."""
+"""What adapters are called on a server, with a number behind."""
 CONNECTIONS = 64
 """Requests that are under way at a time; the server makes its batches of them."""
 
@@ -222,21 +233,25 @@ class Server:
 
     def load(self, policy: nn.Module) -> None:
         """See `Engine`."""
-        self._loads += 1  # a path that was not used before: nothing computed with older weights is used again
+        self._loads += 1  # names and paths that were not used before: nothing that older weights left is used again
         at = self._folder / str(self._loads)
-        self._model = ADAPTER if is_adapted(policy) else self._base
-        send = self._send_adapter if is_adapted(policy) else self._send_weights
-        by_main(send(policy, at))
+        if is_adapted(policy):
+            by_main(lambda: self._send_adapter(policy, at))
+            self._model = f"{ADAPTER}-{self._loads}"
+        else:
+            by_main(self._send_weights(policy, at))
+            self._model = self._base
+        for older in self._folder.iterdir():
+            if older != at or not is_adapted(policy):
+                shutil.rmtree(older, ignore_errors=True)
 
-    def _send_adapter(self, policy: nn.Module, at: Path) -> Callable[[], None]:
-        def send() -> None:
-            write_adapter(policy, at)
-            what = {"lora_name": ADAPTER, "lora_path": str(at), "load_inplace": True}
-            self._ask("POST", "/v1/load_lora_adapter", what, remedy=ADAPTERS)
-            self._ask("POST", "/reset_prefix_cache", remedy=EXTENSION)
-            shutil.rmtree(at)
-
-        return send
+    def _send_adapter(self, policy: nn.Module, at: Path) -> None:
+        """The server may read the folder again as long as the adapter is in use."""
+        write_adapter(policy, at)
+        what = {"lora_name": f"{ADAPTER}-{self._loads}", "lora_path": str(at)}
+        self._ask("POST", "/v1/load_lora_adapter", what, remedy=ADAPTERS)
+        if self._model != self._base:
+            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": self._model}, remedy=ADAPTERS)
 
     def _send_weights(self, policy: nn.Module, at: Path) -> Callable[[], None]:
         weights = {}
@@ -250,7 +265,6 @@ class Server:
             what = {"method": "load_file", "args": [str(at / "weights.safetensors")], "timeout": self.timeout}
             self._ask("POST", "/collective_rpc", what, remedy=EXTENSION)
             self._ask("POST", "/reset_prefix_cache", remedy=EXTENSION)
-            shutil.rmtree(at)
 
         return send
 

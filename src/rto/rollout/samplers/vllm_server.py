@@ -11,6 +11,8 @@ weights: it listens on this machine alone unless ``--host`` says otherwise.
 import os
 import sys
 
+from rto.terminal import say
+
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 OPTIONS: dict[str, str | None] = {
     "--enable-scale-out": None,  # the route that takes and gives token ids
@@ -32,7 +34,7 @@ def main() -> None:
     """Become vLLM's server."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)  # noqa: T201
+        say(str(__doc__), sys.stdout)
         return
     os.environ.update(ENVIRONMENT)
     line = command(arguments)

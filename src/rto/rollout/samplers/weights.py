@@ -69,8 +69,9 @@ def write_adapter(policy: Any, folder: Path) -> None:
 def moved(policy: Any) -> Iterator[None]:
     """Within it what is trained is far from where it was; then it is back, bit for bit.
 
-    Matrices are doubled and halved again, which is exact and takes no memory. An adapter may start at zero, so it is
-    filled with noise, and filled again with what it was.
+    Every second matrix is negated and negated again, which is exact, takes no memory and keeps activations as large as
+    they were; all of them negated would cancel out. An adapter may start at zero, so it is filled with noise, and
+    then with what it was.
     """
     trained = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     kept = [p.detach().clone() for p in trained] if is_adapted(policy) else []
@@ -80,13 +81,13 @@ def moved(policy: Any) -> Iterator[None]:
                 noise = torch.Generator(p.device).manual_seed(i)
                 p.normal_(0.0, 0.1, generator=noise)
         else:
-            for p in trained:
-                p.mul_(2)
+            for p in trained[::2]:
+                p.neg_()
     try:
         yield
     finally:
         with torch.no_grad():
             for p, was in zip(trained, kept):
                 p.copy_(was)
-            for p in [] if kept else trained:
-                p.div_(2)
+            for p in [] if kept else trained[::2]:
+                p.neg_()
