@@ -29,7 +29,8 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
-KINDS = {"whole": {}, "lora": LORA}
+KINDS = {"lora": LORA, "whole": {}}
+"""Adapters first: they go to a server that still has the weights of its folder, on which they were made."""
 START = 900
 """Seconds that a server may take to be there, on a machine that has other things to do."""
 
@@ -100,7 +101,7 @@ class Served:
 
     def start(self) -> None:
         options = ["--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--enable-lora"]
-        options += ["--gpu-memory-utilization", "0.02", "--max-num-seqs", "16", "--max-lora-rank", "8"]
+        options += ["--gpu-memory-utilization", "0.1", "--max-num-seqs", "16", "--max-lora-rank", "8"]
         environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
