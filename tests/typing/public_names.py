@@ -24,6 +24,7 @@ def refused(nothing: None) -> None:
 
 refused(rto.AdaptiveKL)  # type: ignore[arg-type]
 refused(rto.AlarmCallback)  # type: ignore[arg-type]
+refused(rto.Bounds)  # type: ignore[arg-type]
 refused(rto.ChatJudge)  # type: ignore[arg-type]
 refused(rto.CheckpointError)  # type: ignore[arg-type]
 refused(rto.Completed)  # type: ignore[arg-type]
