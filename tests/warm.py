@@ -88,8 +88,11 @@ def _ask(request: dict[str, Any]) -> list[int]:
 
 def _end() -> None:
     if _server is not None and _server.stdin is not None:
-        _server.stdin.close()  # it ends where its input does
-        _server.wait(30)
+        _server.stdin.close()  # it ends where its input does, unless it is still at a program
+        try:
+            _server.wait(5)
+        except subprocess.TimeoutExpired:
+            _server.kill()
 
 
 # --- in the process that waits

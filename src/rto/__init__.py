@@ -1,37 +1,42 @@
 """Reinforced Token Optimization (Zhong et al., ICML 2025, arXiv:2404.18922)."""
 
-import ast
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 __version__ = "0.1.0"
+_MODULES: dict[str, str] = {}
 
 
-def _public_names() -> dict[str, str]:
-    """Name to module, from the stub beside this file: one table for Python and for type checkers."""
-    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    return {name.name: str(x.module) for x in stub.body if isinstance(x, ast.ImportFrom) for name in x.names}
+def _modules() -> dict[str, str]:
+    """Name to module, from the stub beside this file: one table for Python and for type checkers.
 
+    It is read on first use: ``python -m rto`` imports this file while the present folder is still first on the path,
+    so no library is imported above.
+    """
+    if not _MODULES:
+        import ast
+        from pathlib import Path
 
-_MODULES = _public_names()
+        stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+        found = [(name.name, str(x.module)) for x in stub.body if isinstance(x, ast.ImportFrom) for name in x.names]
+        _MODULES.update(found)
+    return _MODULES
 
 
 def module_of(name: str) -> str:
     """The module that defines a public name."""
-    return _MODULES[name]
+    return _modules()[name]
 
 
-__all__ = sorted(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import what is asked for on first use: the pure parts need torch only, and the command starts at once."""
-    if name not in _MODULES:
+    if name == "__all__":
+        return sorted(_modules())
+    if name.startswith("__") or name not in _modules():
         raise AttributeError(f"module 'rto' has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    found: object = getattr(import_module(_modules()[name]), name)
+    globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_modules()})

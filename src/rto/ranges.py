@@ -79,7 +79,6 @@ TRAINING = {
     "dataloader_num_workers": NOT_NEGATIVE,
     "max_length": COUNT,
     "dataset_num_proc": COUNT,
-    "pad_to_multiple_of": COUNT,
     "eval_accumulation_steps": COUNT,
     "router_aux_loss_coef": NOT_NEGATIVE,
     "center_rewards_coefficient": NOT_NEGATIVE,

@@ -84,7 +84,7 @@ def test_a_dry_run_counts_what_is_left_out(tmp_path: Path) -> None:
     for stage in ("DPO", "reward"):
         assert planned[stage].rows == 22
         assert sum(int(part.split()[0]) for part in planned[stage].left_out.split("; ")) == 2
-        assert planned[stage].updates == {"DPO": 2, "reward": 4}[stage]  # 20 rows by 16, twice for the reward model
+        assert planned[stage].updates == 2  # 20 rows by 16
     console = Console(width=200, record=True, file=io.StringIO())
     show(list(planned.values()), console)
     text = console.export_text()

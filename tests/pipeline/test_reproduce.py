@@ -82,6 +82,19 @@ def test_what_methods_share_is_planned_once() -> None:
         done.add(job.path)
 
 
+def test_without_a_gold_reward_all_are_measured_when_there_is_a_judge() -> None:
+    changes = {"methods": {"PPO": {"dpo_coef": 0.0}}, "study.scaled": [], "study.comparisons": {}}
+    recipe = study(gold=None, **changes, **{"data.pairs.path": "pairs.jsonl"})
+    done: set[Path] = set()
+    measured = set()
+    for job in plan(recipe, Path("s"), list(recipe.learners), "test_prompts"):
+        assert job.needs <= done
+        assert job.prompts is None or Path("s/reward") in done
+        done.add(job.path)
+        measured |= {job.policy} if job.prompts else set()
+    assert measured == {recipe.start, *recipe.learners}
+
+
 def test_a_method_needs_its_own_learners_and_no_other() -> None:
     jobs = {
         j.path.name: j for j in plan(study(), Path("s"), ["PPO", "RTO (KTO)", "RTO (pessimistic)"], "test_prompts")

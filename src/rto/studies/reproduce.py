@@ -178,7 +178,11 @@ def task_recipe(task: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) -> list[Job]:
-    """The jobs of one seed in an order that they can be run in: what several policies need stands there once."""
+    """The jobs of one seed in an order that they can be run in: what several policies need stands there once.
+
+    Without a gold reward the reward model judges, so that every policy, the starting one too, is measured after it.
+    """
+    judged = ["reward"] if recipe.gold is None and recipe.reward is not None else []
 
     def job(stage: str, *needs: str, policy: str | None = None) -> Job:
         measured = prompts if policy in policies or policy == recipe.start else None
@@ -188,14 +192,15 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) ->
     methods = [name for name in policies if name in recipe.methods]
     rewarding = {learner for name in methods for learner in recipe.token_rewards(name)}
     learners = [name for name in recipe.learners if name in policies or name in rewarding]
-    found = [job("sft", policy=recipe.start)]
+    found = [job("sft", policy=None if judged else recipe.start)]
     labelled = "sft"
     if recipe.data.pairs is None:
         found.append(job("pairs", "sft"))
         labelled = "pairs"
-    if recipe.reward is not None and methods:
+    if recipe.reward is not None and (methods or judged):
         found.append(job("reward", labelled))
-    found += [job("learner", labelled, policy=name) for name in learners]
+    found += [job("sft", *judged, policy=recipe.start)] if judged else []
+    found += [job("learner", labelled, *judged, policy=name) for name in learners]
     scored = ["reward"] if recipe.reward is not None else [labelled]
     for name in methods:
         found.append(job("method", *scored, *map(folder_of, recipe.token_rewards(name)), policy=name))
