@@ -98,15 +98,16 @@ def call(function: Callable[..., Any], batch: Completed, state: Any = None) -> A
     Only what the function's signature asks for is handed over, everything if it takes ``**kwargs``. What the function
     raises is its own and keeps its traceback.
     """
-    offered = {
+    offered: dict[str, Any] = {
         **batch.columns,
         "prompts": batch.prompts,
         "completions": batch.completions,
         "completion_ids": batch.completion_ids,
-        "trainer_state": state,
     }
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     takes = asked_for(function)
+    if state is not None or "trainer_state" in takes:  # None outside of training
+        offered["trainer_state"] = state
     with users_code(function_name(function)):
         found = function(**{name: x for name, x in offered.items() if takes_all or name in takes})
         return _awaited(found) if inspect.isawaitable(found) else found
