@@ -56,7 +56,6 @@ def test_a_function_with_kwargs_is_given_everything():
 
     FunctionReward(everything)(completed(columns={"answer": ["a", "b", "c"]}))
     assert seen == {
-        "trainer_state": None,  # no trainer asks here
         "prompts": PROMPTS,
         "completions": COMPLETIONS,
         "completion_ids": [[9], [8, 7], [6]],

@@ -29,8 +29,7 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
-KINDS = {"lora": LORA, "whole": {}}
-"""Adapters first: they go to a server that still has the weights of its folder, on which they were made."""
+KINDS = {"lora": LORA, "whole": {}}  # adapters first: a server then still has the weights they were made on
 START = 900
 """Seconds that a server may take to be there, on a machine that has other things to do."""
 
