@@ -96,5 +96,8 @@ def in_one_line(command: Callable[..., int]) -> Callable[..., int]:
         except Interrupted as stop:
             print(f"rto: {stop}", file=sys.stderr)  # noqa: T201
             return 128 + stop.signum
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush has a place to go
+            return 128 + signal.SIGPIPE
 
     return run

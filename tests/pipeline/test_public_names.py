@@ -143,3 +143,13 @@ def test_every_key_of_a_recipe_is_told() -> None:
 def test_every_command_is_in_the_first_page() -> None:
     page = fresh("from rto.cli import main; main(['--help'])")
     assert all(re.search(rf"^  {command}\b", page, re.MULTILINE) for command in COMMANDS)
+
+
+def test_a_reader_who_has_gone_ends_it_without_a_word() -> None:
+    """As in ``rto --help | head -1``: here whoever would read is gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from rto.__main__ import main; raise SystemExit(main())", "--help"]
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
