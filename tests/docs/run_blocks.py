@@ -46,9 +46,10 @@ def run(step: dict[str, Any]) -> None:
             Path(step["file"]).write_text(step["text"], encoding="utf-8")
 
 
-sys.path.insert(0, "")  # as the interpreter has it: modules of the reader's folder are found
-for step in json.loads(sys.argv[1]):
-    start = time.perf_counter()
-    print(f"--- {step['at']} {step['kind']} {' '.join(step.get('words', [])[:4])}", file=sys.stderr, flush=True)
-    run(step)
-    print(f"--- {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+if __name__ == "__main__":  # a command's own processes read this file, too
+    sys.path.insert(0, "")  # as the interpreter has it: modules of the reader's folder are found
+    for step in json.loads(sys.argv[1]):
+        start = time.perf_counter()
+        print(f"--- {step['at']} {step['kind']} {' '.join(step.get('words', [])[:4])}", file=sys.stderr, flush=True)
+        run(step)
+        print(f"--- {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
