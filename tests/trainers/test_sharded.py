@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +335,6 @@ def test_the_best_model_is_loaded_and_reading_may_come_first(models: Any, tmp_pa
     assert all(torch.equal(first[name], found[name]) for name in first)
     last = safetensors.torch.load_file(best / "checkpoint-3" / "model.safetensors")
     assert not torch.equal(last["model.norm.weight"], found["model.norm.weight"])
-    losses: Sequence[float] = logged(best, "eval_loss")[0]
-    assert losses[0] > losses[-1]
 
 
 @pytest.fixture
