@@ -344,7 +344,7 @@ def run_rto(work: Work, folder: Path, meter: Meter, **models: Any) -> dict[str, 
     """Whole iterations: sample, score, credit, update."""
     from datasets import Dataset
 
-    from rto.rollout.sampling import TransformersSampler
+    from rto.rollout.samplers.transformers import TransformersSampler
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     args = RTOConfig(

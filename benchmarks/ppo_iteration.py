@@ -325,7 +325,7 @@ def run_rto(work: Work, folder: Path, *, dpo_coef: float, bf16: bool = False) ->
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from rto.rollout.sampling import TransformersSampler
+    from rto.rollout.samplers.transformers import TransformersSampler
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -67,7 +67,7 @@ def measure(folder: Path, *, prompts: int, new_tokens: int, iterations: int, rag
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from rto.rollout.sampling import TransformersSampler
+    from rto.rollout.samplers.transformers import TransformersSampler
     from rto.trainers.rto import RTOConfig, RTOTrainer
 
     torch.manual_seed(0)

@@ -282,7 +282,8 @@ def language_model(seed: int) -> tuple[Any, Any]:
 def show(rows: int = 6) -> None:
     """Print a few completions with both golds."""
     from rto.models.loading import eos_ids
-    from rto.rollout.sampling import SamplingConfig, TransformersSampler
+    from rto.rollout.samplers.base import SamplingConfig
+    from rto.rollout.samplers.transformers import TransformersSampler
 
     policy, tokenizer = language_model(0)
     asked = openings(rows, 0, "validation")

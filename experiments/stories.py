@@ -46,7 +46,8 @@ def word_rating(prompts: list[str], completions: list[str], **columns: object) -
 def openings(rows: int, seed: int, split: str) -> list[str]:
     """Story openings: the policy's own first 16 tokens from BOS, distinct, splits disjoint."""
     from rto.models.loading import load_policy, load_tokenizer
-    from rto.rollout.sampling import SamplingConfig, TransformersSampler
+    from rto.rollout.samplers.base import SamplingConfig
+    from rto.rollout.samplers.transformers import TransformersSampler
 
     policy, tokenizer = load_policy(str(MODEL)), load_tokenizer(MODEL)
     sampler = TransformersSampler(config=SamplingConfig(max_completion_length=16), eos_ids=(1, 2), pad_id=0)

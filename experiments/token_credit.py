@@ -47,7 +47,8 @@ from rto.models.actor import hidden_states
 from rto.models.loading import eos_ids, load_policy, load_scalar, load_tokenizer, scalar_head
 from rto.pipeline import Pipeline
 from rto.recipe import load_recipe, resolve
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.token_rewards import MeanLogProb, TokenReward, token_source
 
 ROOT = Path(__file__).resolve().parents[1]

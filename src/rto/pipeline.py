@@ -42,7 +42,8 @@ from rto.references import changed, digests
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage

@@ -10,7 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rto.functional.logprobs import token_logprobs
 from rto.models.actor import output_layer, policy_logprobs, response_states, vocab_size
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 
 LIMIT, PROMPTS = 14, (1, 3, 13, 7, 13)
 TIE = 1e-4

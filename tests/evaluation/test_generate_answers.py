@@ -21,7 +21,8 @@ from rto.evaluation.benchmarks.answers import batches, encode, generate, journal
 from rto.evaluation.benchmarks.formats import BENCHMARKS, benchmark_of, read_match, read_questions
 from rto.evaluation.benchmarks.types import Question
 from rto.files import Journal
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 
 WORDS = ["abba", "a cab", "back", "the abacus", "crab", "dab dab dab", "fable", "a", "garb", "habit", "jab"]
 

@@ -27,7 +27,8 @@ from rto.evaluation.benchmarks.types import Game
 from rto.evaluation.judging.callback import WinRateCallback, undisturbed
 from rto.evaluation.judging.judges import Sight
 from rto.evaluation.statistics.estimates import wilson
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers.supervised import RewardTrainer, SFTTrainer
 
 SHORT = SamplingConfig(max_completion_length=6, temperature=1.0)

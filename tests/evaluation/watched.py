@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from rto import RTOConfig, RTOTrainer
 from rto.evaluation.judging.callback import WinRateCallback
-from rto.rollout.sampling import SamplingConfig
+from rto.rollout.samplers.base import SamplingConfig
 
 HELD_OUT = [{"prompt": w * (1 + i % 3)} for i, w in enumerate(["ab", "cab", "fable", "jab", "kebab", "lab", "dab"])]
 TRAIN = [{"prompt": w} for w in ["back", "a", "bac", "crab", "garb", "habit", "abacus", "cabbage"]]

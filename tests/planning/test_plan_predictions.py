@@ -19,7 +19,8 @@ from rto.planning.configs import shape_of
 from rto.planning.memory import Memory, Placement, Role
 from rto.planning.shapes import Lora, Shape
 from rto.planning.tracker import LiveTensors, counter, measure_reading, measure_update
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 
 SIZES: dict[str, Any] = {"vocab_size": 4000, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8}
 SIZES |= {"intermediate_size": 688, "max_position_embeddings": 512, "pad_token_id": 0}

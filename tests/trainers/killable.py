@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from rto import RTOConfig, RTOTrainer
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers import checkpoints
 
 WORDS = [

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.batches import Samples, collate
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 
 FLOW = ("kill", "resume", "early")
 SETTINGS = {

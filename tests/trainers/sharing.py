@@ -13,7 +13,8 @@ from killable import WORDS, arm
 from peft import LoraConfig
 
 from rto import RTOConfig, RTOTrainer
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 
 OWN = ("peft_config", "value_model", "ref_model", "eval_dataset")
 

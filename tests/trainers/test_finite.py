@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.finite import NotFiniteError, check_files
 from rto.functional.preference import LOSSES
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 SETTINGS = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_steps": 1, "logging_steps": 1}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto.batches import Rollout, Samples, Targets
 from rto.credit import METHODS, Credit
-from rto.rollout.sampling import SamplingConfig
+from rto.rollout.samplers.base import SamplingConfig
 from rto.trainers.config import settings_of
 from rto.trainers.prompts import RolloutSampler
 from rto.trainers.rto import RTOTrainer

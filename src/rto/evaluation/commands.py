@@ -65,7 +65,8 @@ def generate(args: list[str]) -> int:
     from rto.evaluation.benchmarks.answers import encode, weights_digest
     from rto.evaluation.benchmarks.answers import generate as draw
     from rto.models.loading import freeze, load_policy, load_tokenizer, max_positions
-    from rto.rollout.sampling import SamplingConfig, TransformersSampler
+    from rto.rollout.samplers.base import SamplingConfig
+    from rto.rollout.samplers.transformers import TransformersSampler
 
     hf_logging.disable_progress_bar()  # one for each weight file
     tokenizer = split_special_tokens(load_tokenizer(flags.model, **trust), flags.split_special_tokens)

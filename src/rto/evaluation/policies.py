@@ -13,7 +13,8 @@ from rto.batches import Samples
 from rto.evaluation.statistics.estimates import Estimate
 from rto.functional.masked import masked_sum
 from rto.models.actor import score_logprobs
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.scoring import draw
 
 

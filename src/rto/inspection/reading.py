@@ -49,7 +49,8 @@ from rto.models.loading import (
 )
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
-from rto.rollout.sampling import SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.scoring import draw
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenSource, token_source
 from rto.values import check_choice

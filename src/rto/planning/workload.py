@@ -174,7 +174,7 @@ def _reward(config: Any, recipe: Recipe, shape: Shape) -> Stage:
 
 
 def _iteration(config: Any, recipe: Recipe, method: str, shapes: Mapping[str, Shape]) -> Iteration:
-    from rto.rollout.sampling import CACHE_BYTES
+    from rto.rollout.samplers.transformers import CACHE_BYTES
 
     policy, *others = _roles(recipe, method, shapes)
     response = recipe.completion_length

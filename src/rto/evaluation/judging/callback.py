@@ -36,7 +36,8 @@ from rto.files import Row, check_settings, shown, write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import Source, freeze, load_policy, max_positions, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
-from rto.rollout.sampling import Sampler, SamplingConfig, TransformersSampler
+from rto.rollout.samplers.base import Sampler, SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers.logs import keep_lines
 
 logger = logging.getLogger(__name__)
