@@ -111,7 +111,9 @@ def _online(args: Any) -> str:
 
 
 def write_card(trainer: Any, folder: Path, name: str | None = None) -> None:
-    """``README.md`` and ``rto_config.json`` of what a trainer has saved in a folder."""
+    """``README.md`` and ``rto_config.json`` of what a trainer has saved in a folder; by the process that saves."""
+    if not trainer.args.should_save:  # the library calls ``_save`` in every process
+        return
     write_atomically(folder / "rto_config.json", json.dumps(about(trainer), indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "README.md", card(trainer, name or Path(str(trainer.args.output_dir)).name))
 
