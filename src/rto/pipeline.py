@@ -35,7 +35,6 @@ from rto.models.loading import (
     load_scalar,
     load_tokenizer,
     max_positions,
-    stop_at_eos,
 )
 from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, saved_tree, stage_config
 from rto.references import changed, digests
@@ -193,17 +192,8 @@ class Pipeline:
             trainer.train(resume_from_checkpoint=True)
             if recipe.peft is None:
                 trainer.save_model()
-                return
-            # A whole model: the base that the adapters of all later stages share.
-            merged: Any = trainer.accelerator.unwrap_model(trainer.model)
-            if trainer.engine.sharded:
-                trainer.save_model(str(folder / "adapter"))
-                merged = load_policy(folder / "adapter", **self._trust) if trainer.args.should_save else None
-            if trainer.args.should_save:
-                merged = merged.merge_and_unload()
-                stop_at_eos(merged, tokenizer)
-                merged.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+            else:  # a whole model: the base that the adapters of all later stages share
+                trainer.save_merged(folder)
 
     def pairs(self) -> None:
         """Preference pairs: two completions of the starting policy for each prompt, labelled by the gold reward."""

@@ -4,7 +4,9 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,10 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rto.data.chat import stop_ids
-from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32
+from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32, leave, note, noted
 from rto.ranges import ADAPTER, check_ranges
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -388,25 +391,75 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
         return source
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **init_kwargs}
     kwargs["dtype"] = as_dtype(kwargs["dtype"])
-    with told_of(source):
+    left, target = kwargs.pop("as_stored", False) and "quantization_config" not in kwargs, kwargs["dtype"]
+    with told_of(source), _reading_here():
+        stored = _stored_dtype(source, kwargs.get("revision")) if left else None
+        if stored is not None and target != "auto":
+            kwargs["dtype"] = stored
         loaded = auto.from_pretrained(str(source), **kwargs)
-    keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    model = keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    if stored is not None and target != "auto":
+        leave(model, target)
     return loaded
+
+
+@contextmanager
+def _reading_here() -> Iterator[None]:
+    """This process reads weights, whatever the library would let only the first one of a host do (FSDP)."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What the safetensors format calls precisions that can be trained from."""
+
+
+def _stored_dtype(source: Source, revision: str | None) -> torch.dtype | None:
+    """The widest precision in a model's files, so that none is rounded; None where it cannot be told."""
+    found, name = set(), str(source)
+    own = {} if revision is None else {"revision": revision}
+    files = [cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **own)]
+    if files[0] is None:
+        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **own)
+        parts = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = [cached_file(name, part, **own) for part in sorted(set(parts.values()))]
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+    if not found or found - STORED.keys():
+        return None
+    return max((STORED[kind] for kind in found), key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
 
 
 def clone(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """An independent copy of a model's weights, in another precision where one is named.
 
     Weights are cast one by one as they are copied. Those that the architecture keeps in fp32 are, and buffers (the
-    frequencies of rotary embeddings) are copied as they are.
+    frequencies of rotary embeddings) are copied as they are. Weights that were left as their file has them are so in
+    the copy, too, and share the file's memory until they are settled.
     """
     kept = () if dtype is None else kept_in_fp32(model, dtype)
     copies: dict[int, Any] = {}
     for name, weight in model.named_parameters():
         target = weight.dtype if dtype is None or not weight.is_floating_point() else dtype
         target = torch.float32 if any(part in name for part in kept) else target
-        copies[id(weight)] = nn.Parameter(weight.detach().to(target, copy=True), requires_grad=weight.requires_grad)
+        copies[id(weight)] = copied(weight, target if dtype is not None else noted(weight) or target)
     return copy.deepcopy(model, copies)
+
+
+def copied(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A weight in another precision: a copy, or where it was left as its file has it a second name of the same."""
+    left = noted(weight) is not None
+    x = weight.detach() if left else weight.detach().to(dtype, copy=True)
+    copy_of = nn.Parameter(x, requires_grad=weight.requires_grad)
+    if left:
+        note(copy_of, dtype)
+    return copy_of
 
 
 def freeze(model: nn.Module) -> nn.Module:

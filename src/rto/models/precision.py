@@ -39,12 +39,48 @@ def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(part for kind in lists for part in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ())
 
 
+def leave(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Leave weights as their files have them, and note in which precision they are to be held: see `settle`.
+
+    Weights in their file's own precision are mapped, not copied: they take no memory of a process, and copies of them
+    share it.
+    """
+    kept = kept_in_fp32(model, dtype)
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point():
+            note(weight, torch.float32 if any(part in name for part in kept) else dtype)
+    return model
+
+
+def note(weight: nn.Parameter, dtype: torch.dtype) -> None:
+    """Say in which precision a weight is to be held that is as its file has it."""
+    vars(weight)["held_in"] = dtype
+
+
+def noted(weight: Tensor) -> torch.dtype | None:
+    """In which precision a weight is to be held; None where it is in it."""
+    return vars(weight).get("held_in")
+
+
+@torch.no_grad()
+def settle(module: nn.Module) -> None:
+    """Give the weights of a module that were left as their files have them memory of their own, as it was noted."""
+    for weight in module.parameters():
+        dtype = vars(weight).pop("held_in", None)
+        if dtype is not None:
+            weight.data = weight.data.to(dtype, copy=True)
+
+
 @torch.no_grad()
 def hold(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the weights of a whole model that is only read, in place and one by one; buffers stay as they are."""
     kept = kept_in_fp32(model, dtype)
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not any(part in name for part in kept):
+        if not weight.is_floating_point() or any(part in name for part in kept):
+            continue
+        if noted(weight) is not None:
+            note(weight, dtype)
+        else:
             weight.data = weight.data.to(dtype)
     return model
 
@@ -58,6 +94,7 @@ def widen(model: nn.Module) -> int:
     """
     adapters = hasattr(model, "peft_config")
     weights = [w for w in model.parameters() if w.dtype in NARROW and (w.requires_grad or not adapters)]
+    weights = [w for w in weights if noted(w) is None]
     if adapters:
         _join_saved_modules(model)
     for weight in weights:

@@ -44,6 +44,7 @@ from rto.models.loading import (
     unwrap_peft,
     zero_head,
 )
+from rto.models.saving import Gather, as_it_is, save_model
 from rto.models.scalars import last_scored, values_of
 
 HEAD_NAMES = ["classifier", "score"]
@@ -117,23 +118,17 @@ class Role(nn.Module):
         super().requires_grad_(requires_grad)
         return self
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        state_dict: dict[str, Tensor] | None = None,
-        head: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, gather: Gather = as_it_is, writes: bool = True) -> None:
         """Write the role as an adapter that PEFT reads, its head in ``modules_to_save``.
 
         Args:
             folder: where to.
-            state_dict: the base's, where it is sharded over processes; None reads the base.
-            head: the head's, likewise.
+            gather: makes a weight whole, where weights lie in pieces.
+            writes: whether this process writes; where weights lie in pieces every process calls this.
         """
         assert self.adapter is not None
-        if head is None and self.score is not None:
-            head = self.score.state_dict()
-        save_adapter(self.base.model, self.adapter, Path(folder), head=head, state_dict=state_dict)
+        head = None if self.score is None else self.score.state_dict()
+        save_adapter(self.base.model, self.adapter, Path(folder), head=head, gather=gather, writes=writes)
 
     def load_weights(self, folder: Path) -> None:
         """Put what `save_pretrained` wrote back in place.
@@ -386,7 +381,8 @@ def save_adapter(
     folder: Path,
     *,
     head: dict[str, Tensor] | None = None,
-    state_dict: dict[str, Tensor] | None = None,
+    gather: Gather = as_it_is,
+    writes: bool = True,
 ) -> None:
     """Write one adapter of a PEFT model as PEFT reads it, without the others on the same base.
 
@@ -395,7 +391,8 @@ def save_adapter(
         adapter: the adapter's name on it.
         folder: where to; the adapter is its only one and stands at its root.
         head: the state of its scalar head; the folder is then a sequence classifier's.
-        state_dict: the whole model's, where it is sharded over processes; None reads the model's own.
+        gather: makes a weight whole, where weights lie in pieces; of the adapter alone.
+        writes: whether this process writes; where weights lie in pieces every process calls this.
     """
     from peft import TaskType, get_peft_model_state_dict
 
@@ -403,16 +400,35 @@ def save_adapter(
     config.inference_mode, config.auto_mapping = True, None
     config.task_type = TaskType.CAUSAL_LM if config.task_type is None else config.task_type
     config.base_model_name_or_path = unwrap_peft(model).config._name_or_path or config.base_model_name_or_path
-    weights = get_peft_model_state_dict(
-        model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=False
-    )
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if head is not None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, list(HEAD_NAMES)
         weights |= {f"base_model.model.score.{name}": x for name, x in head.items()}
+    whole = {name: gather(x.detach()).cpu().clone().contiguous() for name, x in weights.items()}
+    if not writes:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: x.detach().cpu().clone().contiguous() for name, x in weights.items()}
     safetensors.torch.save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def save_part(part: Any, folder: Path, gather: Gather, *, writes: bool) -> None:
+    """Write a model that is trained as its kind is read: a role or an adapter as PEFT's, any other whole.
+
+    Args:
+        part: the model.
+        folder: where to.
+        gather: makes a weight whole.
+        writes: whether this process writes; where weights lie in pieces every process calls this.
+    """
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(part, Role):
+        part.save_pretrained(folder, gather=gather, writes=writes)
+    elif hasattr(part, "peft_config"):
+        save_adapter(part, part.active_adapter, folder, gather=gather, writes=writes)
+    else:
+        save_model(part, folder, gather, writes=writes)
 
 
 def load_adapter_weights(model: Any, adapter: str, folder: Path, *, head: nn.Linear | None = None) -> None:

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from rto.models.loading import backbone, scalar_head, source_name, unwrap_peft
-from rto.models.precision import wide_head, wide_linear
+from rto.models.loading import backbone, copied, scalar_head, source_name, unwrap_peft
+from rto.models.precision import note, noted, wide_head, wide_linear
 
 
 def values_of(model: nn.Module, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
@@ -51,14 +51,30 @@ def critic_of(policy: Any) -> nn.Module:
     remedy = "pass value_model, or set advantage_estimator='reinforce++', which needs no critic"
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ValueError(f"no critic can start from a {name}: transformers has no such model that scores: {remedy}")
-    critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    backbone(critic).load_state_dict(backbone(policy).state_dict())
-    for parameter in scalar_head(critic).parameters():
-        nn.init.zeros_(parameter)
+    with torch.device("meta"):
+        critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    _take_over(backbone(critic), backbone(policy))
+    kind = next(backbone(critic).parameters())
+    for module in scalar_head(critic).modules():
+        for parameter_name, x in list(module.named_parameters(recurse=False)):
+            zero = nn.Parameter(torch.zeros(x.shape, dtype=kind.dtype, device=kind.device))
+            if noted(kind) is not None:
+                note(zero, torch.float32)
+            setattr(module, parameter_name, zero)
     why = why_no_critic(critic)
     if why is not None:
         raise ValueError(f"no critic can start from a {name}: {why}: {remedy}")
     return critic
+
+
+def _take_over(model: nn.Module, source: nn.Module) -> None:
+    """Give a model without weights (meta) copies of another's, in fp32, and of its buffers."""
+    held = dict(source.named_parameters())
+    state = {name: copied(held[name], torch.float32) if name in held else x for name, x in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    for name, buffer in source.named_buffers():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = buffer.clone()
 
 
 def check_critic(model: nn.Module) -> nn.Module:

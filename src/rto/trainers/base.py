@@ -22,13 +22,12 @@ from transformers.trainer_utils import SchedulerType
 from rto.files import write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
-from rto.models.roles import Role, load_adapter_weights, save_adapter
+from rto.models.roles import Role, load_adapter_weights
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
-from rto.trainers.cards import write_card
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
-from rto.trainers.precision import PrecisionArguments, for_saving, on_this_machine, prepare_trained
+from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
 
 _Part = TypeVar("_Part")
@@ -219,12 +218,6 @@ class TokenTrainer(SealedCheckpoints):
         self._norms = self.engine.clip(groups, self.args.max_grad_norm)
         return next(iter(self._norms.values()))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.engine.before_preparing(self.model)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self.engine.adopt(self.model)
-        return prepared
-
     def record(self, **metrics: float | Tensor) -> None:
         """Keep metrics, already global, for the next log; several values of one name are averaged."""
         for name, value in metrics.items():
@@ -246,29 +239,10 @@ class TokenTrainer(SealedCheckpoints):
         self._metrics.update(json.loads((folder / "metrics.json").read_text()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
         actor: Actor = self.accelerator.unwrap_model(self.model)
         stop_at_eos(actor.policy, self.processing_class)
-        part: Any
-        for part, where in ((actor.policy, folder), (actor.value_model, folder / VALUE_MODEL)):
-            if part is None:
-                continue
-            name = "policy" if part is actor.policy else VALUE_MODEL
-            own = None if state_dict is None else _strip(state_dict, f"{name}.")
-            if isinstance(part, Role):
-                base = None if state_dict is None else _strip(state_dict, "policy.")
-                part.save_pretrained(where, base, head=None if own is None else _strip(own, "score."))
-            elif hasattr(part, "peft_config"):
-                save_adapter(part, part.active_adapter, where, state_dict=own)
-            else:
-                part.save_pretrained(where, state_dict=own)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(where)
-        torch.save(for_saving(self.args), folder / "training_args.bin")
-        write_card(self, folder)
+        self._write({folder: actor.policy, folder / VALUE_MODEL: actor.value_model})
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -301,10 +275,6 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
 def _as_it_is(rows: list[Any]) -> Any:
     """Rows stay lists of token ids until their micro-batch is cut."""
     return rows
-
-
-def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
 
 
 def load_weights(model: Any, folder: Path) -> None:

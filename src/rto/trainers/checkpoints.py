@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rto import signals
 from rto.files import alone, digest, write_atomically
 from rto.finite import Watch, check_weights, together
+from rto.models.roles import save_part
 from rto.trainers import cards
 from rto.trainers.engine import Engine
 from rto.trainers.identity import compare, identity
+from rto.trainers.precision import for_saving
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,10 @@ class SealedCheckpoints(Trainer):
             with together(self.accelerator):
                 if self.is_world_process_zero():
                     stack.enter_context(alone(folder))
-                    if self._identity is None:
-                        self._identity = identity(self)
+            self.engine.ready(cast(nn.Module, self.model))
+            if self._identity is None:
+                self._identity = identity(self)
+            with together(self.accelerator):
                 if named in ("true", "last"):
                     start = last_checkpoint(folder)
                 elif named not in ("none", "false", ""):
@@ -106,6 +110,17 @@ class SealedCheckpoints(Trainer):
                 "anew in another output_dir"
             )
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.engine.ready(cast(nn.Module, self.model))
+        if not self.engine.sharded:
+            return super()._prepare_for_training(*args, **kwargs)
+        # accelerate looks for an optimizer's weights by their addresses, and a piece without numbers has none.
+        held = [list(group["params"]) for group in self.create_optimizer().param_groups]
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        for group, parameters in zip(cast(Any, self.optimizer).param_groups, held, strict=True):
+            group["params"] = parameters
+        return prepared
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last number before an update; with it, everything that was noted for this update is looked at."""
         norm = super()._get_grad_norm(model, grad_norm)
@@ -128,12 +143,28 @@ class SealedCheckpoints(Trainer):
         if _internal_call and self.engine.in_pieces:  # a checkpoint has its pieces
             return
         # The library's own writes nothing where checkpoints are kept in pieces, and a tied weight twice.
-        state = self.engine.weights(cast(nn.Module, self.model))
         with together(self.accelerator):
-            if self.args.should_save:
-                self._save(output_dir, state_dict=state)
+            if self.args.should_save or self.engine.sharded:
+                self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _write(self, parts: Mapping[Path, Any]) -> None:
+        """Write models that are trained, each with the tokenizer; settings and card with the first.
+
+        Args:
+            parts: by folder; None is left out. Where weights lie in pieces every process calls this.
+        """
+        writes = bool(self.args.should_save)
+        for folder, part in parts.items():
+            if part is not None:
+                save_part(part, folder, self.engine.gather, writes=writes)
+                if writes and self.processing_class is not None:
+                    cast(Any, self.processing_class).save_pretrained(folder)
+        if writes:
+            folder = next(iter(parts))
+            torch.save(for_saving(self.args), folder / "training_args.bin")
+            cards.write_card(self, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -24,14 +24,16 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_auto_wrap_policy
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from rto.batches import micro_batches
 from rto.models.loading import unwrap_peft
+from rto.models.precision import settle
 from rto.models.roles import Role
 from rto.values import read_yaml
 
@@ -70,6 +72,15 @@ def check_layout(args: Any) -> None:
 
 
 REMEDY = "use FSDP2 (recipes/accelerate/fsdp2.yaml, or --fsdp), which cuts weights, gradients and optimizer alike"
+
+
+def will_cut(args: Any) -> bool:
+    """Whether models will be cut over processes by FSDP2, told before there is an `Engine`.
+
+    Args:
+        args: a configuration with ``fsdp`` of `transformers.TrainingArguments`.
+    """
+    return (bool(getattr(args, "fsdp", None)) or _launched("FSDP")) and "LOCAL_RANK" in os.environ
 
 
 def _launched(what: str) -> bool:
@@ -184,6 +195,9 @@ class Engine:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise EngineError(f"DeepSpeed ZeRO-3 is not supported, since processes decode unevenly: {REMEDY}")
+        if self.sharded:
+            # Every process reads the files itself: they are mapped, so the processes of a host share one copy.
+            accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self._root: nn.Module | None = None
         self._held: Counter[int] = Counter()
 
@@ -287,25 +301,29 @@ class Engine:
 
     # --- models that are cut over processes
 
-    def before_preparing(self, model: nn.Module) -> None:
-        """What has to be set before accelerate cuts the trained model.
+    def ready(self, model: nn.Module) -> None:
+        """Put the trained model where it is to be: cut over processes, or nothing but its weights in their precision.
 
         Log-probabilities and values leave it in fp32, and gradients are added up in fp32, whatever layers compute in:
         accelerate would round both to that.
         """
+        if self._root is model:
+            return
+        self._root = model
         if not self.sharded:
+            settle(model)
             return
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             wide = {"output_dtype": None, "reduce_dtype": torch.float32}
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **wide)
-
-    def adopt(self, model: nn.Module) -> None:
-        """Take on the trained model once it is prepared."""
-        if not self.sharded or self._root is not None:
-            return
-        self._root = model
-        _make_root(model)
+        plugin.set_auto_wrap_policy(model)
+        if plugin.activation_checkpointing:
+            fsdp2_apply_ac(self.accelerator, model)
+            plugin.activation_checkpointing = False
+        chosen = fsdp2_prepare_auto_wrap_policy(plugin, model)
+        policy, lets_go = plugin.mixed_precision_policy or MixedPrecisionPolicy(), plugin.reshard_after_forward
+        self._cut(model, chosen or (lambda module: False), lets_go, mp_policy=policy)
         cut = len(_units(model))
         if cut < 2:
             logger.warning(
@@ -315,35 +333,39 @@ class Engine:
                 cut,
             )
 
-    def ready(self, model: nn.Module) -> None:
-        """Cut the trained model for what is read before training begins; nothing where it is whole, or cut already."""
-        if self.sharded and self._root is None:
-            self.before_preparing(model)
-            fsdp2_prepare_model(self.accelerator, model)
-            self.adopt(model)
-
     def lay_out(self, model: Any) -> None:
         """Put a model that is only read where it is to be: on the device, or cut over processes by its layers.
 
-        It keeps its precision, and is to be read within `whole`. A role shares a base, which is cut with the trained
-        model; what is quantized stays whole.
+        It is to be read within `whole`. A role shares a base, which is cut with the trained model; what is quantized
+        stays whole.
         """
         if isinstance(model, Role) or not (self.sharded and all(p.is_floating_point() for p in model.parameters())):
+            settle(model)
             model.to(self.accelerator.device)
-            return
-        if isinstance(model, FSDPModule):
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        held = model.state_dict() if plugin.cpu_ram_efficient_loading else None
-        settings: dict[str, Any] = {"mesh": self._mesh(), "offload_policy": plugin.cpu_offload}
-        names = getattr(unwrap_peft(model), "_no_split_modules", None) or ()
-        for module in [m for m in model.modules() if type(m).__name__ in names]:
-            fully_shard(module, **settings)
+        elif not isinstance(model, FSDPModule):
+            names = getattr(unwrap_peft(model), "_no_split_modules", None) or ()
+            self._cut(model, lambda module: type(module).__name__ in names, True)
+
+    def _cut(
+        self, model: nn.Module, chosen: Callable[[nn.Module], bool], lets_go: bool | None, **settings: Any
+    ) -> None:
+        """Cut a model, unit by unit: no more than one unit's weights are whole here, and in their own precision.
+
+        Args:
+            model: what is cut; it is a unit itself, of what is in no other.
+            chosen: which of its modules are units.
+            lets_go: whether a unit is let go after its forward pass.
+            settings: of `fully_shard`.
+        """
+        settings |= {"mesh": self._mesh(), "offload_policy": self.accelerator.state.fsdp_plugin.cpu_offload}
+        for module in reversed(list(model.modules())):  # what is inside of a unit comes before it
+            if module is model or not chosen(module):
+                continue
+            settle(module)
+            fully_shard(module, reshard_after_forward=lets_go, **settings)
+        settle(model)
         fully_shard(model, **settings)
         _make_root(model)
-        if held is not None:  # the first process alone has read the weights
-            first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(model, held if self.accelerator.is_main_process else {}, options=first)
 
     def _mesh(self) -> Any:
         mesh = getattr(self.accelerator, "torch_device_mesh", None)
@@ -402,18 +424,9 @@ class Engine:
         """Checkpoints hold each process's own pieces (SHARDED_STATE_DICT)."""
         return self.sharded and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The whole state of a cut model, on the main process (elsewhere nothing); None where models are whole.
-
-        A tied weight comes under its first name only: gathered, its names no longer share their memory, and a folder
-        would hold it twice.
-        """
-        if not self.sharded:
-            return None
-        first: dict[int, str] = {}
-        tied = [n for n, p in model.named_parameters(remove_duplicate=False) if first.setdefault(id(p), n) != n]
-        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return {name: x for name, x in state.items() if name not in tied}
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole of a weight, on every process: collective where it is cut."""
+        return x.to(self.accelerator.device).full_tensor() if isinstance(x, DTensor) else x
 
 
 def _units(model: nn.Module) -> list[Any]:

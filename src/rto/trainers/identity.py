@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from enum import Enum
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 FREE = {
     *("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "project", "local_rank"),
@@ -39,7 +40,7 @@ def identity(trainer: Any) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
         "digest of train_dataset": rows_digest(rows),
-        **{f"weights of {part}": weights_digest(model) for part, model in trainer.models().items()},
+        **{f"weights of {part}": weights_digest(m, trainer.engine.all_reduce) for part, m in trainer.models().items()},
     }
 
 
@@ -76,22 +77,26 @@ def _parts(rows: Any) -> Iterable[bytes]:
         yield json.dumps(held, default=str).encode()
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, add_up: Callable[[Tensor], Tensor]) -> str:
     """A digest of a model's weights: of each its name, type, shape and the sum of its bits, on its own device.
 
     Sums of integers are exact in any order, so every device and number of threads finds the same. Of a model with
-    frozen weights these alone count: adapters may start at random.
+    frozen weights these alone count: adapters may start at random. Of a model that is cut over processes each adds
+    up its own pieces, and ``add_up`` those of all.
     """
     found = hashlib.blake2b(digest_size=16)
     weights = dict(model.named_parameters())
     weights = {name: w for name, w in weights.items() if not w.requires_grad} or weights
-    sums: dict[str, torch.Tensor] = {}
+    sums: list[Tensor] = []
+    cut = False
     for name, weight in weights.items():
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         local = weight.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local
+        if isinstance(local, DTensor):
+            cut, local = True, local.to_local()
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-        found.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
         if not local.is_meta:
-            sums[name] = local.contiguous().view(-1).view(whole).sum(dtype=torch.int64)
-    found.update(json.dumps([int(x) for x in sums.values()]).encode())
+            sums.append(local.contiguous().view(-1).view(whole).sum(dtype=torch.int64))
+    total = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    found.update(json.dumps((add_up(total) if cut else total).tolist()).encode())
     return found.hexdigest()

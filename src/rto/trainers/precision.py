@@ -15,6 +15,7 @@ from rto.data.chat import split_special_tokens
 from rto.models.loading import is_adapter, load_tokenizer, source_name, tokenizer_kwargs
 from rto.models.precision import NARROW, as_dtype, check_derivative, keep_derivative, widen
 from rto.references import References, put_back
+from rto.trainers.engine import will_cut
 from rto.values import json_mapping
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,9 @@ class Reading:
     """What was asked for; None for nothing."""
     frozen_dtype: torch.dtype
     """Of models that are only read."""
+    as_stored: bool = False
+    """Whether whole models stay as their files have them until they are cut over processes, so that none is ever
+    copied whole (`rto.models.precision.settle`)."""
 
     @classmethod
     def of(cls, args: Any, start: Any) -> "Reading":
@@ -132,21 +136,31 @@ class Reading:
         if frozen == "auto":
             frozen = torch.bfloat16 if args.mixed_precision == "bf16" else _at_least_fp32(dtype)
         split = getattr(args, "split_special_tokens", None)
-        return cls(init=given, split=split, start=source_name(start), dtype=dtype, frozen_dtype=frozen)
+        return cls(
+            init=given,
+            split=split,
+            start=source_name(start),
+            dtype=dtype,
+            frozen_dtype=frozen,
+            as_stored=will_cut(args),
+        )
 
     def trained(self, source: Any, *, adapted: bool = False) -> dict[str, Any]:
         """For a model that is trained: whole, or (``adapted``, or the folder of an adapter) its adapter alone."""
         if adapted or (isinstance(source, str | Path) and is_adapter(source)):
             dtype = self.frozen_dtype if self.dtype is None else self.dtype  # of the base, which is frozen
-        else:
-            dtype = _at_least_fp32(self.dtype)
-            if self.dtype in NARROW and self._is_start(source):
-                logger.warning("%s is trained whole: dtype=%s gives way to float32", source_name(source), self.dtype)
-        return {**self._own(source), "dtype": dtype}
+            return {**self._own(source), "dtype": dtype}
+        if self.dtype in NARROW and self._is_start(source):
+            logger.warning("%s is trained whole: dtype=%s gives way to float32", source_name(source), self.dtype)
+        dtype = _at_least_fp32(self.dtype)
+        return {**self._own(source), "dtype": dtype, **self._left()}
 
     def frozen(self, source: Any) -> dict[str, Any]:
         """For a model that is only read."""
-        return {**self._own(source), "dtype": self.frozen_dtype}
+        return {**self._own(source), "dtype": self.frozen_dtype, **self._left()}
+
+    def _left(self) -> dict[str, Any]:
+        return {"as_stored": True} if self.as_stored else {}
 
     def read_tokenizer(self, model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that is given, or the model's; it reads special tokens as the configuration says."""

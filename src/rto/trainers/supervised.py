@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -32,6 +33,7 @@ from rto.data.formats import (
     reason_of,
     special_in_row,
 )
+from rto.finite import together
 from rto.models.loading import (
     Source,
     find_config,
@@ -44,6 +46,7 @@ from rto.models.loading import (
 )
 from rto.models.precision import check_derivative
 from rto.models.roles import trainable
+from rto.models.saving import save_merged
 from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
 from rto.trainers.engine import check_layout
@@ -137,6 +140,18 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         stop_at_eos(self.accelerator.unwrap_model(self.model), self._tokenizer)
         super()._save(output_dir, state_dict)
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the model under its adapter as a whole one, with the tokenizer; every process calls this."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        stop_at_eos(model, self._tokenizer)
+        with together(self.accelerator):
+            if self.engine.sharded:
+                save_merged(model, folder, self.engine.gather, writes=self.args.should_save)
+            elif self.args.should_save:
+                model.merge_and_unload().save_pretrained(folder)
+            if self.args.should_save:
+                self._tokenizer.save_pretrained(folder)
 
     def _prepare_dataset(
         self,

@@ -62,13 +62,16 @@ class FromTRL(SealedCheckpoints):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        args = self.args
+        args, folder = self.args, Path(output_dir or str(self.args.output_dir))
+        if self.engine.sharded:
+            self._write({folder: self.accelerator.unwrap_model(self.model)})
+            return
         self.args = for_saving(args)  # the library writes it beside the weights
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
-        write_card(self, Path(output_dir or str(args.output_dir)))
+        write_card(self, folder)
 
     def _save_state(self, folder: Path) -> None:
         """TRL's counters: what it has seen, and what it has not logged yet."""

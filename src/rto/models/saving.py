@@ -1,0 +1,278 @@
+"""Models written tensor by tensor, so that nobody holds one whole whose weights lie in pieces over processes.
+
+A `Piece` is a tensor of a file that is not made before its turn has come: gathered from processes, or an adapter's
+layer merged into its base. Making one may be collective, so every process walks over all pieces in one order, and one
+of them writes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.core_model_loading import revert_weight_conversion
+
+from rto.files import write_atomically
+
+Gather = Callable[[Tensor], Tensor]
+"""A weight as it lies here → the whole of it; collective where it lies in pieces."""
+
+LARGEST_FILE = "50GB"
+"""The library's own limit."""
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What the safetensors format calls precisions."""
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """How weights that are whole are gathered."""
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A tensor that is yet to be made."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, x: Tensor, gather: Gather) -> "Piece":
+        """A weight as it is."""
+        return cls(dtype=x.dtype, shape=x.shape, make=lambda: gather(x.detach()))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def save_model(model: Any, folder: Path, gather: Gather, *, writes: bool) -> None:
+    """What ``model.save_pretrained(folder)`` writes of a whole model, tensor by tensor.
+
+    Args:
+        model: a model of `transformers`.
+        folder: where to.
+        gather: makes a weight whole.
+        writes: whether this process writes; every process calls this.
+    """
+    _save(model, folder, pieces_of(model, gather), writes)
+
+
+def save_merged(model: Any, folder: Path, gather: Gather, *, writes: bool) -> None:
+    """What ``merge_and_unload().save_pretrained(folder)`` writes of a PEFT model, layer by layer; it stays as it is.
+
+    Args:
+        model: a PEFT model, under its active adapter.
+        folder: where to.
+        gather: makes a weight whole.
+        writes: whether this process writes; every process calls this.
+    """
+    base = model.get_base_model()
+    _save(base, folder, merged_pieces(base, gather), writes)
+
+
+def pieces_of(model: nn.Module, gather: Gather) -> dict[str, Piece]:
+    """All that a folder holds of a model's state, by name; a tied weight comes under its first name only."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    tied = {name for name, x in named if first.setdefault(id(x), name) != name}
+    state = {name: x for name, x in model.state_dict().items() if name not in tied}
+    return {_plain(name): Piece.of(x, gather) for name, x in state.items()}
+
+
+def _plain(name: str) -> str:
+    """A weight's name without what wrappers of layers have put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def merged_pieces(base: Any, gather: Gather) -> dict[str, Piece]:
+    """`pieces_of` the model under a PEFT model's adapters, each layer as its active adapter has it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    own = pieces_of(base, gather)
+    for name, module in list(base.named_modules()):
+        prefix = f"{_plain(name)}."
+        if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            continue
+        inside = [n for n in own if n.startswith(prefix)]
+        if isinstance(module, ModulesToSaveWrapper):
+            chosen = f"{prefix}modules_to_save.{module.active_adapters[0]}."
+            plain = {prefix + n.removeprefix(chosen): own[n] for n in inside if n.startswith(chosen)}
+        else:
+            layer = f"{prefix}base_layer."
+            plain = {prefix + n.removeprefix(layer): own[n] for n in inside if n.startswith(layer)}
+            weight = plain[f"{prefix}weight"]
+            make = partial(_merged, module, gather)
+            plain[f"{prefix}weight"] = Piece(dtype=weight.dtype, shape=weight.shape, make=make)
+        for n in inside:
+            del own[n]
+        own |= plain
+    return own
+
+
+class _Merge(nn.Module):
+    """A layer's own way of merging its adapter, as a function of its weights."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        """The merged weight; the layer does not remember."""
+        self.layer.merge()
+        self.layer.merged_adapters.clear()
+        return self.layer.get_base_layer().weight.detach()
+
+
+@torch.no_grad()
+def _merged(layer: Any, gather: Gather) -> Tensor:
+    """A layer's weight with its active adapter in it."""
+    merge = _Merge(layer)
+    # Copies: merging is in place.
+    whole = {name: gather(x.detach()).clone() for name, x in merge.named_parameters()}
+    return functional_call(merge, whole, ())
+
+
+def _save(model: Any, folder: Path, pieces: dict[str, Piece], writes: bool) -> None:
+    kept = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    pieces = {name: piece for name, piece in pieces.items() if name not in kept}
+    stored = _as_stored(model, pieces)
+    if stored != {name: piece.shape for name, piece in pieces.items()}:
+        # A folder holds these weights in another form (experts one by one, say), which the library makes of all of
+        # them together.
+        whole = {name: piece.make() for name, piece in pieces.items()}
+        if writes:
+            model.save_pretrained(folder, state_dict={name: x.cpu() for name, x in whole.items()})
+        return
+    error: Exception | None = None
+    if writes:
+        try:
+            model.save_pretrained(folder, state_dict={})  # everything but weights
+        except Exception as raised:  # told once nobody waits for this process any more
+            error = raised
+    write_weights(folder, pieces, writes=writes and error is None)
+    if error is not None:
+        raise error
+
+
+def _as_stored(model: Any, pieces: Mapping[str, Piece]) -> dict[str, torch.Size] | None:
+    """Names and shapes in a folder; None where they cannot be told beforehand."""
+    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in pieces.items()}
+    try:
+        return {name: x.shape for name, x in revert_weight_conversion(model, empty).items()}
+    except Exception:  # an operation that meta tensors do not have
+        return None
+
+
+def write_weights(folder: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None:
+    """Write ``model.safetensors``, or several files and their index where one would be too large.
+
+    Args:
+        folder: where to.
+        pieces: by name; every process has the same.
+        writes: whether this process does.
+
+    Raises:
+        OSError: a file cannot be written; the other processes have been waited for.
+    """
+    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in pieces.items()}
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
+    )
+    if writes:
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+    for file, names in plan.filename_to_tensors.items():
+        write_file(folder / file, {name: pieces[name] for name in names}, writes=writes)
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+
+
+def write_file(path: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None:
+    """Write one file in the safetensors format: the header's length, the header, then tensor after tensor.
+
+    The order is the format's own, widest precision first and then by name, so that every tensor is aligned.
+
+    Args:
+        path: the file.
+        pieces: by name.
+        writes: whether this process does.
+
+    Raises:
+        OSError: it cannot be written; all pieces have been made, so that no process waits for this one.
+    """
+    ordered = sorted(pieces.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, piece in ordered:
+        start, end = end, end + piece.size
+        header[name] = {"dtype": TYPES[piece.dtype], "shape": list(piece.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole = _Growing(path, text) if writes else None
+    for name, piece in ordered:
+        x = piece.make()
+        if whole is not None:
+            whole.add(name, x, piece)
+    if whole is not None:
+        whole.finish()
+
+
+class _Growing:
+    """A file on its way to be whole; what goes wrong with it is told at its end."""
+
+    def __init__(self, path: Path, header: bytes) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.error: Exception | None = None
+        with self._remembering(), self.partial.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+
+    def add(self, name: str, x: Tensor, piece: Piece) -> None:
+        """Append a tensor's bytes."""
+        if self.error is not None:
+            return
+        with self._remembering(), self.partial.open("ab") as file:
+            if (x.dtype, x.shape) != (piece.dtype, piece.shape):
+                raise RuntimeError(f"{name} is {x.dtype} {tuple(x.shape)}, not what its file says")
+            file.write(memoryview(x.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+
+    def finish(self) -> None:
+        """Give it its name.
+
+        Raises:
+            OSError: something of it could not be written.
+        """
+        if self.error is not None:
+            self.partial.unlink(missing_ok=True)
+            raise self.error
+        self.partial.replace(self.path)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self.error = error
