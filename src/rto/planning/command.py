@@ -74,8 +74,8 @@ def plan(
     work = workload(recipe, shapes, method=method)
     lora = work.lora or Lora(rank=RANK, targets=frozenset(x.name for x in shapes["policy"].linears))
     plain = Placement(devices=devices, compute=work.compute, moments=work.moments)
-    every = variants(work.job, plain, lora, memory)
-    own = next(v for v in every if v.place == replace(plain, lora=work.lora))
+    every = variants(work.job, plain, lora, memory, offloads=work.offload)
+    own = next(v for v in every if v.place == replace(plain, lora=work.lora, offload=work.offload))
     if shown is not None and not 1 <= shown <= len(every):
         raise ValueError(f"--variant {shown}: choose from 1 to {len(every)}")
     chosen = every[shown - 1] if shown else own if own.fits else next((v for v in every if v.fits), own)
@@ -326,8 +326,8 @@ def show(found: Plan, console: Console) -> None:
     console.print(
         f"Assumed, not measured: {rates.operations / 1e12:g} · 10¹² operations a second, {rates.utilisation:.0%} of "
         f"them reached; memory {rates.bandwidth / GB:g} GB/s, {rates.reached:.0%} reached; links {rates.link / GB:g} "
-        f"GB/s in a host, {rates.network / GB:g} between hosts. Rows of full length. Training under FSDP2 and "
-        "off-loading do not run in this version: the plan says what they would need.",
+        f"GB/s in a host, {rates.network / GB:g} between hosts. Rows of full length. Off-loading is "
+        "offload_frozen, which FSDP2 does not have: its own (cpu_offload) takes trained models along.",
         *found.workload.notes,
         sep="\n",
         highlight=False,

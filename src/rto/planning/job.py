@@ -280,12 +280,20 @@ class Variant:
     """Tokens a pass divided by this fit; None: one row is too much."""
 
 
-def variants(job: Job, plain: Placement, lora: Lora, memory: float) -> list[Variant]:
-    """Full fine-tuning and LoRA on one base, whole and sharded models, frozen ones at hand and off-loaded."""
+def variants(job: Job, plain: Placement, lora: Lora, memory: float, *, offloads: bool = False) -> list[Variant]:
+    """Full fine-tuning and LoRA on one base, whole and sharded models, frozen ones at hand and off-loaded.
+
+    Args:
+        job: the run.
+        plain: where its numbers lie when they are whole and at hand.
+        lora: adapters.
+        memory: bytes of a device.
+        offloads: the run off-loads; on one base only what stands beside it can go, so this is no variant unasked.
+    """
     found = []
     for training, adapters in (("full", None), ("LoRA on one base", lora)):
         for sharded in (False, True) if plain.devices > 1 else (False,):
-            for offload in (False, True) if adapters is None else (False,):
+            for offload in (False, True) if adapters is None or offloads else (False,):
                 engine = "FSDP2" if sharded else "DDP" if plain.devices > 1 else "one device"
                 place = replace(plain, lora=adapters, sharded=sharded, offload=offload)
                 name = f"{training}, {engine}" + (", off-loading" if offload else "")

@@ -29,6 +29,7 @@ class Workload:
         method: which; None where the recipe has learners only.
         compute: bytes of a number in a matrix product.
         moments: bytes of the optimizer's state, a trained weight.
+        offload: frozen models of the iterations wait in host memory (``offload_frozen``).
         lora: the recipe's own adapters; None where it trains whole models.
         tokens: of a pass, as the recipe has them.
         notes: what was assumed.
@@ -38,6 +39,7 @@ class Workload:
     method: str | None
     compute: int
     moments: int
+    offload: bool
     lora: Lora | None
     tokens: int
     notes: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ def workload(recipe: Recipe, shapes: Mapping[str, Shape], *, method: str | None 
         method=method,
         compute=compute,
         moments=max(map(_state, configs)),
+        offload=method is not None and configs[-1].offload_frozen,
         lora=None if recipe.peft is None else lora_of(recipe.lora(), shapes["policy"]),
         tokens=configs[-1].max_tokens_per_micro_batch if method else configs[0].max_tokens_per_micro_batch,
         notes=tuple(_notes(recipe, shapes)),

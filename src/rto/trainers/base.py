@@ -143,6 +143,7 @@ class TokenTrainer(SealedCheckpoints):
         kwargs.pop("data_collator", None)
         prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
+        self.engine.tell_of_clipping(1 if model.value_model is None else 2, args.max_grad_norm)
         self._norms: dict[str, Tensor] = {}
         if self.optimizer is not None:
             _check_optimizer(self.optimizer, model)

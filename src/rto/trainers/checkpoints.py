@@ -56,6 +56,10 @@ class SealedCheckpoints(Trainer):
         """Every model that decides the results, by its part."""
         return {"model": cast(nn.Module, self.model)}
 
+    def decide(self) -> dict[str, Any]:
+        """What decides the results besides settings, rows and weights, by its name: objects a user may have given."""
+        return {}
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; True, "true", "last": resume from the last *whole* checkpoint, or start anew.
 

@@ -299,6 +299,16 @@ class Engine:
             norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return norms
 
+    def tell_of_clipping(self, groups: int, max_norm: float) -> None:
+        """Say so where a limit that is meant for each group of parameters would be on all of them together."""
+        if self.deepspeed and groups > 1 and max_norm > 0:
+            logger.warning(
+                "DeepSpeed clips policy and critic by one norm, so max_grad_norm=%g is on both together here: a young "
+                "critic's gradient shortens the policy's step. FSDP2 and DDP clip each by its own; "
+                "max_grad_norm=0 clips nothing",
+                max_norm,
+            )
+
     # --- models that are cut over processes
 
     def ready(self, model: nn.Module) -> None:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any
 
 import torch
@@ -40,8 +41,38 @@ def identity(trainer: Any) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
         "digest of train_dataset": rows_digest(rows),
+        **{name: x for part, given in trainer.decide().items() for name, x in told(part, given).items()},
         **{f"weights of {part}": weights_digest(m, trainer.engine.all_reduce) for part, m in trainer.models().items()},
     }
+
+
+def told(name: str, x: Any) -> dict[str, Any]:
+    """An object that decides results, as values by dotted names: its kind, and what it is made of.
+
+    Functions are their names; of an object that is no dataclass what is a number, a word or a function counts.
+    """
+    if isinstance(x, PLAIN):
+        return {name: x}
+    if isinstance(x, list | tuple):
+        return {key: y for i, part in enumerate(x) for key, y in told(f"{name}[{i}]", part).items()}
+    if hasattr(x, "__qualname__"):
+        return {name: f"{x.__module__}.{x.__qualname__}"}
+    kind = type(x)
+    if is_dataclass(x):
+        parts = {f.name: getattr(x, f.name) for f in fields(x) if f.name not in STATE}
+    else:
+        parts = {key: y for key, y in getattr(x, "__dict__", {}).items() if isinstance(y, PLAIN) or _is_function(y)}
+    inside = {key: y for part, value in parts.items() for key, y in told(f"{name}.{part}", value).items()}
+    return {name: f"{kind.__module__}.{kind.__qualname__}", **inside}
+
+
+PLAIN = (bool, int, float, str, NoneType)
+STATE = ("score_moments",)
+"""What objects remember, which a checkpoint holds."""
+
+
+def _is_function(x: Any) -> bool:
+    return callable(x) and hasattr(x, "__qualname__")
 
 
 def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

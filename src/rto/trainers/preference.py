@@ -193,6 +193,10 @@ class PreferenceTrainer(TokenTrainer):
             self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
             self.reference = None
 
+    def decide(self) -> dict[str, Any]:
+        """The loss."""
+        return {"the loss": self.loss}
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""
         model.train()

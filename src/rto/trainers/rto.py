@@ -411,6 +411,10 @@ class RTOTrainer(TokenTrainer):
         """Policy, critic, reference, and what token rewards and scores come from."""
         return {**super().models(), **self.scoring.models()}
 
+    def decide(self) -> dict[str, Any]:
+        """Credit assignment, and where scores come from."""
+        return {"credit": self.credit, "reward_funcs": self.scoring.names}
+
     # --- optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,6 +38,7 @@ from rto.models.loading import Source, freeze, load_policy, max_positions, sourc
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.samplers.base import Sampler, SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
+from rto.trainers.checkpoints import SealedCheckpoints
 from rto.trainers.logs import keep_lines
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class WinRateCallback(TrainerCallback):
 
     Raises:
         DataError: no prompt can be used, or a baseline file lacks an answer.
-        ValueError: the trainer trains no policy, or its model is sharded over processes; when training or evaluation
+        ValueError: the trainer trains no policy, or is none of these and cuts it over processes; when training or evaluation
             begins, another `WinRateCallback` of the trainer has this name.
     """
 
@@ -92,8 +93,11 @@ class WinRateCallback(TrainerCallback):
         seed: int = 0,
         name: str = "win_rate",
     ) -> None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ValueError("a win rate during training needs a whole policy on each process, not FSDP or DeepSpeed")
+        if trainer.is_fsdp_enabled and not isinstance(trainer, SealedCheckpoints):
+            raise ValueError(
+                f"a win rate under FSDP needs a trainer of rto's, which gathers its policy: {type(trainer).__name__} "
+                "does not"
+            )
         self.trainer, self.baseline, self.seed, self.name = trainer, baseline, seed, name
         self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
         policy, tokenizer = self._policy(), self.tokenizer
@@ -170,6 +174,13 @@ class WinRateCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return model.policy if isinstance(model, Actor) else model
 
+    def _whole(self, model: nn.Module) -> AbstractContextManager[None]:
+        engine = getattr(self.trainer, "engine", None)
+        if engine is None:
+            return nullcontext()
+        engine.ready(self.trainer.model)
+        return engine.whole(model)
+
     def _answers(self, model: nn.Module) -> list[Row]:
         """One answer a prompt, in the order of the prompts, on every process."""
         ids, accelerator = [p.ids for p in self.prompts], self.trainer.accelerator
@@ -182,7 +193,8 @@ class WinRateCallback(TrainerCallback):
                         mine.extend(draw(model, self.tokenizer, self.sampler, ids, batch, batch_seed(self.seed, k)))
             return mine
 
-        rows, error = _attempt(work)
+        with self._whole(model):  # gathered once for all answers; processes may have different numbers of them
+            rows, error = _attempt(work)
         if accelerator.num_processes > 1:  # everybody hears of an error, so nobody waits for ever
             shares = gather_object([(rows or [], None if error is None else repr(error))])
             rows = [row for share, _ in shares for row in share]
@@ -225,7 +237,11 @@ class WinRateCallback(TrainerCallback):
             self._baseline = self._from_file(Path(self.baseline))
         elif self.baseline is not None:
             with undisturbed(self._policy()):
-                model = freeze(load_policy(self.baseline, **self._trust)).to(self.trainer.args.device)
+                model = freeze(load_policy(self.baseline, **self._trust))
+            if (engine := getattr(self.trainer, "engine", None)) is not None:
+                engine.lay_out(model)
+            else:
+                model.to(self.trainer.args.device)
             self._keep(self._answers(model))
         else:
             self._baseline = self._on_main(lambda: self._kept(state.global_step))
