@@ -446,8 +446,11 @@ class Pipeline:
         return None if held_out is None else held_out.load(self.recipe.seed)
 
     def _held_out(self, trainer: Any, folder: Path) -> None:
-        if self.recipe.data.eval_pairs is not None:
-            write_atomically(folder / "held_out.json", json.dumps(trainer.evaluate(), indent=1))
+        if self.recipe.data.eval_pairs is None:
+            return
+        found = trainer.evaluate()
+        if processes().is_main_process:
+            write_atomically(folder / "held_out.json", json.dumps(found, indent=1))
 
     @contextmanager
     def _stage(self, name: str, title: str) -> Iterator[Path | None]:

@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -37,12 +38,42 @@ def call_it_an_accelerator() -> None:
     base.on_this_machine = lambda args: None  # would set use_cpu, under which there is no DeepSpeed
 
 
+WRITTEN: list[str] = []
+"""Files that this process has written, renamed or removed, in the present case."""
+
+
+def watch_writes() -> None:
+    """Take down every file that this process touches: what Python opens, and what libraries write past it."""
+
+    def see(event: str, args: Any) -> None:
+        if event == "open" and isinstance(args[0], str | os.PathLike):
+            flags = args[2] if isinstance(args[2], int) else 0
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                WRITTEN.append(os.path.abspath(os.fspath(args[0])))
+        elif event in ("os.rename", "os.remove", "os.rmdir", "os.truncate"):
+            WRITTEN.extend(os.path.abspath(os.fspath(x)) for x in args if isinstance(x, str | os.PathLike))
+
+    sys.addaudithook(see)
+    for owner, name, at in ((torch, "save", 1), (safetensors.torch, "save_file", 1)):
+        setattr(owner, name, _seen(getattr(owner, name), at))
+
+
+def _seen(work: Any, at: int) -> Any:
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > at and isinstance(args[at], str | os.PathLike):
+            WRITTEN.append(os.path.abspath(os.fspath(args[at])))
+        return work(*args, **kwargs)
+
+    return seen
+
+
 def main(cases: list[dict[str, Any]]) -> None:
     """One case after the other, in this process group."""
     from accelerate.state import AcceleratorState
 
     for case in cases:
         module, _, function = case.pop("run").partition(":")
+        WRITTEN.clear()
         os.environ |= case.pop("launched", {})  # what `accelerate launch` sets
         getattr(importlib.import_module(module), function)(**case)
         AcceleratorState._reset_state()  # a process group is kept; what was asked of it is not
@@ -53,6 +84,8 @@ def main(cases: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     call_it_an_accelerator()
+    watch_writes()
+    sys.modules["sharded"] = sys.modules["__main__"]
     main(json.loads(Path(sys.argv[1]).read_text()))
     if dist.is_initialized():
         dist.barrier()

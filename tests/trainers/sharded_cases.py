@@ -5,6 +5,7 @@ Each writes into ``output``: the exported model, ``history.json`` (what was logg
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def finish(
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
     facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
     facts |= {"steps": getattr(trainer, "steps", []), **read(trainer)}
-    (folder / f"layout_{rank}.json").write_text(json.dumps(facts))
+    (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder)}))
 
 
 @torch.no_grad()
@@ -124,6 +125,13 @@ def read(trainer: Any) -> dict[str, Any]:
     policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     exact = int((logp == logp.bfloat16().float()).sum())
     return {"logp": str(logp.dtype), "narrow": exact, "gradients": str(getattr(policy, "reduce_dtype", None))}
+
+
+def wrote(folder: Path) -> list[str]:
+    """Which files under a folder this process has touched."""
+    written = getattr(sys.modules.get("sharded"), "WRITTEN", [])  # where it is the program that runs this
+    home = f"{folder.absolute()}/"
+    return sorted({path.removeprefix(home) for path in written if path.startswith(home)})
 
 
 def layout(model: Any) -> dict[str, Any]:
@@ -156,4 +164,5 @@ def pipeline(output: str, batch: int, **values: Any) -> None:
     SealedCheckpoints.save_model = save_model
     run(load_recipe(None, small | values), output)
     SealedCheckpoints.save_model = plain
-    (Path(output) / f"layout_{dist.get_rank()}.json").write_text(json.dumps(laid))
+    folder = Path(output)
+    (folder / f"layout_{dist.get_rank()}.json").write_text(json.dumps(laid | {"wrote": wrote(folder)}))

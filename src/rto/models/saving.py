@@ -257,7 +257,8 @@ class _Growing:
         with self._remembering(), self.partial.open("ab") as file:
             if (x.dtype, x.shape) != (piece.dtype, piece.shape):
                 raise RuntimeError(f"{name} is {x.dtype} {tuple(x.shape)}, not what its file says")
-            file.write(memoryview(x.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            numbers: Any = x.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            file.write(numbers)
 
     def finish(self) -> None:
         """Give it its name.

@@ -436,7 +436,10 @@ class Engine:
 
     def gather(self, x: Tensor) -> Tensor:
         """The whole of a weight, on every process: collective where it is cut."""
-        return x.to(self.accelerator.device).full_tensor() if isinstance(x, DTensor) else x
+        if not isinstance(x, DTensor):
+            return x
+        here: Any = x.to(self.accelerator.device)  # what is off-loaded is gathered where processes meet
+        return here.full_tensor()
 
 
 def _units(model: nn.Module) -> list[Any]:
