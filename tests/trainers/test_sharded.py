@@ -55,6 +55,8 @@ SLOWER: dict[str, dict[str, Any]] = {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
         "learning_rate": 1e-3, "batch": 2,
     },
+    "rto, gathered once": {"run": "rto", "gather_once": True},
+    "rto on one base, gathered by layer": {"run": "rto", "lora": True, "gather_once": False},
     "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
     "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
@@ -230,7 +232,7 @@ def test_processes_decode_unlike_numbers_of_steps(name: str, launched: Path) -> 
 
 @pytest.mark.parametrize("name", [*EQUAL, "straight", "resumed", "not cut", "bf16"])
 def test_only_the_process_that_saves_writes(name: str, launched: Path) -> None:
-    """Checkpoints, logs, exports, cards: what two processes write at once, one of them spoils. Own names are its own."""
+    """Checkpoints, logs, exports, cards: what two processes write at once, one of them spoils."""
     first, second = (rank["wrote"] for rank in layouts(at(launched, name)))
     assert "model.safetensors" in first or "adapter_model.safetensors" in first
     assert [path for path in second if not re.search(r"(_1|__1_\d+)\.\w+$", path)] == []

@@ -42,11 +42,21 @@ class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows
             this, results do not: losses are summed over micro-batches under one global denominator.
+        gather_once: under FSDP2, gather what is trained once an update for all its passes, instead of layer by layer
+            twice a pass. Less is exchanged; a model lies whole on each device meanwhile, in the compute precision, as
+            it does while it decodes. None: where the base is frozen under adapters. Results do not depend on it.
         disable_dropout: set dropout to zero, so that a model's log-probabilities are a function of its input.
     """
 
     max_tokens_per_micro_batch: int = field(
         default=16384, metadata={"help": "Padded tokens in one forward and backward pass, per process."}
+    )
+    gather_once: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Under FSDP2, gather what is trained once an update, not layer by layer twice a pass; None: under "
+            "adapters."
+        },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to zero in the trained models."})
     remove_unused_columns: bool = field(
@@ -198,13 +208,27 @@ class TokenTrainer(SealedCheckpoints):
         """Passes through the model are collective (FSDP, DeepSpeed)."""
         return self.engine.sharded or self.engine.deepspeed
 
+    @property
+    def gathers_once(self) -> bool:
+        """What is trained is gathered once an update: see ``gather_once``."""
+        if self.args.gather_once is None:
+            return self.engine.sharded and not all(p.requires_grad for p in self.model.parameters())
+        return self.engine.sharded and self.args.gather_once
+
     def backward(
-        self, model: nn.Module, parts: Sequence[_Part], loss: Callable[[_Part], Tensor], *, whole: bool = True
+        self,
+        model: nn.Module,
+        parts: Sequence[_Part],
+        loss: Callable[[_Part], Tensor],
+        *,
+        whole: bool = True,
+        reads: Callable[[_Part], nn.Module | None] | None = None,
     ) -> Tensor:
         """`Engine.backward`; what was noted for this update is looked at where it steps by itself."""
         step = self.state.global_step + 1
         look = (lambda: self.watch.check(step)) if self.engine.deepspeed else None
-        return self.engine.backward(model, parts, loss, whole=whole, before_last=look)
+        reads = (reads or (lambda part: self.model)) if self.gathers_once else None
+        return self.engine.backward(model, parts, loss, whole=whole, before_last=look, reads=reads)
 
     def micro_batches(self, lengths: Tensor) -> list[Tensor]:
         """Cuts by the token budget; as many on every process, since sharded models run in step."""

@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -232,6 +232,7 @@ class Engine:
         *,
         whole: bool = True,
         before_last: Callable[[], None] | None = None,
+        reads: Callable[[_Part], Any] | None = None,
     ) -> Tensor:
         """Add up the gradients of Σ loss(part); the sum, over all processes.
 
@@ -244,27 +245,72 @@ class Engine:
             whole: every part reaches every trained parameter, which DDP's own exchange of gradients needs. Where
                 it is not so, gradients are exchanged here.
             before_last: called before the last part's gradients are there.
+            reads: the model that a part reads: gather it once for all its parts, which follow each other, instead of
+                layer by layer twice a part. None: layer by layer.
         """
         accelerator = self.accelerator
         total = torch.zeros((), device=accelerator.device)
         exchanged = whole or self.sharded or self.deepspeed
         steps = accelerator.sync_gradients
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with self._part(model, last=last, exchanged=exchanged, steps=last and steps):
-                with accelerator.autocast():
-                    value = loss(part)
-                if last and before_last is not None:
-                    before_last()
-                # Denominators are global already: DeepSpeed would divide by gradient_accumulation_steps again.
-                kwargs = {"scale_wrt_gas": False} if self.deepspeed else {}
-                accelerator.backward(value * (self.world if exchanged else 1), **kwargs)
-            total += value.detach()
+        kept = self._kept() if self.sharded and reads is not None else nullcontext()
+        with kept:
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                total += self._backward(model, loss, part, last, exchanged, last and steps, before_last)
+                if self.sharded and reads is not None and not last:
+                    self._let_go(reads(part), reads(parts[i + 1]))
         if not exchanged and self.world > 1:
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             for exchange in [torch.distributed.all_reduce(grad, async_op=True) for grad in grads]:
                 exchange.wait()
         return self.all_reduce(total)
+
+    def _backward(
+        self,
+        model: nn.Module,
+        loss: Callable[[_Part], Tensor],
+        part: _Part,
+        last: bool,
+        exchanged: bool,
+        steps: bool,
+        before_last: Callable[[], None] | None,
+    ) -> Tensor:
+        """One part's share of the loss, its gradients added up."""
+        with self._part(model, last=last, exchanged=exchanged, steps=steps):
+            with self.accelerator.autocast():
+                value = loss(part)
+            if last and before_last is not None:
+                before_last()
+            # Denominators are global already: DeepSpeed would divide by gradient_accumulation_steps again.
+            kwargs = {"scale_wrt_gas": False} if self.deepspeed else {}
+            self.accelerator.backward(value * (self.world if exchanged else 1), **kwargs)
+        return value.detach()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Units of the trained model stay as they are gathered, through forward and backward passes, until the end."""
+        units = _units(cast(nn.Module, self._root))
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.set_reshard_after_backward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+                unit.set_reshard_after_forward(self._lets_go(unit), recurse=False)
+                unit.set_reshard_after_backward(True, recurse=False)
+
+    def _let_go(self, model: Any, following: Any) -> None:
+        """Let go of a model that the following part does not read."""
+        there = set(map(id, self._units_of(following)))
+        for unit in self._units_of(model):
+            if id(unit) not in there:
+                unit.reshard()
+
+    def _lets_go(self, unit: Any) -> bool:
+        """A unit is let go after its forward pass, as accelerate was told."""
+        return unit is not self._root and bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
     @contextmanager
     def _part(self, model: nn.Module, *, last: bool, exchanged: bool, steps: bool) -> Iterator[None]:
@@ -417,8 +463,7 @@ class Engine:
                 self._held[id(unit)] -= 1
                 if self._held[id(unit)] == 0:
                     unit.reshard()
-                    lets_go = unit is not self._root and bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
-                    unit.set_reshard_after_forward(lets_go, recurse=False)
+                    unit.set_reshard_after_forward(self._lets_go(unit), recurse=False)
 
     def _units_of(self, model: Any) -> list[Any]:
         """What has to be gathered for a model: its units, and the trained model's own where it is a part of that."""

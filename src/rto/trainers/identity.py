@@ -19,7 +19,7 @@ FREE = {
     *("greater_is_better", "push_to_hub", "ref_cache_dir", "precompute_ref_log_probs", "model_init_kwargs", "debug"),
     *("use_cpu", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "full_determinism", "use_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "dataset_num_proc"),
-    "offload_frozen",
+    *("offload_frozen", "gather_once"),
     "stop_on_alarm",
 }
 """Settings that may change when a run is resumed, for they decide nothing."""

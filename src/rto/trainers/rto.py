@@ -341,8 +341,13 @@ class RTOTrainer(TokenTrainer):
         passes = passes if self.credit.needs_values else [("policy",)]
         if self.state.global_step < args.critic_warmup_steps:
             passes = [("value",)]
-        shares_of = [(rows, parts) for rows in self.micro_batches(batch.lengths.cpu()) for parts in passes]
-        total = self.backward(model, shares_of, loss, whole=len(passes) == 1)
+        cuts = self.micro_batches(batch.lengths.cpu())
+        shares_of = [(rows, parts) for rows in cuts for parts in passes]
+        if self.gathers_once:  # one model after the other
+            shares_of = [(rows, parts) for parts in passes for rows in cuts]
+        models = {"policy": self.model.policy, "value": self.model.value_model}
+        reads = lambda share: models[share[1][0]]  # noqa: E731
+        total = self.backward(model, shares_of, loss, whole=len(passes) == 1, reads=reads)
         means = self.all_reduce(torch.stack(list(stats.values()))) / tokens
         self.record(**dict(zip(stats, means)))
         return total

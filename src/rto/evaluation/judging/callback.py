@@ -75,8 +75,8 @@ class WinRateCallback(TrainerCallback):
 
     Raises:
         DataError: no prompt can be used, or a baseline file lacks an answer.
-        ValueError: the trainer trains no policy, or is none of these and cuts it over processes; when training or evaluation
-            begins, another `WinRateCallback` of the trainer has this name.
+        ValueError: the trainer trains no policy, or is none of these and cuts it over processes; when training or
+            evaluation begins, another `WinRateCallback` of the trainer has this name.
     """
 
     def __init__(
