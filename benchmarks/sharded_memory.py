@@ -1,0 +1,143 @@
+"""Memory of each process while models are read and cut, and while they are exported, beside their sizes.
+
+    torchrun --nproc_per_node 2 benchmarks/sharded_memory.py                  # 148 M parameters, file in bf16
+    torchrun --nproc_per_node 2 benchmarks/sharded_memory.py --stored float32
+
+A policy, its critic and its reference (PPO), FSDP2 over gloo on CPU processes (accelerate is told that a CPU is an
+accelerator, as in the tests), bf16. Measured is what a process has of its own (``RssAnon``): pages of a mapped file are
+the system's, shared by all processes of a host and given back when it needs them. Figures are above what the process
+had after its imports.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from collectives import tokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "tests" / "trainers"))
+import sharded  # noqa: E402
+
+MB = 1e6
+SIZES = {
+    "25M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
+    "148M": {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 10, "num_attention_heads": 14},
+}
+VOCABULARY = {"25M": 16_000, "148M": 32_000}
+
+
+class Peak:
+    """The most memory of its own that this process has had since the last look, bytes."""
+
+    def __init__(self) -> None:
+        self.most, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def since(self) -> int:
+        """The peak; from here on another one."""
+        most, self.most = max(self.most, anonymous()), anonymous()
+        return most
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.002):
+            self.most = max(self.most, anonymous())
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say how much memory is a process's own")
+
+
+def write_model(folder: Path, size: str, stored: str) -> None:
+    """A random Llama with a tokenizer of characters."""
+    config = LlamaConfig(
+        **SIZES[size],
+        vocab_size=VOCABULARY[size],
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config).to(getattr(torch, stored)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def measure(folder: str, output: str) -> dict[str, Any]:
+    """Peaks of this process in each phase, MB above where it began, and the sizes of the models."""
+    from rto import RTOConfig, RTOTrainer
+
+    warm = torch.nn.Linear(64, 64)
+    warm(torch.ones(1, 64)).sum().backward()
+    args = RTOConfig(
+        output_dir=output,
+        fsdp=True,
+        bf16=True,
+        dpo_coef=0.0,
+        per_device_train_batch_size=4,
+        max_completion_length=4,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"prompt": "ab"}] * 8)
+    peak = Peak()
+    before = peak.since()
+    trainer = RTOTrainer(folder, args, reward_funcs=lengths, train_dataset=rows)
+    trainer.engine.ready(trainer.model)
+    found = {"read and cut": peak.since(), "at rest": anonymous()}
+    trainer.save_model()
+    found["exported"] = peak.since()
+    models = {"policy": trainer.model.policy, "critic": trainer.model.value_model, "reference": trainer.reference}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return {**{name: round((x - before) / MB) for name, x in found.items()}, "parameters": sizes}
+
+
+def lengths(completions: list[str], **columns: Any) -> list[float]:
+    """A reward."""
+    return [float(len(text)) for text in completions]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="148M")
+    parser.add_argument("--stored", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--json", help="write what is found here, too")
+    flags = parser.parse_args()
+    sharded.call_it_an_accelerator()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    root = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(root)
+    if dist.get_rank() == 0:
+        write_model(Path(root[0]) / "model", flags.size, flags.stored)
+    dist.barrier()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, measure(str(Path(root[0]) / "model"), str(Path(root[0]) / "run")))
+    if dist.get_rank() == 0:
+        sizes = found[0]["parameters"]
+        print({name: f"{4 * n / MB:.0f} MB in fp32" for name, n in sizes.items()})
+        print("| MB of a process's own | " + " | ".join(f"process {i}" for i in range(len(found))) + " |")
+        print("|---|" + "---|" * len(found))
+        for phase in ("read and cut", "at rest", "exported"):
+            print(f"| {phase} | " + " | ".join(str(one[phase]) for one in found) + " |")
+        if flags.json:
+            Path(flags.json).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
