@@ -100,8 +100,7 @@ def finish(
     """Train, evaluate (``early``: before that, too), export, and tell."""
     if kill:
         arm(kill, trainer)
-    if early:
-        trainer.evaluate()
+    before = trainer.evaluate() if early else {}
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     found = trainer.evaluate()
@@ -109,6 +108,7 @@ def finish(
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
         (folder / "evaluation.json").write_text(json.dumps(found))
+        (folder / "before.json").write_text(json.dumps(before))
     rank = dist.get_rank() if dist.is_initialized() else 0
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
     facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}

@@ -19,6 +19,9 @@ from torch import nn
 import rto
 from rto import PreferenceConfig, RTOConfig
 from rto.models.actor import Actor
+from rto.models.loading import clone, load_policy
+from rto.models.precision import settle, widen
+from rto.models.scalars import critic_of
 from rto.trainers import engine
 from rto.trainers.engine import EngineError, check_layout, shared_out
 from rto.trainers.supervised import RewardConfig, SFTConfig
@@ -99,6 +102,45 @@ def test_an_actor_ties_what_its_models_tie(tiny_model: Any) -> None:
     actor.policy.lm_head.weight = nn.Parameter(torch.zeros_like(actor.policy.lm_head.weight))
     actor.tie_weights()
     assert actor.policy.lm_head.weight is actor.policy.model.embed_tokens.weight
+
+
+def in_file(x: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's memory is a mapping of a file."""
+    rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [row[0].split("-") for row in rows if row[-1] == str(file.resolve())]
+    return any(int(low, 16) <= x.data_ptr() < int(high, 16) for low, high in spans)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_stay_in_their_file_until_they_are_cut(tiny_folder: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    """A model, its copy as reference and a critic of it take no memory of the process, and are then what they were."""
+    whole = load_policy(tiny_folder).to(stored)
+    whole.save_pretrained(tmp_path)
+    file, kwargs = tmp_path / "model.safetensors", {"dtype": torch.float32, "as_stored": True}
+    policy = load_policy(tmp_path, **kwargs)
+    reference = clone(policy, torch.bfloat16)
+    critic = critic_of(policy)
+    for model in (policy, reference, critic.base_model):
+        assert all(in_file(x, file) for x in model.parameters())
+    assert widen(policy) == 0
+    for model in (policy, reference, critic):
+        settle(model)
+        assert not any(in_file(x, file) for x in model.parameters())
+    ours, theirs = policy.state_dict(), load_policy(tmp_path, dtype=torch.float32).state_dict()
+    assert all(x.dtype == torch.float32 and torch.equal(x, theirs[name]) for name, x in ours.items())
+    assert {x.dtype for x in critic.parameters()} == {torch.float32}
+    assert {x.dtype for x in reference.parameters()} == {torch.bfloat16}
+    expected = critic_of(load_policy(tmp_path, dtype=torch.float32)).state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in critic.state_dict().items())
+
+
+def test_a_file_of_two_precisions_is_read_in_the_wider(tiny_folder: Path, tmp_path: Path) -> None:
+    model = load_policy(tiny_folder).bfloat16()
+    model.model.norm.float().weight.data.fill_(1 + 2**-20)
+    model.save_pretrained(tmp_path)
+    found = load_policy(tmp_path, dtype=torch.float32, as_stored=True)
+    settle(found)
+    assert found.model.norm.weight[0] == 1 + 2**-20
 
 
 def test_work_of_one_process_is_its_own() -> None:

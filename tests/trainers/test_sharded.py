@@ -301,9 +301,33 @@ def test_more_cases_train_as_a_whole_model(
 
 
 @pytest.mark.slow
+def test_no_process_holds_a_model_whole(tmp_path: Path) -> None:
+    """While models are read and cut, and while they are exported: beyond its pieces a process has a unit, or a tensor.
+
+    A model of 52 M parameters, its file in bf16, as policy, critic and reference; memory of a process's own.
+    """
+    program = PROGRAM.parents[2] / "benchmarks" / "sharded_memory.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(program), "--size", "52M", "--json", str(tmp_path / "found")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    code, said = wait(
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    )
+    assert code == 0, said[-4000:]
+    for process in json.loads((tmp_path / "found").read_text()):
+        sizes = {name: 4 * n / 1e6 for name, n in process["parameters"].items()}  # MB in fp32
+        pieces = sizes["policy"] / 2 + sizes["critic"] / 2 + sizes["reference"] / 4
+        assert process["at rest"] == pytest.approx(pieces, rel=0.2)
+        assert process["read and cut"] - process["at rest"] < sizes["policy"] / 3
+        assert process["exported"] - process["at rest"] < sizes["policy"] / 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "tdpo", "rto", "rto on one base"])
-def test_one_process_reads_the_weights(name: str, models: Any, by_one: Callable[..., Path], tmp_path: Path) -> None:
-    """``cpu_ram_efficient_loading``: the others get theirs, frozen models' and tied ones too."""
+def test_weights_are_read_by_every_process_whatever_is_asked(
+    name: str, models: Any, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    """``cpu_ram_efficient_loading``, by which one process of a host would read and the others be sent theirs."""
     launch([case(models, name, EQUAL[name] | {"launched": LAUNCHED}, tmp_path, processes=2)], tmp_path)
     check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
 
@@ -334,13 +358,25 @@ def test_killed_processes_resume(models: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_best_model_is_loaded_and_reading_may_come_first(models: Any, tmp_path: Path) -> None:
-    """An evaluation before training reads a cut model; after it the best checkpoint's weights are exported."""
+def test_the_best_model_is_loaded_and_reading_may_come_first(
+    models: Any, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An evaluation before training reads a cut model; after it the best checkpoint's weights are exported.
+
+    Before it policy and reference are one model: a loss of ln 2. What the log begins with is of after the first step:
+    training begins with a new log.
+    """
     settings = {"run": "prefer", "loss": "dpo", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     settings |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1, "early": True}
     settings |= {"save_strategy": "steps", "save_steps": 1}
     launch([case(models, "best", settings, tmp_path, processes=2)], tmp_path)
     best = tmp_path / "best"
+    before, (losses,) = json.loads((best / "before.json").read_text()), logged(best, "eval_loss")
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["eval_margin"] == pytest.approx(0, abs=1e-5)
+    one = by_one("best", settings | {"load_best_model_at_end": False})
+    assert losses[:3] == pytest.approx(logged(one, "eval_loss")[0][:3], rel=1e-5)
+    assert losses[0] < math.log(2)
     first = safetensors.torch.load_file(best / "checkpoint-1" / "model.safetensors")  # the loss falls, so it is best
     found = safetensors.torch.load_file(best / "model.safetensors")
     assert all(torch.equal(first[name], found[name]) for name in first)

@@ -237,6 +237,7 @@ def write_file(path: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None
         x = piece.make()
         if whole is not None:
             whole.add(name, x, piece)
+        del x  # before the next is made
     if whole is not None:
         whole.finish()
 

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from rto.batches import micro_batches
 from rto.models.loading import unwrap_peft
-from rto.models.precision import settle
+from rto.models.precision import noted, settle
 from rto.models.roles import Role
 from rto.values import read_yaml
 
@@ -405,7 +405,7 @@ class Engine:
     def _cut(
         self, model: nn.Module, chosen: Callable[[nn.Module], bool], lets_go: bool | None, **settings: Any
     ) -> None:
-        """Cut a model, unit by unit: no more than one unit's weights are whole here, and in their own precision.
+        """Cut a model, unit by unit, as its weights lie in their files; then give the pieces their precision.
 
         Args:
             model: what is cut; it is a unit itself, of what is in no other.
@@ -413,14 +413,14 @@ class Engine:
             lets_go: whether a unit is let go after its forward pass.
             settings: of `fully_shard`.
         """
+        dtypes = {name: dtype for name, x in model.named_parameters() if (dtype := noted(x)) is not None}
         settings |= {"mesh": self._mesh(), "offload_policy": self.accelerator.state.fsdp_plugin.cpu_offload}
         for module in reversed(list(model.modules())):  # what is inside of a unit comes before it
-            if module is model or not chosen(module):
-                continue
-            settle(module)
-            fully_shard(module, reshard_after_forward=lets_go, **settings)
-        settle(model)
+            if module is not model and chosen(module):
+                fully_shard(module, reshard_after_forward=lets_go, **settings)
         fully_shard(model, **settings)
+        pieces = {id(x): dtypes[name] for name, x in model.named_parameters() if name in dtypes}
+        model._apply(lambda x: x.to(pieces.get(id(x), x.dtype)))
         _make_root(model)
 
     def _mesh(self) -> Any:
