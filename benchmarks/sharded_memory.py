@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 2 benchmarks/sharded_memory.py --stored float32
 
 A policy, its critic and its reference (PPO), FSDP2 over gloo on CPU processes (accelerate is told that a CPU is an
-accelerator, as in the tests), bf16. Measured is what a process has of its own (``RssAnon``): pages of a mapped file are
+accelerator, as in the tests), bf16. Measured is what a process has of its own (``RssAnon``): pages of a mapped file
+are
 the system's, shared by all processes of a host and given back when it needs them. Figures are above what the process
 had after its imports; freed blocks go back to the system (`memory.py`).
 """
