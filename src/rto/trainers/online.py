@@ -1,4 +1,4 @@
-"""What an on-line trainer is beside its algorithm: whose turn it is to be drawn, its optimizer, its prompts, its state.
+"""What an on-line trainer is beside its algorithm: turns, optimizer, order of prompts, checkpoints.
 
 `rto.trainers.rto` is the algorithm. Here stands what serves it: rollouts that are drawn one turn before, two learning
 rates, the order of prompts and seeds, and what a checkpoint needs so that none of it is lost.

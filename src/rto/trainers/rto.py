@@ -5,8 +5,9 @@ updates; on the first of them it is sampled, scored and turned into targets. Pro
 rollouts never do: they are drawn when their turn has come, with the weights of that moment; with ``async_rollouts``
 one turn before, while the policy learns from those of the last, and weighed for it.
 
-Beside it: settings in `rto.trainers.config`, models in `rto.trainers.parts`, prompts in `rto.trainers.prompts`; below
-it: what frozen models say in `rto.rollout.scoring`, rewards and advantages in `rto.credit`.
+Beside it: settings in `rto.trainers.config`, models in `rto.trainers.parts`, prompts in `rto.trainers.prompts`, turns,
+optimizer and checkpoints in `rto.trainers.online`; below it: what frozen models say in `rto.rollout.scoring`, rewards
+and advantages in `rto.credit`.
 """
 
 import logging
@@ -42,6 +43,7 @@ from rto.trainers.alarms import AlarmCallback
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
+from rto.trainers.online import OnlineTrainer
 from rto.trainers.parts import Named, listed
 from rto.trainers.precision import Reading
 from rto.trainers.prompts import fit_batch, room, shown_prompt, with_room
