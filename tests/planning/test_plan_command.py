@@ -85,6 +85,20 @@ def _row(x: dict[str, Any], model: str, kind: str, phase: str) -> dict[str, str]
     }
 
 
+def test_off_loading_is_planned_where_the_recipe_off_loads() -> None:
+    """The recipe's own way is then the variant that does, for whole models and for adapters."""
+    for more in ({}, {"peft.r": 8}):
+        at_hand, away = (
+            planned(devices=1, memory=1e6, overrides={**more, "train.offload_frozen": offloads})
+            for offloads in (False, True)
+        )
+        assert (at_hand.shown.place.offload, away.shown.place.offload) == (False, True)
+        assert "off-loading" in away.shown.name
+    whole = [planned(devices=1, memory=1e6, overrides={"train.offload_frozen": x}) for x in (False, True)]
+    update = [next(p for p in found.phases if p.name == "update of policy").memory.total for found in whole]
+    assert update[1] < update[0]
+
+
 def test_changes_come_in_the_order_of_preference() -> None:
     found = papers(8).changes
     assert [x.names for x in found] == [(LORA,), (SHARD,), (OFFLOAD,), (TOKENS,)]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.batches import Samples, collate
+from rto.evaluation.judging.callback import WinRateCallback
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 
@@ -73,6 +74,7 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
         {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
     )
     flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
+    watched = kwargs.pop("watched", False)
     args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
     if args.dpo_coef:
         own["dpo_model"] = dpo
@@ -89,9 +91,18 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
         steps.append(int(samples.mask.sum(1).max()))
         return samples
 
+    if watched:
+        sampling = SamplingConfig(max_completion_length=9)
+        judged = Dataset.from_list([{"prompt": word} for word in WORDS[:7]])  # does not divide by two
+        trainer.add_callback(WinRateCallback(trainer, judged, fuller, sampling=sampling, batch_size=2))
     trainer.sampler = sample
     trainer.steps = steps
     finish(trainer, output, {n: m for n, m in trainer.models().items() if n != "model"}, **flow)
+
+
+def fuller(completions: list[str], **columns: Any) -> list[float]:
+    """What a win rate is judged by."""
+    return [len(set(completion)) + 0.01 * len(completion) for completion in completions]
 
 
 def finish(

@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
@@ -23,7 +23,7 @@ from rto.models.loading import clone, load_policy
 from rto.models.precision import settle, widen
 from rto.models.scalars import critic_of
 from rto.trainers import engine
-from rto.trainers.engine import EngineError, check_layout, shared_out
+from rto.trainers.engine import Engine, EngineError, check_layout, shared_out
 from rto.trainers.supervised import RewardConfig, SFTConfig
 
 LAUNCHES = Path(rto.__file__).parent / "recipes" / "accelerate"
@@ -102,6 +102,20 @@ def test_an_actor_ties_what_its_models_tie(tiny_model: Any) -> None:
     actor.policy.lm_head.weight = nn.Parameter(torch.zeros_like(actor.policy.lm_head.weight))
     actor.tie_weights()
     assert actor.policy.lm_head.weight is actor.policy.model.embed_tokens.weight
+
+
+def test_clipping_by_one_norm_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Where each group has its own everywhere else, and only where there are groups and a limit."""
+    whole = Engine(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    zero_2 = Engine(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=plugin))
+    with caplog.at_level(logging.WARNING):
+        whole.tell_of_clipping(2, 1.0)
+        zero_2.tell_of_clipping(1, 1.0)
+        zero_2.tell_of_clipping(2, 0.0)
+        assert not caplog.records
+        zero_2.tell_of_clipping(2, 1.0)
+    assert "policy and critic by one norm" in caplog.text
 
 
 def in_file(x: torch.Tensor, file: Path) -> bool:

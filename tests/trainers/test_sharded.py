@@ -57,6 +57,7 @@ SLOWER: dict[str, dict[str, Any]] = {
     },
     "rto, gathered once": {"run": "rto", "gather_once": True},
     "rto on one base, gathered by layer": {"run": "rto", "lora": True, "gather_once": False},
+    "rto, watched": {"run": "rto", "watched": True, "eval_strategy": "steps", "eval_steps": 1},
     "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
     "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
@@ -152,6 +153,7 @@ def at(root: Path, name: str) -> Path:
 def check_equal(one: Path, two: Path) -> None:
     """Losses, gradient norms, evaluation and weights."""
     names = ("loss", "grad_norm", "grad_norm/policy", "grad_norm/value", "kl", "score")
+    names += ("eval_win_rate", "eval_win_rate_length", "eval_win_rate_score")
     for name, ours, theirs in zip(names, logged(one, *names), logged(two, *names)):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5), name
     assert len(logged(two, "loss")[0]) >= 3
