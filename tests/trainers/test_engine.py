@@ -185,5 +185,5 @@ def test_launch_configurations_say_what_they_mean(path: Path) -> None:
             check_layout(SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None))
         assert plugin.fsdp_version == 2
         assert plugin.reshard_after_forward
-        assert plugin.cpu_ram_efficient_loading
+        assert not plugin.cpu_ram_efficient_loading
         assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
