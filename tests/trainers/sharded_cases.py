@@ -41,8 +41,8 @@ def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> No
     """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
     own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}
     flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
-    if kwargs.pop("lora", False):
-        own["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
+    if rank := kwargs.pop("lora", 0):
+        own["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
     settings = SETTINGS | {"loss": loss, "per_device_train_batch_size": batch, "learning_rate": 1e-1}
     settings |= {"max_tokens_per_micro_batch": 64}
     trainer = PreferenceTrainer(
@@ -70,9 +70,8 @@ RTO_SETTINGS = SETTINGS | {
 def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     """RTO, or PPO where β₁ = 0, with a model for each role, or (``lora``) a role for each on one base."""
     policy, dpo, reward = models
-    own: dict[str, Any] = (
-        {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if kwargs.pop("lora", 0) else {}
-    )
+    rank = kwargs.pop("lora", 0)
+    own: dict[str, Any] = {"peft_config": LoraConfig(r=rank, target_modules="all-linear")} if rank else {}
     flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
     watched = kwargs.pop("watched", False)
     args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)

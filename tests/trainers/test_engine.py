@@ -14,7 +14,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from torch import nn
 
 import rto
 from rto import PreferenceConfig, RTOConfig
@@ -97,11 +96,17 @@ def test_an_actor_names_the_layers_that_it_has(tiny_model: Any) -> None:
     assert actor._no_split_modules == {"LlamaDecoderLayer"}
 
 
-def test_an_actor_ties_what_its_models_tie(tiny_model: Any) -> None:
-    actor = Actor(tiny_model())
-    actor.policy.lm_head.weight = nn.Parameter(torch.zeros_like(actor.policy.lm_head.weight))
-    actor.tie_weights()
-    assert actor.policy.lm_head.weight is actor.policy.model.embed_tokens.weight
+def test_models_that_were_to_be_cut_and_are_not_have_memory_of_their_own(tiny_folder: Path) -> None:
+    """FSDP asked for where accelerate does not cut, on processors: the reference is a copy all the same."""
+    engine = Engine(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, device=torch.device("cpu")))
+    policy = load_policy(tiny_folder, dtype=torch.float32, as_stored=True)
+    reference = clone(policy, torch.float32)
+    assert policy.model.norm.weight.data_ptr() == reference.model.norm.weight.data_ptr()
+    engine.lay_out(reference)
+    engine.ready(policy)
+    for name, x in policy.named_parameters():
+        assert x.data_ptr() != reference.get_parameter(name).data_ptr()
+        assert not in_file(x, tiny_folder / "model.safetensors")
 
 
 def test_clipping_by_one_norm_is_told(caplog: pytest.LogCaptureFixture) -> None:

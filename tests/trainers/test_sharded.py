@@ -44,22 +44,23 @@ EQUAL: dict[str, dict[str, Any]] = {
     "tdpo": {"run": "prefer", "loss": "tdpo"},
     "ppo": {"run": "rto", "dpo_coef": 0.0},
     "rto": {"run": "rto"},
-    "rto on one base": {"run": "rto", "lora": True},
+    "rto on one base": {"run": "rto", "lora": 4},
 }
 """What is compared with one process, by settings that both have."""
 SLOWER: dict[str, dict[str, Any]] = {
-    "dpo under an adapter": {"run": "prefer", "loss": "dpo", "lora": True},
-    "tdpo under an adapter": {"run": "prefer", "loss": "tdpo", "lora": True},
+    "dpo under an adapter": {"run": "prefer", "loss": "dpo", "lora": 4},
+    "tdpo under an adapter": {"run": "prefer", "loss": "tdpo", "lora": 4},
     "dpo with a reference": {"run": "prefer", "loss": "dpo", "ref_model": "dpo"},
     "dpo, accumulated, clipped": {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
         "learning_rate": 1e-3, "batch": 2,
     },
     "rto, gathered once": {"run": "rto", "gather_once": True},
-    "rto on one base, gathered by layer": {"run": "rto", "lora": True, "gather_once": False},
+    "rto on one base, gathered by layer": {"run": "rto", "lora": 4, "gather_once": False},
     "rto, watched": {"run": "rto", "watched": True, "eval_strategy": "steps", "eval_steps": 1},
     "rto, recomputed": {"run": "rto", "gradient_checkpointing": True},
-    "rto on one base, recomputed": {"run": "rto", "lora": True, "gradient_checkpointing": True},
+    "rto on one base of rank 1": {"run": "rto", "lora": 1},  # half of each adapter's pieces are empty
+    "rto on one base, recomputed": {"run": "rto", "lora": 4, "gradient_checkpointing": True},
     "rto of unlike references": {"run": "rto", "num_ppo_epochs": 2, "token_reward_clip": None},
 }  # fmt: skip
 

@@ -66,12 +66,6 @@ class Actor(nn.Module):
         named = {name for m in models for name in getattr(unwrap_peft(m), "_no_split_modules", None) or ()}
         return named & {type(m).__name__ for m in self.modules()}
 
-    def tie_weights(self) -> None:
-        """Tie what each model ties: whoever replaces parameters (a loader that shards) asks for it."""
-        for model in (self.policy, self.value_model):
-            if model is not None and not isinstance(model, Role):
-                unwrap_peft(model).tie_weights()
-
     def forward(
         self,
         tokens: Int[Tensor, "B L"],

@@ -210,10 +210,6 @@ class Engine:
         """The sum over processes."""
         return self.accelerator.reduce(x, reduction="sum")
 
-    def of_main(self, value: _Part) -> _Part:
-        """The main process's value of something small."""
-        return shared_out([value], lambda mine: mine)[0] if self.world > 1 else value
-
     # --- passes
 
     def in_step(self, lengths: Int[Tensor, " B"], max_tokens: int) -> list[Int[Tensor, " b"]]:

@@ -156,8 +156,6 @@ class RTOTrainer(OnlineTrainer):
         self.scoring.reading = self._reading
         self.scoring.state = lambda: self.state
         self.scoring.lay_out(self.args.device, self.engine.lay_out)
-        for scorer in self.scoring.reward_models:  # it was tried on weights that other processes may not have read
-            scorer.padding = self.engine.of_main(scorer.padding)
 
     # --- the algorithm
 
