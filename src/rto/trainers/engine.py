@@ -359,7 +359,7 @@ class Engine:
         Log-probabilities and values leave it in fp32, and gradients are added up in fp32, whatever layers compute in:
         accelerate would round both to that.
         """
-        if self._root is model:
+        if self._root is not None:
             return
         self._root = model
         if not self.sharded:
