@@ -9,6 +9,7 @@ import lzma
 import os
 import platform
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +24,26 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a run after a power cut, sees the old or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_atomically(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a file so that a reader, or a run after a power cut, sees the old or the new one, never half.
+
+    Of several writers at once one comes last, whole; what a failed one has begun is removed.
+
+    Args:
+        path: the file.
+        text: what it is to hold.
+        errors: what is done with half of a surrogate pair, as in `str.encode`.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("x", encoding="utf-8", errors=errors) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

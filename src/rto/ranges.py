@@ -6,6 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 
+def is_finite(x: float) -> bool:
+    """Whether a float can hold the number: a whole number of JSON or of Python may be too large for any."""
+    try:
+        return math.isfinite(x)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """An interval of numbers; an open end is outside of it."""
@@ -18,7 +26,7 @@ class Range:
     def __contains__(self, x: float) -> bool:
         above = x > self.low if self.open_low else x >= self.low
         below = x < self.high if self.open_high else x <= self.high
-        return math.isfinite(x) and above and below
+        return is_finite(x) and above and below
 
     def __str__(self) -> str:
         if self.high < math.inf:
@@ -49,7 +57,7 @@ def check_ranges(of: object, **ranges: Range) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value):
+        if not is_finite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
         if value not in allowed:
             raise ValueError(f"{name} must {allowed}, got {value}")
@@ -62,7 +70,7 @@ TRAINING = {
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": DECAY,
     "adam_beta2": DECAY,
-    "adam_epsilon": NOT_NEGATIVE,
+    "adam_epsilon": POSITIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "num_train_epochs": POSITIVE,
     "warmup_steps": NOT_NEGATIVE,
@@ -82,6 +90,7 @@ TRAINING = {
     "eval_accumulation_steps": COUNT,
     "router_aux_loss_coef": NOT_NEGATIVE,
     "center_rewards_coefficient": NOT_NEGATIVE,
+    "pad_to_multiple_of": COUNT,
 }
 """Ranges of `transformers.TrainingArguments`, and of what TRL's configurations add."""
 

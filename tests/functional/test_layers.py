@@ -20,7 +20,7 @@ MAY = {
     "demo": set(),
     "theory": {"functional", "errors", "flags", "terminal"},
     "alarms": set(),
-    "report": {"alarms", "files", "flags", "values", "errors", "data.errors"},
+    "report": {"alarms", "files", "ranges", "flags", "values", "errors", "data.errors"},
     "evaluation.benchmarks.types": {"files"},
     "files": {"data.errors", "errors"},
 }

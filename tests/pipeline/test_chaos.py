@@ -1,5 +1,6 @@
 """A small part of ``make chaos``: a few kills, a spoilt input of each kind; and that the tool sees what is lost."""
 
+import json
 import os
 import re
 import sys
@@ -28,6 +29,28 @@ def test_a_few_kills_and_spoilt_inputs_lose_nothing() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "compare: 3 tried, 1 ended, 0 lost, 0 stuck, 0 unsaid" in done.stdout
     assert set(re.findall(r"^(\w+): 1 tried, 1 (?:used|refused)$", done.stdout, re.MULTILINE)) == KINDS
+
+
+def test_whatever_a_judge_answers_is_a_game_or_a_failure() -> None:
+    """Every place of an answer × every wrong value, read by both protocols."""
+    from inputs import faults
+
+    from rto.evaluation.judging.endpoint import Prices, Reply, _read_reply
+    from rto.evaluation.judging.judges import FiveWay, Weighted
+
+    answers = [fault for _, fault in faults() if isinstance(fault, dict | bytes)]
+    assert len(answers) > 200
+    for answer in answers:
+        text = json.dumps(answer) if isinstance(answer, dict) else answer.decode(errors="replace")
+        reply = _read_reply(text, 0.1)
+        if isinstance(reply, Reply):
+            for protocol in (Weighted(), FiveWay()):
+                game = protocol.read([reply])
+                assert (game.preference is None) == (game.reason is not None)
+                assert game.preference is None or 1 <= game.preference <= 2
+            Prices(1.0, 2.0).of(reply.prompt_tokens or 0, reply.completion_tokens or 0)
+        else:
+            assert "not a chat completion" in reply
 
 
 def test_what_differs_is_seen(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def folders(
     )
     adapter.save_pretrained(root / "adapter")
     LlamaForSequenceClassification(tiny_model(num_labels=1).config).save_pretrained(root / "reward")
+    short = tiny_model(num_labels=1, max_position_embeddings=16)
+    LlamaForSequenceClassification(short.config).save_pretrained(root / "short-reward")
     tiny_model(vocab_size=300).save_pretrained(root / "other")
-    for name in ("dpo", "adapter", "reward", "other"):
+    for name in ("dpo", "adapter", "reward", "short-reward", "other"):
         tokenizer.save_pretrained(root / name)
     for name in ("ref", "dpo"):  # one that loads these has not checked its input first
         shutil.copytree(root / name, root / f"hollow-{name}", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -70,6 +72,7 @@ def folders(
     write(root / "wrong.jsonl.gz", [{"question": "a", "answer": "b"}])
     write(root / "nothing.jsonl.gz", [{"prompt": "a", "chosen": "same", "rejected": "same"}])
     write(root / "long.jsonl.gz", [{"prompt": "ab", "completion": "word " * 60}])
+    write(root / "mixed.jsonl.gz", [{"prompt": "ab", "completion": "c" * n} for n in (300, 4, 60)])
     write(root / "empty.jsonl.gz", [{"prompt": "", "completion": "b"}])
     write(root / "holes.jsonl.gz", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
     return root
@@ -93,11 +96,14 @@ def numbers_of(sides) -> list[str]:
     return [heatmap.signed(r, heatmap.Scale.of(rewards).digits) for r in rewards]
 
 
+ASKED = ("pairs", "base", "adapter", "function", "prompt", "sample", "file", "unread")
+
+
 def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(folders)
     config = tmp_path / "inspect.yaml"
     config.write_text("dpo_model: dpo\nref_model: ref\ndataset_name: pairs.jsonl.gz\nbeta: 0.5\nshow: 1\n")
-    out = {name: str(tmp_path / name) for name in ("pairs", "base", "adapter", "function", "prompt", "sample", "file")}
+    out = {name: str(tmp_path / name) for name in ASKED}
     both, on = ["--dpo_model", "dpo", "--ref_model", "ref"], ["--dataset_name", "pairs.jsonl.gz"]
     asked = {
         "pairs": ["--config", str(config), "--reward_model", "reward", "--credit", "judge:credit"],
@@ -110,9 +116,10 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
         "prompt": [*both, "--prompt", "[red]ab:", "--completion", ATTACK, " [/]\x1b[31m"],
         "sample": [*both, "--prompt", "ab:", "--max_completion_length", "6"],
         "file": [*both, "--completions", "pairs.jsonl.gz", "--show", "2"],
+        "unread": [*both, "--completions", "mixed.jsonl.gz", "--reward_model", "short-reward"],
     }
     codes, output, errors = rto(*(["inspect", *args, "--output_dir", out[name]] for name, args in asked.items()))
-    assert codes == [0] * 7, errors[-3000:]
+    assert codes == [0] * len(ASKED), errors[-3000:]
     said = dict(zip(out, output.split("exit code 0")))
     json_of = {name: json.loads((Path(path) / "inspection.json").read_text()) for name, path in out.items()}
     page_of = {name: Page((Path(path) / "inspection.html").read_text()) for name, path in out.items()}
@@ -167,6 +174,12 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
     assert said["file"].count("chosen  Σ") == said["file"].count("rejected  Σ") == 2
     assert set(json_of["file"]) == {"source", "data"}
 
+    # a row that a model cannot read whole is counted, not refused
+    assert json_of["unread"]["data"] == (
+        "mixed.jsonl.gz: 2 of 3 rows left out: 1 over the context of a model, 128 (first: row 0); "
+        "1 over the 16 tokens that short-reward reads (first: row 2)"
+    )
+
 
 BAD = [
     (["--dpo_model", "hollow-dpo", "--dataset_name", "pairs.jsonl.gz"], "its reference must be named: --ref_model"),
@@ -198,7 +211,10 @@ BAD = [
             (["--prompt", "a", "--completion", "b" * 200], "over the context of a model, 128"),
             (["--prompt", "a" * 100, "--max_completion_length", "50"], "over the context of a model, 128"),
             (["--completions", "wrong.jsonl.gz"], "has the columns question, answer"),
-            (["--completions", "long.jsonl.gz"], "long.jsonl.gz, row 0: with its completion it is"),
+            (
+                ["--completions", "long.jsonl.gz"],
+                "1 of 1 rows left out: 1 over the context of a model, 128",
+            ),
             (["--completions", "empty.jsonl.gz"], "empty.jsonl.gz, row 0 is one with an empty prompt"),
             (["--completions", "holes.jsonl.gz"], "holes.jsonl.gz, row 1 is one with an empty completion"),
             (["--prompt", "a", "--token_reward", "word"], "choose from logratio, mean_logprob"),
@@ -224,16 +240,14 @@ def test_bad_input_ends_in_a_line_before_any_weights_are_read(folders: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("beta", 0.0), ("beta", math.nan), ("temperature", 0.0), ("token_reward_clip", -1.0), ("rows", 0)),
-        *(("spread_fraction", math.inf), ("max_length", 0), ("show", -1), ("max_completion_length", 0)),
-    ],
-)
-def test_settings_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=name):
-        InspectArguments(dpo_model=["a"], prompt="b", **{name: value})
+NUMBERS = {f.name: str(f.type) for f in fields(InspectArguments) if re.search("int|float", str(f.type))}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_nan_infinite_or_negative(name: str) -> None:
+    for value in (math.nan, math.inf, -1.0) if "float" in NUMBERS[name] else (-1,):
+        with pytest.raises(ValueError, match=name):
+            InspectArguments(dpo_model=["a"], prompt="b", **{name: value})
 
 
 def test_a_reward_that_is_not_finite_is_refused(folders: Path, tokenizer: Any) -> None:

@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from rto.models.loading import (
     pad_id,
     shared_context,
 )
+from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from rto.recipe import is_function, resolve
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name, reward_source
 from rto.rollout.samplers.base import SamplingConfig
@@ -117,17 +118,18 @@ class InspectArguments:
         metadata={"help": "Precision of the models.", "choices": ["float32", "bfloat16", "float16"]},
     )
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **dict.fromkeys(("beta", "temperature", "token_reward_clip", "spread_fraction"), POSITIVE),
+        **dict.fromkeys(("rows", "max_length", "max_completion_length", "max_tokens_per_micro_batch"), COUNT),
+        **dict.fromkeys(("token_reward_pessimism", "show", "seed"), NOT_NEGATIVE),
+    }
+
     def __post_init__(self) -> None:
         for name in ("dpo_model", "completion"):  # a YAML file may hold one as text
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        for name in ("beta", "temperature", "token_reward_clip", "spread_fraction"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name in ("rows", "max_length", "max_completion_length", "max_tokens_per_micro_batch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.show < 0 or (self.show == 0 and self.completions is not None):
+        check_ranges(self, **self.ranges)
+        if self.show == 0 and self.completions is not None:
             raise ValueError(f"show={self.show} leaves nothing to look at")
         check_choice("token_reward", self.token_reward, TOKEN_REWARDS)
         looked_at = [name for name in ("dataset_name", "prompt", "completions") if getattr(self, name) is not None]
@@ -204,15 +206,18 @@ def inspect(args: InspectArguments) -> Inspection:
     )
     source = ", ".join(spec if is_function(spec) else f"{args.token_reward} of {spec}" for spec in args.dpo_model)
     if args.dataset_name is None:
-        shown_rows, data = _rows_to_show(args, tokenizer, models, limit), _what(args)
+        skipped = Skipped()
+        fitting = _rows_to_show(args, tokenizer, models, limit, skipped)
         inspector = _inspector(args, models, functions, score, tokenizer)
-        return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(shown_rows))
+        rows_to_show = inspector.readable_rows(fitting, skipped)
+        _check_some_are_left(rows_to_show, skipped, _what(args))
+        data = skipped.report(_what(args)) if skipped.counts else _what(args)
+        return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(rows_to_show))
     rows = _head(_load(args, args.dataset_name), args.rows)
     pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=args.dataset_name)
     inspector = _inspector(args, models, functions, score, tokenizer)
     rewarded = inspector.pairs(inspector.readable(pairs, rows, skipped), rows)
-    if not rewarded:
-        raise DataError(f"{skipped.report(args.dataset_name)}. Nothing is left to look at")
+    _check_some_are_left(rewarded, skipped, args.dataset_name)
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
     shown = [
         Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})
@@ -253,20 +258,36 @@ class Inspector:
 
     def readable(self, pairs: Sequence[Pair], rows: Dataset, skipped: Skipped) -> list[Pair]:
         """Pairs of which the sentence reward can read both sides; the others are counted."""
-        if not isinstance(self.score, RewardModel):
-            return list(pairs)
         found = []
         for pair in pairs:
             raw = normalized(rows[pair.row], ("chosen", "rejected"), self.tokenizer)
-            sides = [
-                self._completed([pair.prompt], [getattr(pair, side)], [raw], side) for side in ("chosen", "rejected")
-            ]
-            why = next((reason for side in sides for reason in self.score.unread(side) if reason is not None), None)
+            why = self._why_unread(raw, {side: (pair.prompt, getattr(pair, side)) for side in ("chosen", "rejected")})
             if why is None:
                 found.append(pair)
             else:
                 skipped.add(why, pair.row)
         return found
+
+    def readable_rows(self, rows: Sequence[dict[str, Any]], skipped: Skipped) -> list[dict[str, Any]]:
+        """Rows for `show` of which the sentence reward can read every side; the others are counted."""
+        found = []
+        for row in rows:
+            why = self._why_unread(row, {side: _ids_of(row, side, self.tokenizer) for side in row["sides"]})
+            if why is None:
+                found.append(row)
+            else:
+                skipped.add(why, row["row"])
+        return found
+
+    def _why_unread(self, raw: dict[str, Any], sides: Mapping[str, tuple[list[int], list[int]]]) -> str | None:
+        """Why the sentence reward cannot read one of a row's sides, each a prompt and a completion; None if it can."""
+        if not isinstance(self.score, RewardModel):
+            return None
+        for side, (prompt, ids) in sides.items():
+            (why,) = self.score.unread(self._completed([prompt], [ids], [raw], side))
+            if why is not None:
+                return why
+        return None
 
     def pairs(self, pairs: Sequence[Pair], rows: Dataset) -> list[RewardedPair]:
         """Token rewards of both sides of each pair; ``rows`` is the data set that the pairs were read from."""
@@ -299,7 +320,7 @@ class Inspector:
         self, prompts: list[list[int]], completions: list[list[int]], raw: Sequence[dict[str, Any]], side: str
     ) -> Completed:
         """One side of some rows, as reward functions see it."""
-        names = [name for name in raw[0] if name not in ("prompt", side, "sides", "sampled")]
+        names = [name for name in raw[0] if name not in ("prompt", side, "sides", "sampled", "row")]
         asked = [
             Prompt(ids=ids, raw=row["prompt"], columns={name: row[name] for name in names})
             for ids, row in zip(prompts, raw)
@@ -429,21 +450,35 @@ def _what(args: InspectArguments) -> str:
 
 
 def _rows_to_show(
-    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int
+    args: InspectArguments, tokenizer: PreTrainedTokenizerBase, models: list[str], limit: int, skipped: Skipped
 ) -> list[dict[str, Any]]:
-    """Rows for `Inspector.show`, each with the names of its sides, each checked."""
+    """Rows for `Inspector.show`, each with the names of its sides, each checked; long ones of a file are counted."""
     rows = [_typed_in(args, tokenizer, models, limit)] if args.completions is None else _of_file(args, tokenizer)
+    skipped.total = len(rows)
+    found = []
     for i, row in enumerate(rows):
         where = f"{_what(args)}, row {i}" if args.completions is not None else "--prompt"
         if not row["prompt"]:
             raise DataError(f"{where} is empty: a completion's first token needs something before it")
+        longest = 0
         for side in row["sides"]:
             if row[side] is None:
                 raise DataError(f"{where} has no {side}")
             tokens = sum(map(len, _ids_of(row, side, tokenizer)))
-            if tokens > limit:
+            if tokens > limit and args.completions is None:
                 raise DataError(f"{where}: with its {side} it is {tokens} tokens, {_over(args, limit)}")
-    return rows
+            longest = max(longest, tokens)
+        if longest > limit:
+            skipped.add(_over(args, limit), i)
+        else:
+            found.append({**row, "row": i})
+    _check_some_are_left(found, skipped, _what(args))
+    return found
+
+
+def _check_some_are_left(found: Sequence[Any], skipped: Skipped, what: str) -> None:
+    if not found:
+        raise DataError(f"{skipped.report(what)}. Nothing is left to look at")
 
 
 def _ids_of(row: dict[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

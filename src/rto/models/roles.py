@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from rto.files import alone
 from rto.models.loading import (
     Source,
     adapter_config,
@@ -470,25 +471,29 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
     """Write a policy adapter, merged into its base, as a whole model with its tokenizer.
 
     Raises:
-        ValueError: the source is no adapter, or there is something at ``folder`` already.
+        ValueError: the source is no adapter, there is something at ``folder`` already, or another process is
+            writing there.
     """
     target = Path(folder)
     if target.exists():
         raise ValueError(f"{target} exists already: name a new folder")
     if not (hasattr(source, "merge_and_unload") if isinstance(source, nn.Module) else is_adapter(source)):
         raise ValueError(f"{source_name(source)} is no adapter: it is a whole model already")
-    model: Any = load_policy(source, **init_kwargs)
-    tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model), init_kwargs)
     partial = target.with_name(f"{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    merged = model.merge_and_unload()
-    if tokenizer is not None:
-        stop_at_eos(merged, tokenizer)
-    merged.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    partial.replace(target)
+    with alone(partial):
+        model: Any = load_policy(source, **init_kwargs)
+        tokenizer = None if isinstance(source, nn.Module) else _tokenizer(source, source_name(model), init_kwargs)
+        whole = partial / "model"
+        if whole.exists():  # of one that was killed
+            shutil.rmtree(whole)
+        merged = model.merge_and_unload()
+        if tokenizer is not None:
+            stop_at_eos(merged, tokenizer)
+        merged.save_pretrained(whole)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(whole)
+        whole.replace(target)
+    shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rto.ranges import is_finite
 from rto.report.heatmap import printable
 from rto.report.table import REWARD_MODEL, measure
 from rto.values import read_yaml
@@ -178,7 +179,7 @@ def _read_stage(run: Run, folder: Path, inner: str, name: str, *, upper: bool = 
 
 def number(x: Any) -> float | None:
     """A finite number, or None for whatever else a JSON file may hold in its place."""
-    return float(x) if isinstance(x, int | float) and math.isfinite(x) else None
+    return float(x) if isinstance(x, int | float) and is_finite(x) else None
 
 
 def _rows(folder: Path, name: str, parse: Callable[[Any], T], notes: list[str]) -> list[T]:

@@ -4,7 +4,6 @@ The page works without its scripts, which step through tokens and, while a run i
 its policy of contents names them by their digests, so that no other script runs.
 """
 
-import os
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -16,6 +15,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 from markupsafe import Markup
 
 from rto.alarms import Alarm, Bounds, check
+from rto.files import write_atomically
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
@@ -54,10 +54,7 @@ def write_report(run: Path) -> Path:
         NotADirectoryError: there is no such folder.
     """
     path = Path(run) / "report.html"
-    partial = path.with_suffix(".html.partial")
-    text = render(read_run(Path(run)))
-    partial.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate has no UTF-8
-    os.replace(partial, path)
+    write_atomically(path, render(read_run(Path(run))), errors="replace")  # a lone surrogate has no UTF-8
     return path
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from rto.models.loading import (
 )
 from rto.models.roles import Role
 from rto.models.scalars import scoring_wide
+from rto.ranges import is_finite
 
 RewardFunc = str | Path | nn.Module | Callable[..., Any]
 """As in TRL's GRPO: a folder or hub id of a reward model, such a model, or a Python function."""
@@ -295,7 +295,7 @@ def finite(who: str, scores: Sequence[float | None], completions: Sequence[Any])
         ValueError: one is not; the message names the source and the completion.
     """
     for i, score in enumerate(scores):
-        if score is None or not math.isfinite(score):
+        if score is None or not is_finite(score):
             raise ValueError(
                 f"{who} returned {score} for completion {i} ({completions[i]!r:.200}): scores must be finite numbers"
             )

@@ -4,7 +4,6 @@ All of them answer ``source(sequences, ref_logp=…, completed=…)`` with one n
 β₁ multiplies in Eq. 4.7, before the clip.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from rto.batches import Sequences
 from rto.models.actor import score_logprobs
 from rto.models.loading import Source, freeze, load_policy
+from rto.ranges import is_finite
 from rto.rollout.rewards import Completed, call, function_name
 
 
@@ -193,7 +193,7 @@ class TokenFunction:
             )
         out = torch.zeros(sequences.mask.shape)
         for i, (row, ids) in enumerate(zip(rewards, completed.completion_ids)):
-            if len(row) != len(ids) or not all(map(math.isfinite, row)):
+            if len(row) != len(ids) or not all(map(is_finite, row)):
                 raise ValueError(
                     f"token reward function {name} must return one finite number for each of the {len(ids)} tokens "
                     f"of completion {i} ({completed.completions[i]!r:.200}), got {row!r:.200}"

@@ -1,6 +1,5 @@
 """`RTOConfig`: every setting of an on-line run. What credit assignment has of them is built by `RTOConfig.credit`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -8,7 +7,7 @@ from typing import Any, ClassVar
 from rto.credit import Credit
 from rto.functional.advantages import GAE, ReinforcePlusPlus
 from rto.functional.rewards import PLACEMENTS, AdaptiveKL, RTOReward
-from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments
+from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments, is_finite
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.config import VLLMArguments
 from rto.rollout.token_rewards import TOKEN_REWARDS
@@ -147,7 +146,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
 
     def __post_init__(self) -> None:
         check_arguments(self, self.ranges)
-        if not all(map(math.isfinite, self.reward_weights or [])):
+        if not all(map(is_finite, self.reward_weights or [])):
             raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}")
         if self.logging_steps == 0:
             self.logging_steps = self.num_ppo_epochs * self.num_mini_batches

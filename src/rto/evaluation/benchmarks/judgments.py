@@ -325,7 +325,7 @@ def _csv(path: Path, needed: list[str]) -> Rows:
 def _number(read: Rows, i: int, key: str) -> float:
     try:
         value = float(read.rows[i][key])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise DataError(f"{read.where(i)}: {key} is {shown(read.rows[i][key])}, expected a number")

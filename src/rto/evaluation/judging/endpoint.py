@@ -409,7 +409,7 @@ def _read_reply(text: str, seconds: float) -> Reply | str:
     whole = top is None or (isinstance(top, list) and all(isinstance(candidate, dict) for candidate in top))
     if not isinstance(content, str) or not whole:
         return f"not a chat completion: {_said(text)}"
-    prompt, completion = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+    prompt, completion = (n if isinstance(n, int) and 0 <= n < 2**53 else None for n in counts)
     return Reply(
         text=content,
         top_logprobs=top,

@@ -279,11 +279,13 @@ class Weighted:
             return Game(preference=None, said=replies[0].text, reason=NO_LOGPROBS)
         p = dict.fromkeys(("m", "M"), 0.0)
         for candidate in top:
-            logprob = candidate.get("logprob") if isinstance(candidate, dict) else None
-            if not isinstance(logprob, int | float) or math.isnan(logprob) or logprob > 1e-3:
+            token, logprob = (
+                candidate.get(key) if isinstance(candidate, dict) else None for key in ("token", "logprob")
+            )
+            if not isinstance(token, str) or not isinstance(logprob, int | float) or not logprob <= 1e-3:
                 return Game(preference=None, said=top, reason="log-probabilities that are none")
-            if candidate.get("token") in p:
-                p[candidate["token"]] = math.exp(min(logprob, 0.0))
+            if token in p:
+                p[token] = math.exp(min(max(logprob, -1e4), 0.0))
         if not sum(p.values()) > 0:
             return Game(preference=None, said=top, reason="neither m nor M among the likely first tokens")
         return Game(preference=2 - p["m"] / (p["m"] + p["M"]), said=top)

@@ -1,7 +1,6 @@
 """What each column of a comparison measures of each row, and how to measure it again on other prompts."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rto.evaluation.benchmarks.types import Key
 from rto.evaluation.statistics import arena_hard, length_control, winrate
 from rto.evaluation.statistics.estimates import Z, bootstrap_weights, percentile_interval
 from rto.evaluation.table.sources import Entry, RunMethod
+from rto.ranges import is_finite
 from rto.report.table import REWARD_MODEL, measure
 
 
@@ -374,7 +374,7 @@ def summary(entries: Sequence[Entry], key: str) -> dict[str, Cell]:
 
 
 def _finite(x: Any) -> float | None:
-    return x if isinstance(x, int | float) and math.isfinite(x) else None
+    return x if isinstance(x, int | float) and is_finite(x) else None
 
 
 def tokens(entries: Sequence[Entry]) -> dict[str, Cell]:

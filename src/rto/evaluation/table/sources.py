@@ -1,7 +1,6 @@
 """The rows of a comparison, gathered from what a user names: run folders, judgments, folders with such files."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from rto.evaluation.benchmarks.formats import numbered
 from rto.evaluation.benchmarks.judgments import AlpacaAnnotations, ArenaJudgments, read_annotations, read_judgments
 from rto.evaluation.benchmarks.types import Key
 from rto.files import Row, checked, read_rows, shown
+from rto.ranges import is_finite
 from rto.report.table import measure
 
 
@@ -129,7 +129,7 @@ def read_run_methods(folder: Path, notes: list[str]) -> list[RunMethod]:
         for i, prompt in enumerate(numbered(read.get(i, "prompt", str) for i in range(len(read.rows)))):
             for method, value in read.get(i, "gold", dict).items():
                 where = f"{read.where(i)}: the {what} of {shown(method)}"
-                if not math.isfinite(checked(value, where, int, float)):
+                if not is_finite(checked(value, where, int, float)):
                     raise DataError(f"{where} is {value}; leave it out")
                 gold.setdefault(method, {})[prompt] = float(value)
     methods: Row = told.get("methods") or {}
