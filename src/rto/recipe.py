@@ -557,9 +557,7 @@ def _check_names(recipe: Recipe) -> None:
         for learner in recipe.learners_of(name):
             if learner not in recipe.learners:
                 key = "dpo_model" if learner in recipe.token_rewards(name) else "dpo_ref_model"
-                raise RecipeError(
-                    f"methods.{name}.{key}: no learner {learner!r}{nearest(learner, recipe.learners)}"
-                )
+                raise RecipeError(f"methods.{name}.{key}: no learner {learner!r}{nearest(learner, recipe.learners)}")
         kind = {**recipe.train, **own}.get("token_reward", "logratio")
         for learner in recipe.token_rewards(name):
             if recipe.has_scalar_head(learner) != (kind == "q"):

@@ -21,11 +21,11 @@ def normal_rewards(n: int, k: int, rho: float, seed: int, *, spread: float = 2.0
 @pytest.mark.parametrize("k", [2, 8])
 def test_intervals_cover_what_normal_rewards_were_drawn_with(rho: float, k: int) -> None:
     covered = []
-    for seed in range(40):
-        found = foretell(*normal_rewards(100, k, rho, seed), rounds=300)
+    for seed in range(30):
+        found = foretell(*normal_rewards(300, k, rho, seed), rounds=200)
         truth = ((found.correlation, rho), (found.slope, 2 * rho), (found.gain(2.0), 2 * rho * math.sqrt(2 * 2.0)))
         covered += [x.low <= true <= x.high for x, true in truth]
-    assert np.mean(covered) >= 0.85  # of 40 independent data sets
+    assert np.mean(covered) >= 0.85  # of 30 data sets
 
 
 def test_the_prompts_mean_costs_a_degree_of_freedom() -> None:
@@ -49,7 +49,7 @@ def test_the_gain_of_normal_rewards_is_that_of_their_tilted_density() -> None:
 
 
 def test_tilting_approaches_the_formula_on_normal_rewards() -> None:
-    paid, gold = normal_rewards(2000, 256, 0.6, seed=1)
+    paid, gold = normal_rewards(300, 256, 0.6, seed=1)
     levels = [0.05, 0.5, 1.5]
     expected = [2.0 * 0.6 * math.sqrt(2 * level) for level in levels]
     assert tilted_gain(paid, gold, levels) == pytest.approx(expected, rel=0.05)

@@ -93,9 +93,9 @@ class QAdvantage:
     """Rewards that are Q-values: A_t = r_t − c V(s_t), R_t = r_t (Chen et al., 2025, arXiv:2505.23363).
 
     Where r_t = Q*(s_t, y_t) − β₂ log π/π_ref, nothing is summed over time: Q* has the future in it already, and
-    Σ_a π(a|s) A(s, a) ∇log π(a|s) = 0 at π ∝ π_ref exp(Q*/β₂), whatever V is. V is a baseline, learned by regression on
-    r_t. The authors' code divides z and V by their deviations over the batch before it subtracts, and takes c = 0.01
-    to begin softly; here β₁ sets the scale of z, and advantages are whitened like all others.
+    Σ_a π(a|s) A(s, a) ∇log π(a|s) = 0 at π ∝ π_ref exp(Q*/β₂), whatever V is. V is a baseline, learned by regression
+    on r_t. The authors' code divides z and V by their deviations over the batch before it subtracts, and takes
+    c = 0.01 to begin softly; here β₁ sets the scale of z, and advantages are whitened like all others.
 
     Attributes:
         value_coef: c in [0, 1], how much of the baseline is subtracted.

@@ -1,8 +1,8 @@
 """What a method gains, told before it is trained: completions of one policy, what they are paid, what they are worth.
 
-    SEED/sft/completions.json            drawn once from the starting policy, with their gold
-    SEED/METHOD/completions.json         the same prompts, by the trained policy
-    SEED/METHOD/foretold.json            of both: the payment's correlation with the gold, and the gain to expect
+SEED/sft/completions.json            drawn once from the starting policy, with their gold
+SEED/METHOD/completions.json         the same prompts, by the trained policy
+SEED/METHOD/foretold.json            of both: the payment's correlation with the gold, and the gain to expect
 """
 
 import json

@@ -115,8 +115,8 @@ def tilted_gain(
 ) -> Float[np.ndarray, " L"]:
     """Gold gained at each mean KL by the policies π ∝ π_old exp(λ · paid), on the K completions as if they were all.
 
-    One λ for all prompts, as with one β₂. The KL from K equally likely completions is at most ln K, and a reward's best
-    completions are rarer than that: read levels of up to half of ln K. No training comes into it, so it tells a
+    One λ for all prompts, as with one β₂. The KL from K equally likely completions is at most ln K, and the best
+    completions are rarer than one in K: read levels of up to half of ln K. No training comes into it, so it tells a
     reward from the optimizer that follows it. NaN where no λ reaches the level.
     """
     n, k = paid.shape
@@ -134,16 +134,14 @@ def tilted_gain(
         low, high = 0.0, 1.0
         while at(high)[0] < level and high < 1e6:
             high *= 2
-        for _ in range(60):  # the mean KL rises with the strength
+        for _ in range(40):  # the mean KL rises with the strength
             middle = (low + high) / 2
             low, high = (middle, high) if at(middle)[0] < level else (low, middle)
         found.append(at(high)[1] if at(high)[0] >= level * (1 - 1e-6) else math.nan)
     return np.array(found)
 
 
-def best_mixture(
-    gold: Float[np.ndarray, " m"], kl: Float[np.ndarray, " m"], level: float
-) -> Float[np.ndarray, " m"]:
+def best_mixture(gold: Float[np.ndarray, " m"], kl: Float[np.ndarray, " m"], level: float) -> Float[np.ndarray, " m"]:
     """Shares w of m policies that are best together at a KL: max Σ w·gold with Σ w·KL ≤ level, Σ w = 1, w ≥ 0.
 
     A policy drawn for each prompt by these shares has the gold Σ w·gold, and KL(Σ w π ‖ π_ref) ≤ Σ w·KL(π ‖ π_ref),
