@@ -201,7 +201,7 @@ class _Plan:
         iterations = math.ceil(updates / config.updates_per_rollout)
         mean = sum(len(p.ids) for p in prompts) / len(prompts)
         models = ["policy", "critic"] if config.advantage_estimator == "gae" else ["policy"]
-        models += ["reference", *(f"π of {learner}" for learner in recipe.token_rewards(name))]
+        models += ["reference", *(f"π of {learner}" for learner in recipe.learners_of(name))]
         models += ["reward model"] if "reward" in recipe.rewards(name) else []
         phases: list[Phase] = []
         if self.work is not None:

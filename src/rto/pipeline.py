@@ -238,7 +238,7 @@ class Pipeline:
                 stage_config(self.recipe, name, folder),
                 train_dataset=pairs,
                 eval_dataset=self._eval_pairs(),
-                peft_config=self.recipe.lora(),
+                peft_config=self.recipe.lora("SEQ_CLS" if self.recipe.has_scalar_head(name) else "CAUSAL_LM"),
             )
             self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
@@ -277,10 +277,12 @@ class Pipeline:
                 str(self.folder / source) if source == "reward" else resolve(source) for source in recipe.rewards(name)
             ]
             learners: list[Any] = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
+            compared = recipe.token_reference(name)
             trainer = RTOTrainer(
                 str(self.folder / "sft"),
                 stage_config(recipe, name, folder),
                 dpo_model=learners or None,
+                dpo_ref_model=None if compared is None else str(self.folder / folder_of(compared)),
                 reward_funcs=rewards,
                 train_dataset=recipe.data.prompts.load(recipe.seed),
                 peft_config=recipe.lora(),
@@ -384,7 +386,9 @@ class Pipeline:
         """Log π_dpo/π_ref on the first completions of the last method, for the heat-map."""
         name = list(answers)[-1]
         rows = answers[name].samples.rows(torch.arange(min(SHOWN, len(raw)))).to(self._device)
-        learner = next(iter(self.recipe.learners))
+        learner = next((n for n in self.recipe.learners if not self.recipe.has_scalar_head(n)), None)
+        if learner is None:
+            return
         source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
         source.to(self._device)
         ratios = source(rows)
@@ -505,7 +509,7 @@ class Pipeline:
             case "evaluation":
                 return {**made(*recipe.policies.values(), *reward), **rows("test_prompts")}
             case method if method in methods:
-                learners = map(folder_of, recipe.token_rewards(methods[method]))
+                learners = map(folder_of, recipe.learners_of(methods[method]))
                 return {**made("sft", *reward, *learners), **rows("prompts")}
         return {**made("sft"), **pairs, **rows("eval_pairs")}
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
+from rto.functional.preference import LOSSES
 from rto.imports import import_module, taken
 from rto.packaged import find_packaged
 from rto.references import below, put_back, read_unresolved
@@ -19,7 +20,11 @@ from rto.values import build, culprit, nearest, read_yaml, typed, write_yaml, ya
 
 STAGES = ("sft", "pairs", "reward", "evaluation")
 LEARNER_KEYS: dict[str, Any] = {"bootstrap": int}
-METHOD_KEYS: dict[str, Any] = {"dpo_model": str | list[str], "paid_by": Literal["reward", "gold"]}
+METHOD_KEYS: dict[str, Any] = {
+    "dpo_model": str | list[str],
+    "dpo_ref_model": str,
+    "paid_by": Literal["reward", "gold"],
+}
 SET_BY_RECIPE = {"output_dir", "seed", "max_completion_length", "resume_from_checkpoint"}
 SET_BY_STAGES = {"task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
 EMBEDDED = Path(__file__).parent / "recipes" / "embedded.yaml"
@@ -126,6 +131,34 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """What makes a method a curve in the plane of KL and gold instead of a point: β₂ tuned for every KL.
+
+    Attributes:
+        kl_coefs: values of β₂, the same for each method, that are run beside its own.
+        levels: KLs, nats a completion, at which methods are compared.
+        methods: which have one; empty: all that are run.
+    """
+
+    kl_coefs: list[Positive] = field(default_factory=lambda: [0.01, 0.03, 0.1])
+    levels: list[Positive] = field(default_factory=lambda: [2.0, 4.0, 8.0])
+    methods: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretelling:
+    """How much is drawn to foretell what a method gains, before it is trained.
+
+    Attributes:
+        prompts: of the validation prompts.
+        completions: of each, by the starting policy and by the trained one.
+    """
+
+    prompts: Count = 64
+    completions: Annotated[int, Field(ge=2)] = 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """What `rto reproduce` runs a recipe for; `rto run` does not read it.
 
@@ -136,6 +169,8 @@ class Study:
         scaled: methods that are also trained on those shares.
         comparisons: further paired comparisons, question to [method, other method].
         tune: None takes learning rates as they stand.
+        frontier: compare methods at equal KL, each with the β₂ that is best there; None compares them as they are.
+        foretell: tell each method's gain from completions of the starting policy; None does not.
     """
 
     baseline: str = "PPO"
@@ -144,6 +179,8 @@ class Study:
     scaled: list[str] = field(default_factory=list)
     comparisons: dict[str, list[str]] = field(default_factory=dict)
     tune: Tuning | None = None
+    frontier: Frontier | None = None
+    foretell: Foretelling | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +203,10 @@ class Recipe:
         reward: arguments of TRL's ``RewardConfig``; None trains no reward model.
         reward_model: what the reward model starts from, another family and size if need be; None: the SFT policy.
         train: arguments of `RTOConfig` that all methods share.
-        methods: name to the arguments of `RTOConfig` that are its own, and two more: ``dpo_model``, the learner
-            that gives the token reward or a list of them (default: the first), and ``paid_by``: reward (default), or
-            gold, which pays gold / label_temperature, the score of a perfect reward model.
+        methods: name to the arguments of `RTOConfig` that are its own, and three more: ``dpo_model``, the learner
+            that gives the token reward or a list of them (default: the first), ``dpo_ref_model``, the learner that
+            it is compared with (default: the starting policy), and ``paid_by``: reward (default), or gold, which pays
+            gold / label_temperature, the score of a perfect reward model.
         evaluate_temperature: sampling temperature of the evaluation.
         peft: arguments of PEFT's ``LoraConfig``; every stage then trains an adapter. That of SFT is merged into
             ``sft/``, the base that all other roles share; a ``reward_model`` of its own is trained whole. None trains
@@ -205,9 +243,21 @@ class Recipe:
 
     @property
     def policies(self) -> dict[str, str]:
-        """What is evaluated, and its folder: the start, the learners but bootstrapped ones, and the methods."""
-        learners = [name for name, own in self.learners.items() if "bootstrap" not in own]
+        """What is evaluated, and its folder: the start, the learners that are to be used, and the methods.
+
+        Learners that only give token rewards are not: bootstrapped and reverse ones, and those with a scalar head.
+        """
+        learners = [name for name in self.learners if not self._only_rewards(name)]
         return {self.start: "sft", **{name: folder_of(name) for name in (*learners, *self.methods)}}
+
+    def _only_rewards(self, learner: str) -> bool:
+        own = {**self.prefer, **self.learners[learner]}
+        return "bootstrap" in own or bool(own.get("swap_pairs")) or self.has_scalar_head(learner)
+
+    def has_scalar_head(self, learner: str) -> bool:
+        """Whether it is a model that scores tokens, and no language model."""
+        loss = {**self.prefer, **self.learners[learner]}.get("loss", "dpo")
+        return loss in LOSSES and LOSSES[loss].needs_scalar_head
 
     def token_rewards(self, method: str) -> list[str]:
         """The learners whose token rewards a method is paid; none where β₁ = 0."""
@@ -215,6 +265,15 @@ class Recipe:
             return []
         named = self.methods[method].get("dpo_model", next(iter(self.learners)))
         return [named] if isinstance(named, str) else list(named)
+
+    def token_reference(self, method: str) -> str | None:
+        """The learner that a method's token rewards are compared with; None where that is the starting policy."""
+        return self.methods[method].get("dpo_ref_model") if self.token_rewards(method) else None
+
+    def learners_of(self, method: str) -> list[str]:
+        """Every learner that a method reads, each once: its token rewards and what they are compared with."""
+        reference = self.token_reference(method)
+        return list(dict.fromkeys([*self.token_rewards(method), *([] if reference is None else [reference])]))
 
     def rewards(self, method: str) -> dict[str, float]:
         """What scores a method's completions, and its weight: the reward stage, gold, what is logged.
@@ -495,10 +554,17 @@ def _check_names(recipe: Recipe) -> None:
     if both := recipe.learners.keys() & recipe.methods.keys():
         raise RecipeError(f"{min(both)} is the name of a learner and of a method: rename one")
     for name, own in recipe.methods.items():
-        for learner in recipe.token_rewards(name):
+        for learner in recipe.learners_of(name):
             if learner not in recipe.learners:
+                key = "dpo_model" if learner in recipe.token_rewards(name) else "dpo_ref_model"
+                raise RecipeError(f"methods.{name}.{key}: no learner {learner!r}{nearest(learner, recipe.learners)}")
+        kind = {**recipe.train, **own}.get("token_reward", "logratio")
+        for learner in recipe.token_rewards(name):
+            if recipe.has_scalar_head(learner) != (kind == "q"):
+                loss = "has the loss qrm" if recipe.has_scalar_head(learner) else "is a language model"
                 raise RecipeError(
-                    f"methods.{name}.dpo_model: no learner {learner!r}{nearest(learner, recipe.learners)}"
+                    f"methods.{name}: token_reward is {kind}, and {learner} {loss}: q reads learners of loss qrm, "
+                    "everything else reads language models"
                 )
         if own.get("paid_by") == "gold" and recipe.gold is None:
             raise RecipeError(f"methods.{name} is paid_by gold, but the recipe has no gold")
@@ -507,6 +573,9 @@ def _check_names(recipe: Recipe) -> None:
         for name in names:
             if name not in recipe.policies:
                 raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, recipe.policies)}")
+    for name in [] if study.frontier is None else study.frontier.methods:
+        if name not in recipe.methods:
+            raise RecipeError(f"study.frontier.methods: no method {name!r}{nearest(name, recipe.methods)}")
     like = {} if study.tune is None else study.tune.like
     for name, other in like.items():
         for named in (name, other):
@@ -521,8 +590,11 @@ def _check_names(recipe: Recipe) -> None:
         raise RecipeError("study.fractions are shares of data.prompts.rows: give that number")
     if not all(0 < fraction < 1 for fraction in study.fractions):
         raise RecipeError("study.fractions are shares of the prompts between 0 and 1")
-    if study.tune is not None and recipe.data.validation_prompts is None:
-        raise RecipeError("study.tune chooses on data.validation_prompts: give them, or set study.tune to null")
+    for key in ("tune", "frontier", "foretell"):
+        if getattr(study, key) is not None and recipe.data.validation_prompts is None:
+            raise RecipeError(f"study.{key} reads data.validation_prompts: give them, or set study.{key} to null")
+    if study.foretell is not None and recipe.gold is None:
+        raise RecipeError("study.foretell tells the gain in gold, and the recipe has none: set it to null")
 
 
 def folder_of(name: str) -> str:

@@ -88,6 +88,42 @@ class ReinforcePlusPlus:
         return Assigned(to_go, to_go)
 
 
+@dataclass(frozen=True, kw_only=True)
+class QAdvantage:
+    """Rewards that are Q-values: A_t = r_t − c V(s_t), R_t = r_t (Chen et al., 2025, arXiv:2505.23363).
+
+    Where r_t = Q*(s_t, y_t) − β₂ log π/π_ref, nothing is summed over time: Q* has the future in it already, and
+    Σ_a π(a|s) A(s, a) ∇log π(a|s) = 0 at π ∝ π_ref exp(Q*/β₂), whatever V is. V is a baseline, learned by regression
+    on r_t. The authors' code divides z and V by their deviations over the batch before it subtracts, and takes
+    c = 0.01 to begin softly; here β₁ sets the scale of z, and advantages are whitened like all others.
+
+    Attributes:
+        value_coef: c in [0, 1], how much of the baseline is subtracted.
+    """
+
+    value_coef: float = 1.0
+    needs_values: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, value_coef=SHARE)
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"] | None,
+        mask: Bool[Tensor, "B T"],
+    ) -> Assigned:
+        """Each token's own reward less the baseline; a score at the last token reaches that token alone.
+
+        Raises:
+            ValueError: no values are given.
+        """
+        if values is None:
+            raise ValueError("advantages of Q-values need the critic's values")
+        returns = torch.where(mask, rewards, 0.0)
+        return Assigned(returns - self.value_coef * torch.where(mask, values, 0.0), returns)
+
+
 def discounted_sum(x: Float[Tensor, "B T"], discount: float) -> Float[Tensor, "B T"]:
     """y_t = Σ_k discount^k x_{t+k}, along the last axis."""
     if discount == 1.0:

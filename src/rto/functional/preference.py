@@ -21,7 +21,7 @@ class Completions:
     """One side of a batch, token by token: B completions of up to T tokens."""
 
     logp: Float[Tensor, "B T"]
-    """log π(y_t|x,y_<t), with gradient."""
+    """log π(y_t|x,y_<t), with gradient; for a loss that `needs_scalar_head` what that head says of each token."""
     ref_logp: Float[Tensor, "B T"] | None
     """log π_ref(y_t|x,y_<t); None for losses that need no reference."""
     mask: Bool[Tensor, "B T"]
@@ -84,6 +84,7 @@ class PreferenceLoss(Protocol):
 
     needs_reference: ClassVar[bool]
     needs_ref_kl: ClassVar[bool]
+    needs_scalar_head: ClassVar[bool]
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair."""
@@ -94,6 +95,7 @@ class UnpairedLoss(ABC):
 
     needs_reference: ClassVar[bool]
     needs_ref_kl: ClassVar[bool]
+    needs_scalar_head: ClassVar[bool]
 
     @abstractmethod
     def __call__(
@@ -117,6 +119,7 @@ class DPO:
     label_smoothing: float = 0.0
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, label_smoothing=Range(low=0, high=0.5, open_high=True))
@@ -146,6 +149,7 @@ class IPO:
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE)
@@ -172,6 +176,7 @@ class SimPO:
     gamma: float = 0.5
     needs_reference: ClassVar[bool] = False
     needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, gamma=NOT_NEGATIVE)
@@ -201,6 +206,7 @@ class RDPO:
     alpha: float = 0.001
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
@@ -226,6 +232,7 @@ class TDPO1:
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = True
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE)
@@ -251,6 +258,7 @@ class TDPO:
     alpha: float = 0.5
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = True
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
@@ -286,6 +294,7 @@ class KTO(UnpairedLoss):
     undesirable_weight: float = 1.0
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, desirable_weight=POSITIVE, undesirable_weight=POSITIVE)
@@ -302,6 +311,36 @@ class KTO(UnpairedLoss):
         return CompletionLoss(torch.where(desirable, won, lost), reward.detach(), baseline)
 
 
+@dataclass(frozen=True, kw_only=True)
+class QRM:
+    r"""Q-function reward model: a scalar z(s_t, y_t) of each token (Chen et al., 2025, arXiv:2505.23363).
+
+    z̄(y) = Σ_t z(s_t, y_t) / |y|;  loss = −log σ(β (z̄(y_w) − z̄(y_l)) − γ).
+
+    z comes from a linear head on the hidden state after y_t was read, not from a language model's head, so that what
+    is likely and what is good are learned apart. By the authors' code (homzer/Q-RM, ``mean-score``), with its
+    defaults; no reference is read. `QAdvantage` is the estimator that it is made for.
+
+    Attributes:
+        beta: β > 0, the scale of the mean score.
+        gamma: γ ≥ 0, the margin by which the chosen side is to win.
+    """
+
+    beta: float = 0.2
+    gamma: float = 2.0
+    needs_reference: ClassVar[bool] = False
+    needs_ref_kl: ClassVar[bool] = False
+    needs_scalar_head: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, beta=POSITIVE, gamma=NOT_NEGATIVE)
+
+    def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
+        """Loss for each pair, nats; ``logp`` of a side is z."""
+        won, lost = (self.beta * side.logprob / side.length for side in (chosen, rejected))
+        return PairLoss(-F.logsigmoid(won - lost - self.gamma), won.detach(), lost.detach())
+
+
 LOSSES: dict[str, type[PreferenceLoss] | type[UnpairedLoss]] = {
     "dpo": DPO,
     "ipo": IPO,
@@ -310,4 +349,5 @@ LOSSES: dict[str, type[PreferenceLoss] | type[UnpairedLoss]] = {
     "rdpo": RDPO,
     "tdpo": TDPO,
     "tdpo1": TDPO1,
+    "qrm": QRM,
 }

@@ -404,7 +404,7 @@ def _inspector(
 
 def _reference(args: InspectArguments, models: list[str]) -> str | None:
     """The model to compare with: the named one, or an adapter's base."""
-    if args.ref_model is not None or not models or args.token_reward != "logratio":
+    if args.ref_model is not None or not models or not TOKEN_REWARDS[args.token_reward].compares:
         return args.ref_model
     base = base_of_adapter(models[0])
     if base is None:

@@ -4,7 +4,7 @@ Only positions that predict a response token reach a head, and only in chunks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +136,22 @@ def hidden_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B L 
     return outputs.last_hidden_state
 
 
-def response_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "N D"]:
-    """Last hidden states that predict the kept response tokens, row by row.
+class TokenScorer(Actor):
+    """A model with a scalar head, its `policy`, that is trained to say z(s_t, y_t) after each response token.
+
+    What a loss with ``needs_scalar_head`` trains; its numbers stand where a policy's log-probabilities would.
+    """
+
+    def forward(
+        self, tokens: Int[Tensor, "B L"], prompt_mask: Bool[Tensor, "B P"], mask: Bool[Tensor, "B T"], **_: Any
+    ) -> TokenOutputs:
+        """Score every response token."""
+        sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)
+        return TokenOutputs(token_scores(self.policy, sequences), None)
+
+
+def response_states(model: nn.Module, sequences: Sequences, *, after: bool = False) -> Float[Tensor, "N D"]:
+    """Last hidden states that predict the kept response tokens, or those ``after`` each was read, row by row.
 
     Rows are moved to the left, prompt and response in one piece, so a batch is as wide as its longest row. What is
     then padding comes after every token of its row, where a causal model never looks: no attention mask is needed,
@@ -149,7 +163,8 @@ def response_states(model: nn.Module, sequences: Sequences) -> Float[Tensor, "N 
     kept = torch.cat([torch.zeros_like(sequences.prompt_mask), sequences.mask], dim=1)
     with acting(model):
         hidden = backbone(model)(input_ids=sequences.tokens.gather(1, order), use_cache=False).last_hidden_state
-    return hidden[predicting(kept.gather(1, order))]
+    kept = kept.gather(1, order)
+    return hidden[kept if after else predicting(kept)]
 
 
 def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Float[Tensor, "B T"]:
@@ -163,6 +178,12 @@ def policy_logprobs(model: nn.Module, sequences: Sequences, temperature: float =
 def token_values(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
     """V(s_t) before each response token, 0 outside the mask."""
     hidden = response_states(model, sequences)
+    return scatter(values_of(model, hidden).float(), sequences.mask)
+
+
+def token_scores(model: nn.Module, sequences: Sequences) -> Float[Tensor, "B T"]:
+    """z(s_t, y_t): the scalar head after each response token was read, 0 outside the mask."""
+    hidden = response_states(model, sequences, after=True)
     return scatter(values_of(model, hidden).float(), sequences.mask)
 
 
@@ -282,13 +303,20 @@ def _tolerance(model: nn.Module, logits: Float[Tensor, "N V"]) -> float:
     return max(0.01, eps * logits.abs().max().item())
 
 
-@torch.no_grad()
 def score_logprobs(
     model: nn.Module, sequences: Sequences, *, temperature: float, max_tokens: int
 ) -> Float[Tensor, "B T"]:
     """Log π(y_t|x,y_<t) by a model that is only read, in micro-batches of like length."""
+    return read_in_parts(lambda part: policy_logprobs(model, part, temperature), sequences, max_tokens=max_tokens)
+
+
+@torch.no_grad()
+def read_in_parts(
+    read: Callable[[Sequences], Float[Tensor, "B T"]], sequences: Sequences, *, max_tokens: int
+) -> Float[Tensor, "B T"]:
+    """One number a response token, read in micro-batches of like length, 0 outside the mask."""
     out = torch.zeros(sequences.mask.shape, dtype=torch.float32, device=sequences.tokens.device)
     for rows in micro_batches(sequences.lengths.cpu(), max_tokens):
         part = sequences.rows(rows).trim()
-        out[rows.to(out.device), : part.mask.shape[1]] = policy_logprobs(model, part, temperature)
+        out[rows.to(out.device), : part.mask.shape[1]] = read(part)
     return out

@@ -92,6 +92,20 @@ def check_critic(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_token_scorer(model: nn.Module) -> None:
+    """Refuse a model whose scalar head cannot be read after every token.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    why = why_no_critic(model)
+    if why is not None:
+        raise ValueError(
+            f"{source_name(model)}, a {type(unwrap_peft(model)).__name__}, cannot score token by token: {why}: give a "
+            "causal model, or a causal model with one linear head"
+        )
+
+
 @torch.no_grad()
 def why_no_critic(model: nn.Module) -> str | None:
     """Why V(s_t) cannot be read from a model at every token; None where it can.

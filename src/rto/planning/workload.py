@@ -133,7 +133,7 @@ def _roles(recipe: Recipe, method: str, shapes: Mapping[str, Shape]) -> list[Rol
         found.append(Role(name="critic", shape=shapes["critic"], trained=True, speaks=False, on_base=True))
     found.append(Role(name="reference", shape=shapes["reference"], trained=False, on_base=True))
     dpo = Role(name="dpo", shape=shapes["dpo"], trained=False, on_base=True)
-    found += [dpo] * len(recipe.token_rewards(method))
+    found += [dpo] * len(recipe.learners_of(method))
     if recipe.reward is not None and recipe.methods[method].get("paid_by", "reward") == "reward":
         own = recipe.reward_model is None
         found.append(Role(name="reward", shape=shapes["reward"], trained=False, speaks=False, on_base=own))

@@ -6,15 +6,15 @@ All of them answer ``source(sequences, ref_logp=…, completed=…)`` with one n
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rto.batches import Sequences
-from rto.models.actor import score_logprobs
-from rto.models.loading import Source, freeze, load_policy
+from rto.models.actor import read_in_parts, score_logprobs, token_scores
+from rto.models.loading import Source, freeze, load_policy, load_scalar
 from rto.ranges import is_finite
 from rto.rollout.rewards import Completed, call, function_name
 
@@ -52,6 +52,10 @@ class TokenReward:
         init_kwargs: passed to ``from_pretrained``.
     """
 
+    compares: ClassVar[bool] = True
+    scalar: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         dpo_model: Source,
@@ -84,7 +88,82 @@ class TokenReward:
             ref_logp = self._logprobs(self.ref_model, sequences)
         if ref_logp is None:
             raise ValueError("a token reward needs the reference's log-probabilities or a reference model")
-        return self._logprobs(self.dpo_model, sequences) - ref_logp
+        return self._compared(self._logprobs(self.dpo_model, sequences), ref_logp)
+
+    def _compared(self, dpo_logp: Float[Tensor, "B T"], ref_logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return dpo_logp - ref_logp
+
+
+class PowerDifference(TokenReward):
+    """A log-ratio bounded by a power transform: (π_dpo(y_t|x,y_<t)^α − π_ref(y_t|x,y_<t)^α) / α.
+
+    In [−1/α, 1/α] by construction, of the log-ratio's sign, and the log-ratio itself as α → 0 (Box–Cox). A ratio of
+    tokens that both models find unlikely counts for little, where a clip counts it in full. The transform is that of
+    PowerOPD (Zhao et al., 2026, arXiv:2606.17199), by its authors' code, which leaves out 1/α and takes α = 5.
+    PowerOPD compares a teacher with the *present* policy in place of a KL term; here π_dpo is compared with its
+    reference, and β₂ stays what it is.
+
+    Args:
+        dpo_model: π_dpo.
+        ref_model: its own reference; None means the trainer's.
+        power: α > 0.
+        kwargs: of `TokenReward`.
+
+    Raises:
+        ValueError: α is not positive.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("power",)
+
+    def __init__(
+        self, dpo_model: Source, ref_model: Source | None = None, *, power: float = 1.0, **kwargs: Any
+    ) -> None:
+        if not 0 < power < math.inf:
+            raise ValueError(f"power must be a positive number, got {power}")
+        super().__init__(dpo_model, ref_model, **kwargs)
+        self.power = power
+
+    def _compared(self, dpo_logp: Float[Tensor, "B T"], ref_logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        return ((self.power * dpo_logp).exp() - (self.power * ref_logp).exp()) / self.power
+
+
+class QValue:
+    """z(s_t, y_t) of a model that was trained with the loss ``qrm``: a Q-function up to scale and offset.
+
+    Args:
+        model: its folder, hub id, adapter or the model.
+        ref_model: not used.
+        temperature: not used.
+        max_tokens: padded tokens in one forward pass.
+        init_kwargs: passed to ``from_pretrained``.
+    """
+
+    compares: ClassVar[bool] = False
+    scalar: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: Source,
+        ref_model: Source | None = None,
+        *,
+        temperature: float = 1.0,
+        max_tokens: int = 2**14,
+        **init_kwargs: Any,
+    ) -> None:
+        self.model = freeze(load_scalar(model, new_head=False, **init_kwargs))
+        self._max_tokens = max_tokens
+
+    def to(self, device: torch.device | str) -> "QValue":
+        """Move the model."""
+        self.model.to(device)
+        return self
+
+    def __call__(
+        self, sequences: Sequences, *, ref_logp: Float[Tensor, "B T"] | None = None, completed: Completed | None = None
+    ) -> Float[Tensor, "B T"]:
+        """What the head says after each response token."""
+        return read_in_parts(partial(token_scores, self.model), sequences, max_tokens=self._max_tokens)
 
 
 class MeanLogProb:
@@ -99,6 +178,10 @@ class MeanLogProb:
         max_tokens: padded tokens in one forward pass.
         init_kwargs: passed to ``from_pretrained``.
     """
+
+    compares: ClassVar[bool] = False
+    scalar: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -205,10 +288,14 @@ class TokenFunction:
 TokenRewardSpec = Source | TokenSource | Callable[..., Sequence[Sequence[float]]]
 """A model's folder, hub id, adapter or object; a source; or a Python function."""
 
-TOKEN_REWARDS: dict[str, type[TokenReward] | type[MeanLogProb]] = {
+TOKEN_REWARDS: dict[str, type[TokenReward] | type[MeanLogProb] | type[QValue]] = {
     "logratio": TokenReward,
     "mean_logprob": MeanLogProb,
+    "power": PowerDifference,
+    "q": QValue,
 }
+"""What can be read from a model. A kind says whether it ``compares`` with a reference, whether its model has a
+``scalar`` head, and which ``settings`` of its own it has."""
 
 
 def token_source(
@@ -226,7 +313,8 @@ def token_source(
         ref_model: the reference that models are compared with; None means the trainer's.
         kind: what is read from a model, a key of `TOKEN_REWARDS`.
         pessimism: κ of `Ensemble`.
-        kwargs: passed to the source of a model: ``temperature``, ``max_tokens`` and those of ``from_pretrained``.
+        kwargs: passed to the source of a model: its ``settings``, ``temperature``, ``max_tokens`` and those of
+            ``from_pretrained``.
     """
     sources: list[TokenSource] = []
     for spec in specs:

@@ -10,8 +10,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from rto.evaluation.statistics.estimates import holm
+from rto.evaluation.statistics.gain import best_mixture
 from rto.files import write_atomically
 from rto.report.plots import METADATA, STYLE, palette, panel
 from rto.report.sheet import Titled, bold, render_sheet
@@ -23,7 +25,7 @@ LEVELS = (0.25, 0.5, 1.0)
 """Shares of the KL that both of two methods reach on every seed."""
 MARKERS, LINES = "os^D", ("-", "--", ":", "-.")
 """What tells methods of one colour apart."""
-FIGURES = ("frontier", "prompts", "scaling", "over-optimisation", "length")
+FIGURES = ("frontier", "equal-kl", "foretold", "prompts", "scaling", "over-optimisation", "length")
 
 
 class Study:
@@ -51,6 +53,44 @@ class Study:
         """(share of the prompts, policy) of a scaled method, the whole last."""
         named = [(f, fraction_name(method, f)) for f in sorted(self.study["fractions"])]
         return [(f, name) for f, name in named if name in self.results["policies"]] + [(1.0, method)]
+
+    def frontier(self, method: str) -> list[str]:
+        """A method's candidates at equal KL: the start, the method and its other values of β₂."""
+        points = [n for n, p in self.results["policies"].items() if p["of"] == method and n not in self._shares]
+        return [self.start, *points]
+
+    @property
+    def _shares(self) -> set[str]:
+        return {fraction_name(m, f) for m in self.study["scaled"] for f in self.study["fractions"]}
+
+    @property
+    def compared(self) -> list[str]:
+        """Methods whose β₂ was tuned for every KL."""
+        named = self.study.get("frontier")
+        if named is None:
+            return []
+        methods = named["methods"] or [n for n, p in self.policies.items() if p["kind"] == "method"]
+        return [name for name in methods if name in self.policies and all(map(self._validated, self.frontier(name)))]
+
+    def _validated(self, policy: str) -> bool:
+        return all("validation" in run for run in self.results["policies"][policy]["runs"])
+
+    def at_equal_kl(self, method: str, level: float) -> dict[str, np.ndarray]:
+        """Test gold and KL, a number a seed, of the mixture of a method's points that validation prompts call best."""
+        runs = [self.results["policies"][name]["runs"] for name in self.frontier(method)]
+        found: dict[str, list[float]] = {"gold": [], "kl": []}
+        for of_seed in zip(*runs, strict=True):
+            gold, kl = (np.array([run["validation"][key] for run in of_seed]) for key in ("gold", "kl"))
+            shares = best_mixture(gold, np.maximum(kl, 0.0), level)
+            for key, values in found.items():
+                values.append(float(shares @ np.array([run[key] for run in of_seed])))
+        return {key: np.array(values) for key, values in found.items()}
+
+    @property
+    def foretold(self) -> list[str]:
+        """Methods whose gain was told from completions."""
+        measured = self.results["policies"]
+        return [n for n in self.policies if all("foretold" in run for run in measured[n]["runs"])]
 
     @property
     def scaled(self) -> list[str]:
@@ -194,6 +234,67 @@ def win_rate_table(study: Study) -> list[list[str]]:
     return rows
 
 
+def equal_kl_table(study: Study) -> list[list[str]]:
+    """Each method with the β₂ that is best for a KL: held-out gold there, and its difference from the baseline's.
+
+    For every seed the shares of a method's policies (each β₂, and the start) that make the best mixture within the KL
+    on validation prompts; gold and KL of that mixture on test prompts. p is Holm's over all differences of the table.
+    """
+    names = study.compared
+    if not names:
+        return []
+    levels = study.study["frontier"]["levels"]
+    found = {(name, level): study.at_equal_kl(name, level) for name in names for level in levels}
+    tests = {}
+    if study.baseline in names:
+        theirs = {level: found[study.baseline, level]["gold"] for level in levels}
+        tests = {at: paired(x["gold"], theirs[at[1]]) for at, x in found.items() if at[0] != study.baseline}
+    adjusted = dict(zip(tests, holm([t.p for t in tests.values()]) if tests else [], strict=True))
+    rows = [["method", *(x for k in levels for x in (f"at KL {k:g}", f"− {study.baseline}", "p (Holm)"))]]
+    for name in names:
+        row = [name]
+        for level in levels:
+            at = (name, level)
+            row.append(f"{said(interval(found[at]['gold']))} (KL {_number(found[at]['kl'].mean())})")
+            row += [marked(tests[at].difference), _number(float(adjusted[at]))] if at in tests else ["", ""]
+        rows.append(row)
+    return rows
+
+
+def foretold_table(study: Study) -> list[list[str]]:
+    """The gain that completions of the start foretell, and the one that training had, both over the start's gold."""
+    names = study.foretold
+    if not names:
+        return []
+    rows = [["method", "ρ at the start", "ρ when trained", "ρ σ_gold", "foretold", "measured", "at KL"]]
+    told, had = _told_and_had(study)
+    for i, name in enumerate(names):
+        rho = {when: interval(_foretold(study, name, when, "correlation")) for when in ("start", "trained")}
+        slope = interval(_foretold(study, name, "start", "slope"))
+        cells = [said(x) for x in (*rho.values(), slope, interval(told[i]), interval(had[i]))]
+        rows.append([name, *cells, said(interval(study.values(name, "kl")))])
+    if len(names) > 2:
+        ranks = [stats.spearmanr(a, b).statistic for a, b in zip(told.T, had.T)]
+        rows.append(["rank correlation over methods, a seed", "", "", "", "", said(interval(ranks)), ""])
+    return rows
+
+
+def _foretold(study: Study, name: str, when: str, key: str) -> np.ndarray:
+    runs = study.results["policies"][name]["runs"]
+    return np.array([run["foretold"][when][key]["value"] for run in runs])
+
+
+def _told_and_had(study: Study) -> tuple[np.ndarray, np.ndarray]:
+    """Gains of each method and seed: ρ σ_gold √(2 KL) at the KL where its training ended, and what it had there."""
+    start = study.values(study.start, "gold")
+    told, had = [], []
+    for name in study.foretold:
+        kl = np.maximum(study.values(name, "kl"), 0.0)
+        told.append(_foretold(study, name, "start", "slope") * np.sqrt(2 * kl))
+        had.append(study.values(name, "gold") - start)
+    return np.array(told), np.array(had)
+
+
 def over_optimisation_table(study: Study) -> list[list[str]]:
     """After the peak of the gold: how far it fell and how far the learned score rose."""
     rows = [["method", "gold fell by", "learned score rose by", "seeds with both"]]
@@ -225,6 +326,8 @@ def tuning_table(study: Study) -> list[list[str]]:
 TABLES = {
     "Questions": comparison_table,
     "Share of the prompts": scaling_table,
+    "At equal KL, β₂ tuned for each": equal_kl_table,
+    "Foretold and measured": foretold_table,
     "Gold at equal KL, less the baseline's": matched_kl_table,
     "Win rate at equal KL, less the baseline's": win_rate_table,
     "Over-optimisation": over_optimisation_table,
@@ -303,6 +406,35 @@ def frontier(study: Study) -> Figure | None:
     return _legend(figure, ax)
 
 
+def equal_kl(study: Study) -> Figure | None:
+    """Gold gained at each KL with the β₂ that is best there, over the start; bands: 95 % over seeds."""
+    if not study.compared:
+        return None
+    figure, ax = _figure(study, "KL from the reference (nats a completion)", f"{study.measure} on held-out prompts")
+    levels = np.linspace(0, max(study.study["frontier"]["levels"]), 25)
+    for name, (colour, turn) in _looks(study).items():
+        if name in study.compared:
+            found = [interval(study.at_equal_kl(name, level)["gold"]) for level in levels]
+            mean, half = (np.array([getattr(x, key) for x in found]) for key in ("mean", "half"))
+            ax.plot(levels, mean, color=colour, ls=LINES[turn % len(LINES)], label=name)
+            ax.fill_between(levels, mean - half, mean + half, color=colour, alpha=0.1, lw=0)
+    return _legend(figure, ax)
+
+
+def foretold(study: Study) -> Figure | None:
+    """The gain that completions of the start foretell, and the gain that training had; a point a method and seed."""
+    if not study.foretold:
+        return None
+    figure, ax = _figure(study, "foretold: ρ σ_gold √(2 KL)", f"measured gain in {study.measure}")
+    told, had = _told_and_had(study)
+    for name, x, y in zip(study.foretold, told, had):
+        colour, turn = _looks(study)[name]
+        ax.plot(x, y, MARKERS[turn % len(MARKERS)], ms=3.5, color=colour, label=name)
+    top = float(max(told.max(), had.max(), 0.0))
+    ax.plot([0, top], [0, top], color="0.6", lw=0.8, ls=":")
+    return _legend(figure, ax)
+
+
 def prompts(study: Study) -> Figure | None:
     """Gold against prompts used."""
     return _over_prompts(study, "gold", study.measure)
@@ -345,6 +477,8 @@ def over_optimised(study: Study) -> Figure | None:
 
 DRAWN = {
     "frontier": frontier,
+    "equal-kl": equal_kl,
+    "foretold": foretold,
     "prompts": prompts,
     "scaling": scaling,
     "over-optimisation": over_optimised,

@@ -32,11 +32,13 @@ from rich.console import Console
 
 from rto.errors import told
 from rto.files import write_atomically
+from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
 from rto.pipeline import Pipeline
-from rto.recipe import Recipe, RecipeError, Tuning, folder_of, load_recipe, resolve
+from rto.recipe import Recipe, RecipeError, Study, Tuning, folder_of, load_recipe, resolve
 from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
+from rto.studies.foretold import FORETOLD, write_foretold
 from rto.terminal import Terminal
 from rto.workers import begin_worker
 
@@ -55,6 +57,8 @@ class Job:
         stage: sft, pairs, reward, learner or method.
         policy: which one a learner or a method trains; the starting one for sft.
         prompts: where the policy is measured, test_prompts or validation_prompts; None measures nothing.
+        validated: it is measured on validation prompts as well: a point of a frontier is chosen there.
+        foretold: what its method gains is told from completions, too.
         needs: folders that must be done before.
     """
 
@@ -63,6 +67,8 @@ class Job:
     stage: str
     policy: str | None = None
     prompts: str | None = None
+    validated: bool = False
+    foretold: bool = False
     needs: frozenset[Path] = frozenset()
 
     @property
@@ -74,8 +80,15 @@ class Job:
     @property
     def done(self) -> bool:
         """Nothing is left to do."""
-        measured = self.prompts is None or (self.path / f"{self.prompts}.json").is_file()
-        return measured and (self.path / "done.json").is_file()
+        files = ["done.json", *(f"{prompts}.json" for prompts in self._measured_on)]
+        files += [FORETOLD] if self.foretold else []
+        return all((self.path / name).is_file() for name in files)
+
+    @property
+    def _measured_on(self) -> list[str]:
+        if self.prompts is None:
+            return []
+        return list(dict.fromkeys([self.prompts, *(["validation_prompts"] if self.validated else [])]))
 
     def run(self, console: Console) -> None:
         """Do the stage, and measure its policy."""
@@ -87,8 +100,10 @@ class Job:
                 pipeline.train(str(self.policy))
             case stage:
                 getattr(pipeline, stage)()
-        if self.prompts is not None:
-            pipeline.measure(str(self.policy), self.prompts)
+        for prompts in self._measured_on:
+            pipeline.measure(str(self.policy), prompts)
+        if self.foretold:
+            write_foretold(self.recipe, self.folder, str(self.policy))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +148,17 @@ def reproduce(
             f"study.tune.seed is {recipe.study.tune.seed}, which is one of the final seeds: take another"
         )
     with _locked(folder):
-        study = replace(recipe.study, comparisons={}, fractions=[], scaled=[], seeds=0)  # may change in a begun folder
+        study = Study(baseline=recipe.study.baseline, seeds=0, tune=recipe.study.tune)  # the rest may change
         pipeline = Pipeline(replace(recipe, study=study), folder, console)
         replace(pipeline, folder=folder / f"seed-{recipe.seed}").check()
         pipeline.claim()
-        tuned = recipe
+        recipe = tuned = with_frontier(recipe, policies)
+        policies = [name for name in recipe.policies if of_frontier(recipe).get(name, name) in policies]
         trials: dict[str, list[Trial]] = {}
         if recipe.study.tune is not None:
             tuned, trials = tune(recipe, recipe.study.tune, folder / "tune", policies, jobs, console)
         final = with_fractions(tuned, policies)
-        names = [name for name in final.policies if _base(name, final) in policies]
+        names = [name for name in final.policies if name in policies or _base(name, final) in policies]
         run_jobs(
             [
                 job
@@ -183,14 +199,25 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) ->
     Without a gold reward the reward model judges, so that every policy, the starting one too, is measured after it.
     """
     judged = ["reward"] if recipe.gold is None and recipe.reward is not None else []
+    points = of_frontier(recipe)
+    candidates = {recipe.start, *points, *points.values()} if points else set()
 
     def job(stage: str, *needs: str, policy: str | None = None) -> Job:
         measured = prompts if policy in policies or policy == recipe.start else None
         after = frozenset(folder / name for name in needs)
-        return Job(recipe=recipe, folder=folder, stage=stage, policy=policy, prompts=measured, needs=after)
+        return Job(
+            recipe=recipe,
+            folder=folder,
+            stage=stage,
+            policy=policy,
+            prompts=measured,
+            validated=policy in candidates,
+            foretold=stage == "method" and policy not in points and recipe.study.foretell is not None,
+            needs=after,
+        )
 
     methods = [name for name in policies if name in recipe.methods]
-    rewarding = {learner for name in methods for learner in recipe.token_rewards(name)}
+    rewarding = {learner for name in methods for learner in recipe.learners_of(name)}
     learners = [name for name in recipe.learners if name in policies or name in rewarding]
     found = [job("sft", policy=None if judged else recipe.start)]
     labelled = "sft"
@@ -203,8 +230,36 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) ->
     found += [job("learner", labelled, *judged, policy=name) for name in learners]
     scored = ["reward"] if recipe.reward is not None else [labelled]
     for name in methods:
-        found.append(job("method", *scored, *map(folder_of, recipe.token_rewards(name)), policy=name))
+        found.append(job("method", *scored, *map(folder_of, recipe.learners_of(name)), policy=name))
     return found
+
+
+def with_frontier(recipe: Recipe, policies: Sequence[str]) -> Recipe:
+    """The recipe with a method more for each β₂ of its frontier that is not its own."""
+    frontier = recipe.study.frontier
+    if frontier is None:
+        return recipe
+    methods = dict(recipe.methods)
+    for name in frontier.methods or recipe.methods:
+        own = {"kl_coef": RTOReward.kl_coef, **recipe.train, **recipe.methods[name]}["kl_coef"]
+        for coef in frontier.kl_coefs if name in policies else []:
+            if coef != own:
+                methods[frontier_name(name, coef)] = {**recipe.methods[name], "kl_coef": coef}
+    return replace(recipe, methods=methods)
+
+
+def frontier_name(method: str, kl_coef: float) -> str:
+    """``RTO β₂ 0.03``."""
+    return f"{method} β₂ {kl_coef:g}"
+
+
+def of_frontier(recipe: Recipe) -> dict[str, str]:
+    """The points that `with_frontier` added, each with the method that it belongs to."""
+    frontier = recipe.study.frontier
+    if frontier is None:
+        return {}
+    named = {frontier_name(m, c): m for m in frontier.methods or recipe.methods for c in frontier.kl_coefs}
+    return {name: method for name, method in named.items() if name in recipe.methods}
 
 
 def with_fractions(recipe: Recipe, policies: Sequence[str]) -> Recipe:
@@ -225,7 +280,7 @@ def fraction_name(method: str, fraction: float) -> str:
 
 def _base(name: str, recipe: Recipe) -> str:
     named = {fraction_name(m, f): m for m in recipe.study.scaled for f in recipe.study.fractions}
-    return named.get(name, name)
+    return (named | of_frontier(recipe)).get(name, name)
 
 
 def _chosen(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
@@ -343,17 +398,17 @@ def tune(
 ) -> tuple[Recipe, dict[str, list[Trial]]]:
     """The same search for every learner, then for every method with the learners so chosen.
 
-    Bootstrapped learners take the factor of the first learner: they are members of its ensemble, not methods. Methods
-    that are ``like`` another take that one's.
+    Learners that only give token rewards, and are no policies to be measured, take the factor of the first one.
+    Methods that are ``like`` another take that one's.
 
     Returns:
         The recipe with the chosen learning rates, and all trials.
     """
     start = replace(recipe, seed=tuning.seed)
-    rewarding = {learner for name in policies if name in recipe.methods for learner in recipe.token_rewards(name)}
+    rewarding = {learner for name in policies if name in recipe.methods for learner in recipe.learners_of(name)}
     policies = [name for name in recipe.policies if name in {tuning.like.get(name, name) for name in policies}]
     first = next(iter(recipe.learners))
-    members = {name for name in rewarding if "bootstrap" in recipe.learners[name]}
+    members = {name for name in rewarding if name not in recipe.policies}
     searched = [n for n in recipe.learners if n not in members and (n in policies or n in rewarding)]
     searched += [first] if members and first not in searched else []
 
@@ -393,8 +448,10 @@ def trial_name(name: str, factor: float) -> str:
 
 
 def _renamed(recipe: Recipe, method: str, named: dict[str, str]) -> dict[str, Any]:
-    learners = [named[name] for name in recipe.token_rewards(method)]
-    return {"dpo_model": learners} if learners else {}
+    """Own keys of a method that name learners, with the trials that stand for them."""
+    learners, reference = recipe.token_rewards(method), recipe.token_reference(method)
+    found: dict[str, Any] = {"dpo_model": [named[name] for name in learners]} if learners else {}
+    return found | ({} if reference is None else {"dpo_ref_model": named[reference]})
 
 
 def _at(recipe: Recipe, key: str, name: str, factor: float) -> dict[str, Any]:
@@ -464,7 +521,19 @@ def _run(folder: Path, policy: str, gold: str, seed: int) -> dict[str, Any]:
         "seconds": _read(folder / policy / "done.json")["seconds"],
         "shown": found["shown"][:2],
         "curve": _curve(folder / policy / "log.jsonl", gold),
+        **_if_there(folder / policy),
     }
+
+
+def _if_there(folder: Path) -> dict[str, Any]:
+    """What only some studies measure: gold and KL on validation prompts, and what was foretold."""
+    found: dict[str, Any] = {}
+    if (path := folder / "validation_prompts.json").is_file():
+        measured = _read(path)
+        found["validation"] = {key: _mean(measured[key]) for key in ("gold", "kl")}
+    if (path := folder / FORETOLD).is_file():
+        found["foretold"] = _read(path)
+    return found
 
 
 def _curve(log: Path, gold: str) -> dict[str, list[float]]:

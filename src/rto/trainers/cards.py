@@ -17,6 +17,7 @@ from rto import __version__, module_of
 from rto.credit import METHODS, Credit
 from rto.declared import declared
 from rto.files import write_atomically
+from rto.functional.preference import LOSSES
 from rto.models.loading import source_name
 from rto.values import write_yaml
 
@@ -55,6 +56,8 @@ BIBLIOGRAPHY = {
              "and Ermon, Stefano and Finn, Chelsea", 2024, "2403.19159"),
     "tdpo": ("Token-level Direct Preference Optimization", "Zeng, Yongcheng and Liu, Guoqing and Ma, Weiyu and Yang, "
              "Ning and Zhang, Haifeng and Wang, Jun", 2024, "2404.11999"),
+    "qrm": ("Discriminative Policy Optimization for Token-Level Reward Models", "Chen, Hongzhan and Yang, Tao and "
+            "Gao, Shiping and Chen, Ruijun and Quan, Xiaojun and Tian, Hongtao and Yao, Ting", 2025, "2505.23363"),
 }  # fmt: skip
 """Title, authors, year and arXiv number."""
 
@@ -89,8 +92,13 @@ def method_of(args: Any) -> Method:
         return Method(name=name, does=f"Policy optimization{reward}{score}.", tag=name.lower(), cites=cites)
     if "PreferenceConfig" in kinds:
         cites = tuple(key for key in (args.loss.rstrip("1"), "rto") if key in BIBLIOGRAPHY)
-        title = {"rdpo": "R-DPO", "simpo": "SimPO"}.get(args.loss, args.loss.upper())
+        title = {"rdpo": "R-DPO", "simpo": "SimPO", "qrm": "Q-RM"}.get(args.loss, args.loss.upper())
+        if LOSSES[args.loss].needs_scalar_head:
+            does = "Scores every token of a completion; learned from preference pairs. No language model."
+            return Method(name=title, does=does, tag=args.loss, task="token-classification", cites=cites)
         does = "Learned from preferences; its log-ratio to the model it started from is a reward for every token."
+        if args.swap_pairs:
+            title, does = f"reverse {title}", f"Learned from swapped preferences: what is not wanted. {does}"
         return Method(name=title, does=does, tag=args.loss, cites=cites)
     if "RewardConfig" in kinds:
         does = "Gives a completion a score, learned from preference pairs by Bradley–Terry."

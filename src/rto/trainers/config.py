@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from rto.credit import Credit
-from rto.functional.advantages import GAE, ReinforcePlusPlus
+from rto.functional.advantages import GAE, QAdvantage, ReinforcePlusPlus
 from rto.functional.rewards import PLACEMENTS, AdaptiveKL, RTOReward
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments, is_finite
 from rto.rollout.samplers.base import SamplingConfig
@@ -13,9 +13,9 @@ from rto.rollout.samplers.config import VLLMArguments
 from rto.rollout.token_rewards import TOKEN_REWARDS
 from rto.trainers.base import TokenTrainingArguments
 from rto.trl_names import ONLINE, by_trl_names
-from rto.values import check_choice
+from rto.values import check_choice, json_mapping, nearest
 
-ESTIMATORS = ("gae", "reinforce++")
+ESTIMATORS = ("gae", "reinforce++", "q")
 
 
 @by_trl_names(ONLINE)
@@ -38,12 +38,16 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         dpo_coef: β₁; 0 runs no DPO model: PPO.
         kl_coef: β₂.
         score_coef: β₃; 0 needs no reward function.
-        token_reward: what is read from ``dpo_model``: logratio, or mean_logprob (SimPO's reward, no reference).
+        token_reward: what is read from ``dpo_model``: logratio; power, the log-ratio bounded by a power transform;
+            mean_logprob (SimPO's reward, no reference); or q, the scalar of a model trained with the loss qrm.
+        token_reward_kwargs: settings of its own that a token reward has: ``{"power": 1.0}`` of power.
         token_reward_pessimism: κ: several DPO models count as their mean less κ standard deviations.
         token_reward_clip: bound on the raw log-ratio, before β₁; None for no bound.
         reward_placement: where token rewards are paid: token (RTO), sentence (Semi-RTO), final (DDPO).
         reward_shaping: subtract their sum at the last token (RS-PPO).
-        advantage_estimator: gae (with a critic) or reinforce++ (without).
+        advantage_estimator: gae (with a critic), reinforce++ (without), or q for token rewards that are Q-values:
+            they are not summed, and the critic is their baseline.
+        value_coef: how much of that baseline is subtracted; of q alone.
         missing_eos_penalty: subtracted from the reward of a completion that was cut off.
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
@@ -74,6 +78,9 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     kl_coef: float = field(default=0.01, metadata={"help": "β₂, the weight of the KL penalty."})
     score_coef: float = field(default=1.0, metadata={"help": "β₃, the weight of the sentence score."})
     token_reward: str = field(default="logratio", metadata={"help": f"One of {', '.join(TOKEN_REWARDS)}."})
+    token_reward_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'Settings of a token reward, as JSON: {"power": 1.0}.'}
+    )
     token_reward_pessimism: float = field(
         default=0.0, metadata={"help": "κ: mean over the DPO models less κ standard deviations."}
     )
@@ -89,9 +96,10 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     kl_target: float | None = field(default=None, metadata={"help": "Steer β₂ towards this KL a completion."})
     kl_horizon: int = field(default=10_000, metadata={"help": "Rollouts over which β₂ is steered."})
 
-    advantage_estimator: str = field(default="gae", metadata={"help": "gae or reinforce++."})
+    advantage_estimator: str = field(default="gae", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "λ of GAE."})
+    value_coef: float = field(default=1.0, metadata={"help": "Share of the critic's baseline that q subtracts."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Standardize advantages over each rollout batch."})
     cliprange: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate."})
     cliprange_value: float | None = field(default=0.2, metadata={"help": "ε of the clipped value loss."})
@@ -132,6 +140,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         "kl_horizon": COUNT,
         "gamma": SHARE,
         "lam": SHARE,
+        "value_coef": SHARE,
         "cliprange": POSITIVE,
         "cliprange_value": POSITIVE,
         "vf_coef": NOT_NEGATIVE,
@@ -160,12 +169,13 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         )
         for name, known in choices:
             check_choice(name, getattr(self, name), known)
+        self.token_reward_settings()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "gradient_accumulation_steps has no meaning here: set max_tokens_per_micro_batch to what memory "
                 "allows and per_device_train_batch_size to the rollouts of an iteration"
             )
-        if self.critic_warmup_steps and self.advantage_estimator != "gae":
+        if self.critic_warmup_steps and self.advantage_estimator == "reinforce++":
             raise ValueError("critic_warmup_steps asks for a critic: advantage_estimator=reinforce++ has none")
         if self.temperature == 0:
             raise ValueError("temperature=0 explores nothing: reinforcement learning needs temperature > 0")
@@ -184,6 +194,22 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     def updates_per_rollout(self) -> int:
         """Optimizer updates that one batch of rollouts serves."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    def token_reward_settings(self) -> dict[str, Any]:
+        """What ``token_reward_kwargs`` holds, known to the token reward.
+
+        Raises:
+            ValueError: it has no such setting.
+        """
+        given = json_mapping("token_reward_kwargs", self.token_reward_kwargs)
+        known = TOKEN_REWARDS[self.token_reward].settings
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"token_reward_kwargs: token_reward={self.token_reward} has no setting {name}"
+                    f"{nearest(name, known) or ' and none else'}"
+                )
+        return {name: float(value) for name, value in given.items()}
 
     def sampling(self) -> SamplingConfig:
         """How completions are drawn."""
@@ -207,11 +233,11 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
                 missing_eos_penalty=self.missing_eos_penalty,
             ),
             placement=self.reward_placement,
-            estimator=(
-                GAE(gamma=self.gamma, lam=self.lam)
-                if self.advantage_estimator == "gae"
-                else ReinforcePlusPlus(gamma=self.gamma)
-            ),
+            estimator={
+                "gae": GAE(gamma=self.gamma, lam=self.lam),
+                "reinforce++": ReinforcePlusPlus(gamma=self.gamma),
+                "q": QAdvantage(value_coef=self.value_coef),
+            }[self.advantage_estimator],
             whiten_rewards=self.whiten_rewards,
             whiten_advantages=self.whiten_advantages,
             normalize_scores=self.normalize_scores,
@@ -258,4 +284,6 @@ def settings_of(credit: Credit) -> dict[str, Any]:
         found |= {"advantage_estimator": "gae", "gamma": estimator.gamma, "lam": estimator.lam}
     elif isinstance(estimator, ReinforcePlusPlus):
         found |= {"advantage_estimator": "reinforce++", "gamma": estimator.gamma}
+    elif isinstance(estimator, QAdvantage):
+        found |= {"advantage_estimator": "q", "value_coef": estimator.value_coef}
     return found

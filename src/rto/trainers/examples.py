@@ -57,9 +57,12 @@ def read_examples(
     unpaired: bool,
     max_length: int,
     context: int | None = None,
+    swapped: bool = False,
     what: str,
 ) -> tuple[list[Example], Skipped]:
     """Examples of a data set of pairs or, for an unpaired loss, of labelled completions; that loss reads pairs, too.
+
+    With ``swapped`` every preference is turned round: what was rejected counts as chosen.
 
     Raises:
         DataError: the data cannot be used; the message names the column or counts the rows.
@@ -70,6 +73,7 @@ def read_examples(
     read: Callable[..., tuple[list[Any], Skipped]] = read_labelled if labelled else read_pairs
     rows, skipped = read(dataset, tokenizer, max_length=max_length, context=context, what=what)
     examples = [_example(row, tokenizer) for row in rows]
+    examples = [_swapped(example) for example in examples] if swapped else examples
     limit = max_length if context is None else min(max_length, context)
     return (mismatch(examples, limit, name_of(dataset, what)) if unpaired else examples), skipped
 
@@ -83,6 +87,13 @@ def _example(row: Pair | Labelled, tokenizer: PreTrainedTokenizerBase) -> Exampl
     else:
         sides, labels = (row.completion,), (row.desirable,)
     return Example(prompt=row.prompt, completions=tuple(without_tail(ids, tokenizer) for ids in sides), labels=labels)
+
+
+def _swapped(example: Example) -> Example:
+    """The opposite preference: the sides of a pair change places, a completion alone its label."""
+    if len(example.labels) == 1:
+        return replace(example, labels=(not example.labels[0],))
+    return replace(example, completions=example.completions[::-1])
 
 
 def mismatch(examples: list[Example], max_length: int, what: str) -> list[Example]:

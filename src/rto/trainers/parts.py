@@ -1,6 +1,7 @@
 """The models of an on-line run, from what its user named: checked first, loaded then, each in its precision."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rto.rollout.samplers.base import SampleFunction, Sampler
 from rto.rollout.samplers.config import sampler_of
 from rto.rollout.samplers.engines import EngineSampler
 from rto.rollout.scoring import Scoring
-from rto.rollout.token_rewards import TokenRewardSpec, TokenSource, token_source
+from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec, TokenSource, token_source
 from rto.trainers.base import VALUE_MODEL
 from rto.trainers.config import RTOConfig
 from rto.trainers.precision import Reading
@@ -209,14 +210,17 @@ class Named:
         return base.without_adapter() if self.peft_config is not None else base.copy(None, "ref_model")
 
     def _token_reward(self, base: SharedBase | None, reading: Reading, args: RTOConfig) -> TokenSource:
-        learners: list[Any] = [place(base, spec, "dpo_model") for spec in self.token_rewards]
+        scalar = TOKEN_REWARDS[args.token_reward].scalar
+        load = partial(load_scalar, new_head=False) if scalar else load_policy
+        learners: list[Any] = [place(base, spec, "dpo_model", scalar=scalar) for spec in self.token_rewards]
         return token_source(
-            [load_policy(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in learners],
+            [load(m, **reading.frozen(m)) if isinstance(m, str | Path) else m for m in learners],
             place(base, self.dpo_ref_model, "dpo_ref_model"),
             kind=args.token_reward,
             pessimism=args.token_reward_pessimism,
             temperature=args.temperature,
             max_tokens=args.max_tokens_per_micro_batch,
+            **args.token_reward_settings(),
             **reading.frozen(self.dpo_ref_model),
         )
 

@@ -16,13 +16,22 @@ from rto.data.formats import Rows, Skipped, read_sets
 from rto.files import shown
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
-from rto.models.actor import Actor, TokenOutputs, check_output_layer, output_layer, policy_logprobs, response_states
+from rto.models.actor import (
+    Actor,
+    TokenOutputs,
+    TokenScorer,
+    check_output_layer,
+    output_layer,
+    policy_logprobs,
+    response_states,
+)
 from rto.models.loading import (
     Source,
     check_same_vocabulary,
     clone,
     freeze,
     load_policy,
+    load_scalar,
     pad_id,
     shared_context,
     source_name,
@@ -30,6 +39,7 @@ from rto.models.loading import (
 )
 from rto.models.precision import check_derivative
 from rto.models.roles import Role, adapt, place, shared_base
+from rto.models.scalars import check_token_scorer
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
 from rto.trainers.examples import (
     Example,
@@ -53,6 +63,8 @@ class PreferenceConfig(TokenTrainingArguments):
     Attributes:
         loss: name of the loss in `rto.functional.preference.LOSSES`.
         loss_kwargs: fields of the loss, such as ``{"beta": 0.1}``.
+        swap_pairs: learn the opposite of every preference, held-out rows as well: the model of what is *not* wanted,
+            which may be the reference of a token reward (AlignDistil's reverse DPO model).
         max_length: rows with a longer prompt + completion are left out with a count; so are those over the model's
             context.
         precompute_ref_log_probs: π_ref reads the data once, before training, and is then let go: one model less in
@@ -67,6 +79,9 @@ class PreferenceConfig(TokenTrainingArguments):
     loss: str = field(default="dpo", metadata={"help": f"Which loss: {', '.join(LOSSES)}."})
     loss_kwargs: dict | str | None = field(
         default=None, metadata={"help": 'Fields of the loss, as JSON: {"beta": 0.1, "label_smoothing": 0.0}.'}
+    )
+    swap_pairs: bool = field(
+        default=False, metadata={"help": "Learn the opposite: rejected sides count as chosen, and chosen as rejected."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longer rows (prompt + completion) are left out."})
     precompute_ref_log_probs: bool = field(
@@ -152,11 +167,12 @@ class PreferenceTrainer(TokenTrainer):
         readers = [("model", model)] + ([("ref_model", ref_model)] if ref_model is not None else [])
         self._context = shared_context(readers, reading.tokenizer)
         examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
-        policy = load_policy(model, **reading.trained(model, adapted=peft_config is not None))
+        load = load_scalar if self.loss.needs_scalar_head else load_policy
+        policy = load(model, **reading.trained(model, adapted=peft_config is not None))
         check_derivative(source_name(model), policy)
         if ref_model is not None:
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
-        check_output_layer(policy)
+        (check_token_scorer if self.loss.needs_scalar_head else check_output_layer)(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if peft_config is not None:
@@ -170,7 +186,7 @@ class PreferenceTrainer(TokenTrainer):
         self._update: list[Example] = []
         self._baseline: Tensor | None = None  # z₀ of the update
         super().__init__(
-            Actor(policy),
+            (TokenScorer if self.loss.needs_scalar_head else Actor)(policy),
             args,
             train_dataset=examples,
             eval_dataset=held_out,
@@ -405,6 +421,7 @@ class PreferenceTrainer(TokenTrainer):
             unpaired=isinstance(self.loss, UnpairedLoss),
             max_length=self.args.max_length,
             context=self._context,
+            swapped=self.args.swap_pairs,
             what=what,
         )
 

@@ -1,0 +1,227 @@
+"""What does a reward buy at equal KL, whoever optimises it? Sources of reward from the same pairs, tilted exactly.
+
+    rto run embedded --output_dir runs/start
+    RTO_START=runs/start/sft python experiments/equal_kl.py --seeds 10 11 12 13 14 15 16 17
+
+For each seed, from one starting policy: pairs sampled and labelled by Bradley-Terry on the gold, and learned from them
+a DPO model, a reverse DPO model (the same pairs, swapped), a reward model and a Q-function. K completions of each of n
+held-out prompts are then drawn from the start and paid by each source. π* ∝ π_ref exp(paid / β₂) on these completions
+is the optimum of Eq. 4.7, so its gold at a KL needs no training and says what the *reward* is worth there.
+
+Weights of the stacked sources (β₁ : β₃) are regressed on pairs of completions of the tuning seed (1000), labelled as
+its training pairs were; that seed is reported nowhere else. What the same weights are worth on the other seeds is then
+a fair test. Differences are paired by seed; p is Holm's over all sources and levels.
+
+Writes docs/results/equal_kl_embedded.json, equal_kl_embedded.svg beside it, and prints the table of docs/results.md.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from rto.batches import collate
+from rto.data.formats import read_prompts
+from rto.evaluation.statistics.estimates import holm
+from rto.evaluation.statistics.gain import foretell, tilted_gain
+from rto.files import write_atomically
+from rto.inspection.stacking import Stacked, stack
+from rto.models.loading import load_policy, load_tokenizer, pad_id
+from rto.pipeline import Pipeline, scores_by
+from rto.recipe import Recipe, folder_of, load_recipe
+from rto.report.plots import METADATA, STYLE
+from rto.rollout.rewards import reward_source
+from rto.rollout.samplers.base import SamplingConfig
+from rto.rollout.samplers.transformers import TransformersSampler
+from rto.rollout.scoring import draw
+from rto.rollout.token_rewards import PowerDifference, QValue, TokenReward
+from rto.studies.replicates import interval, paired
+from rto.terminal import Terminal
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "embedded" / "frontiers.yaml"
+OUT = ROOT / "docs" / "results" / "equal_kl_embedded.json"
+TUNING_SEED, BASELINE = 1000, "reward model (PPO)"
+LEVELS = (0.25, 0.5, 1.0, 1.5)
+PROMPTS, COMPLETIONS = 64, 24
+CLIP = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 18)))
+    parser.add_argument("--runs", type=Path, default=Path("runs/equal_kl"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    if TUNING_SEED in args.seeds:
+        parser.error(f"{TUNING_SEED} is the tuning seed: it is not reported")
+    recipe = load_recipe(RECIPE)
+    tuned = measured(recipe, args.runs, TUNING_SEED)
+    weights = stacked_weights(tuned, recipe.label_temperature)
+    rows = [report(measured(recipe, args.runs, seed), weights) for seed in args.seeds]
+    found = {
+        "seeds": args.seeds,
+        "levels": LEVELS,
+        "prompts": PROMPTS,
+        "completions": COMPLETIONS,
+        "tuning_seed": TUNING_SEED,
+        "weights": {name: asdict(x) for name, x in weights.items()},
+        "sources": {name: [row[name] for row in rows] for name in rows[0]},
+    }
+    write_atomically(args.out, json.dumps(found, indent=1) + "\n")
+    figure = drawn(found)
+    with matplotlib.rc_context({"svg.hashsalt": args.out.stem}):
+        figure.savefig(args.out.with_suffix(".svg"), metadata=dict.fromkeys(METADATA))
+    print(table(found))
+
+
+# --- one seed
+
+
+def measured(recipe: Recipe, runs: Path, seed: int) -> dict[str, np.ndarray]:
+    """Gold and every source's total of n · K completions by the start; kept in the seed's folder once it is done."""
+    folder = runs / f"seed-{seed}"
+    path = folder / "paid.json"
+    if not path.is_file():
+        started, spent = time.perf_counter(), time.process_time()
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline = Pipeline(replace(recipe, seed=seed), folder, Terminal())
+        pipeline.sft()
+        pipeline.pairs()
+        for learner in recipe.learners:
+            pipeline.prefer(learner)
+        pipeline.reward()
+        write_atomically(path, json.dumps(paid(pipeline.recipe, folder)))
+        wall, cpu = time.perf_counter() - started, time.process_time() - spent
+        print(f"seed {seed}: {cpu:.0f} s of a processor, {wall:.0f} s on the clock", flush=True)
+    return {name: np.array(x) for name, x in json.loads(path.read_text()).items()}
+
+
+@torch.no_grad()
+def paid(recipe: Recipe, folder: Path) -> dict[str, list[list[float]]]:
+    start = folder / "sft"
+    tokenizer, policy = load_tokenizer(start), load_policy(str(start)).eval()
+    rows = recipe.data.validation_prompts
+    assert rows is not None
+    assert recipe.gold is not None
+    asked = read_prompts(rows.load(recipe.seed), tokenizer, max_length=2**31, what="prompts")[0][:PROMPTS]
+    sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=recipe.completion_length))
+    dpo, reverse = (str(folder / folder_of(name)) for name in ("DPO", "reverse DPO"))
+    tokens: dict[str, Any] = {
+        "dpo": TokenReward(dpo, str(start)),
+        "reverse": TokenReward(dpo, reverse),
+        "power": PowerDifference(dpo, str(start)),
+    }
+    if (q := folder / folder_of("Q")).is_dir():
+        tokens["q"] = QValue(str(q))
+    score = reward_source(str(folder / "reward"), max_tokens=2**15)
+    found: dict[str, list[list[float]]] = {name: [] for name in ("gold", "score", "length", *tokens)}
+    for i in range(0, len(asked), 16):
+        part = [prompt for prompt in asked[i : i + 16] for _ in range(COMPLETIONS)]
+        some = draw(sampler, policy, tokenizer, [p.ids for p in part], recipe.seed * 1_000_003 + 2**20 + i)
+        completed = some.completed(part)
+        sequences = collate([p.ids for p in part], some.ids, pad=pad_id(tokenizer))
+        numbers: dict[str, Any] = {
+            "gold": scores_by(recipe.gold, completed),
+            "score": score(completed),
+            "length": sequences.mask.sum(1).tolist(),
+        }
+        for name, source in tokens.items():
+            raw = source(sequences)
+            mean = name == "q"  # its loss ranks completions by their mean
+            total = raw.sum(1) / sequences.mask.sum(1) if mean else raw.clamp(-CLIP, CLIP).sum(1)
+            numbers[name] = total.tolist()
+        for name, values in numbers.items():
+            found[name] += np.asarray(values, dtype=float).reshape(-1, COMPLETIONS).round(5).tolist()
+    return found
+
+
+def stacked_weights(tuned: dict[str, np.ndarray], temperature: float) -> dict[str, Stacked]:
+    """Each token source beside the score: labels drawn by Bradley-Terry on pairs of one prompt's completions."""
+    rng = np.random.default_rng(TUNING_SEED)
+    gap = {name: (x[:, 0::2] - x[:, 1::2]).ravel() for name, x in tuned.items()}
+    first = rng.random(len(gap["gold"])) < 1 / (1 + np.exp(-gap["gold"] / temperature))
+    sign = np.where(first, 1.0, -1.0)
+    found = {name: stack(sign * gap[name], sign * gap["score"]) for name in tuned if name in SOURCES}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+SOURCES = {"dpo": "DPO", "reverse": "reverse reference", "power": "power transform", "q": "Q-RM"}
+
+
+def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[str, Any]:
+    """Every payment of one seed: its correlation with the gold and its gain at each level."""
+    s, d = found["score"], found["dpo"]
+    payments = {BASELINE: s, "DPO alone (on-policy distillation)": d, "RTO, β₁ = 0.05": 0.05 * d + s}
+    for name, weight in weights.items():
+        x = found[name]
+        w_d, w_s = (max(w.value, 0.0) for w in (weight.token_weight, weight.score_weight))
+        payments[f"stacked: score and {SOURCES[name]}"] = w_d * x + w_s * s
+        if name != "dpo":
+            payments[f"{SOURCES[name]} alone"] = x
+    payments |= {"short replies": -found["length"], "the gold itself": found["gold"]}
+    return {
+        name: {
+            **asdict(foretell(p, found["gold"])),
+            "gain": [float(x) for x in tilted_gain(p, found["gold"], LEVELS)],
+        }
+        for name, p in payments.items()
+    }
+
+
+# --- all seeds
+
+
+def table(found: dict[str, Any]) -> str:
+    levels = found["levels"]
+    gains = {name: np.array([run["gain"] for run in runs]) for name, runs in found["sources"].items()}
+    others = [name for name in gains if name != BASELINE]
+    tests = {(n, i): paired(gains[n][:, i], gains[BASELINE][:, i]) for n in others for i in range(len(levels))}
+    adjusted = dict(zip(tests, holm([t.p for t in tests.values()]), strict=True))
+    lines = ["| paid by | ρ | " + " | ".join(f"gain at KL {k:g} (foretold)" for k in levels) + " |"]
+    lines.append("|---" * (2 + len(levels)) + "|")
+    for name, runs in found["sources"].items():
+        rho = interval([run["correlation"]["value"] for run in runs])
+        cells = [f"{rho.mean:.2f} ± {rho.half:.2f}"]
+        for i, level in enumerate(levels):
+            gain = interval(gains[name][:, i])
+            told = np.mean([run["slope"]["value"] for run in runs]) * np.sqrt(2 * level)
+            cell = f"{gain.mean:.2f} ± {gain.half:.2f} ({told:.2f})"
+            if (name, i) in tests:
+                d = tests[name, i].difference
+                cell += f"; {d.mean:+.2f} ± {d.half:.2f}, p {adjusted[name, i]:.2g}"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def drawn(found: dict[str, Any]) -> Figure:
+    """Gain at each KL by source; bars: 95 % over seeds, dotted: what ρ σ √(2 KL) foretells."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        ax = figure.subplots()
+        levels = np.array(found["levels"])
+        grid = np.linspace(0, levels[-1], 50)
+        shown = [name for name in found["sources"] if name != "short replies"]
+        for i, name in enumerate(shown):
+            runs, colour = found["sources"][name], f"C{i % 10}"
+            gains = [interval([run["gain"][j] for run in runs]) for j in range(len(levels))]
+            at = levels * (1 + 0.008 * (i - len(shown) / 2))
+            ax.errorbar(at, [x.mean for x in gains], [x.half for x in gains], fmt="o", ms=3, lw=0.8, color=colour)
+            slope = np.mean([run["slope"]["value"] for run in runs])
+            ax.plot(grid, slope * np.sqrt(2 * grid), ":", lw=0.8, color=colour, label=name)
+        ax.set(xlabel="KL from the start (nats a completion)", ylabel="gold gained")
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=6.5)
+        return figure
+
+
+if __name__ == "__main__":
+    main()
