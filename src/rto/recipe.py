@@ -29,6 +29,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+ROUND_SEEDS = 104_729
+"""Between the seeds of two rounds: those of a study's runs lie closer together."""
+
 TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "report_to": "none",
@@ -90,8 +93,8 @@ class Data:
     Attributes:
         demonstrations: prompt-completion rows for supervised fine-tuning; None starts from ``model`` as it is.
         pairs: preference pairs; None samples them from the SFT policy and labels them by ``gold``.
-        pair_prompts: prompts for sampled pairs.
-        prompts: prompts for reinforcement learning, the same for every method.
+        pair_prompts: prompts for sampled pairs, those of all rounds together.
+        prompts: prompts for reinforcement learning, the same for every method, those of all rounds together.
         test_prompts: held-out prompts for the evaluation.
         eval_pairs: held-out pairs; learners and reward model are measured on them (``held_out.json`` in their
             folders).
@@ -105,6 +108,47 @@ class Data:
     pair_prompts: Rows | None = None
     eval_pairs: Rows | None = None
     validation_prompts: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeEndpoint:
+    """A chat model behind an OpenAI-compatible endpoint that labels pairs.
+
+    Attributes:
+        model: its name there.
+        base_url: like http://localhost:8000/v1.
+        key_env: environment variable with the API key; None: OPENAI_API_KEY for OpenAI, else no key.
+        protocol: arena_hard, a verdict in words, or alpaca_eval, the log-probabilities of one letter.
+        template: an official template, AlpacaEval's .txt or Arena-Hard's .yaml; None: our own.
+        parameters: added to each request; a null takes one away.
+        concurrency: requests under way at once.
+        timeout: seconds for one attempt.
+        retries: further attempts on errors, time-outs and rate limits.
+    """
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str | None = None
+    protocol: Literal["arena_hard", "alpaca_eval"] = "arena_hard"
+    template: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    concurrency: Count = 8
+    timeout: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Who says which of two sampled completions is better.
+
+    Attributes:
+        by: gold (Bradley–Terry on ``gold``), judge, or person: the run writes ``labels/round-N.jsonl``, stops, and
+            goes on when each row of it has a label.
+        judge: who judges.
+    """
+
+    by: Literal["gold", "judge", "person"] = "gold"
+    judge: JudgeEndpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +201,10 @@ class Recipe:
         gold: ``module:function`` with TRL's reward signature, the ground truth where a task has one. Training
             sees it only through the labels of sampled pairs; runs log it beside the learned score.
         logged: further functions of this kind that are logged and evaluated, and never trained on.
+        rounds: how often pairs are labelled and learned from; each round has an equal part of ``data.pair_prompts``
+            and of ``data.prompts``. Given ``data.pairs`` are those of the first round.
+        pairs_from: learners and methods whose policies write the pairs of later rounds, in equal parts; empty: all.
+        labels: who labels sampled pairs.
         label_temperature: pairs are labelled by Bradley–Terry, P(a ≻ b) = σ((gold_a − gold_b) / temperature).
         completion_length: longest completion, in tokens, in every stage.
         sft: arguments of TRL's ``SFTConfig``; None skips the stage.
@@ -183,6 +231,9 @@ class Recipe:
     seed: Seed = 0
     gold: str | None = None
     logged: list[str] = field(default_factory=list)
+    rounds: Count = 1
+    pairs_from: list[str] = field(default_factory=list)
+    labels: Labels = field(default_factory=Labels)
     label_temperature: Positive = 1.0
     completion_length: Count = 256
     sft: dict[str, Any] | None = None
@@ -205,9 +256,42 @@ class Recipe:
 
     @property
     def policies(self) -> dict[str, str]:
-        """What is evaluated, and its folder: the start, the learners but bootstrapped ones, and the methods."""
-        learners = [name for name, own in self.learners.items() if "bootstrap" not in own]
-        return {self.start: "sft", **{name: folder_of(name) for name in (*learners, *self.methods)}}
+        """What is evaluated, and its folder: the start, the learners but bootstrapped ones, and the methods.
+
+        A learner or a method has its own name after the last round, and ``NAME, round K`` after an earlier one.
+        """
+        found = {self.start: "sft"}
+        for name in self.trained:
+            found |= {self.policy(name, k): stage_folder(name, k) for k in range(1, self.rounds + 1)}
+        return found
+
+    @property
+    def trained(self) -> list[str]:
+        """Learners but bootstrapped ones, and methods."""
+        return [name for name, own in self.learners.items() if "bootstrap" not in own] + list(self.methods)
+
+    def policy(self, name: str, k: int) -> str:
+        """What a learner or a method is called after round k."""
+        return name if k == self.rounds else f"{name}, round {k}"
+
+    @property
+    def writers(self) -> list[str]:
+        """Learners and methods whose policies write the pairs of later rounds."""
+        return list(self.pairs_from) or self.trained
+
+    @property
+    def sampled(self) -> list[int]:
+        """Rounds whose pairs are sampled here."""
+        return list(range(1 if self.data.pairs is None else 2, self.rounds + 1))
+
+    @property
+    def counted(self) -> bool:
+        """Whether labels are a cost that is told: pairs that nobody could label are then left out beforehand."""
+        return self.rounds > 1 or self.labels.by != "gold"
+
+    def seed_of(self, k: int) -> int:
+        """The seed of the stages of round k."""
+        return (self.seed + (k - 1) * ROUND_SEEDS) % 2**32
 
     def token_rewards(self, method: str) -> list[str]:
         """The learners whose token rewards a method is paid; none where β₁ = 0."""
@@ -376,8 +460,10 @@ def _check_keys(kind: Any, key: str, values: Any, ours: set[str], who: str, more
             raise RecipeError(f"{key}.{name} {why}")
 
 
-def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
-    """What a stage trains with: the configuration of ``sft``, ``reward``, or the learner or method of that name.
+def stage_config(recipe: Recipe, stage: str, output_dir: str | Path, k: int = 1) -> Any:
+    """What a stage trains with in round k: the configuration of ``sft``, ``reward``, or a learner or method.
+
+    ``total_episodes`` are those of all rounds: a round has its part.
 
     Raises:
         RecipeError: it cannot be built; the message names the key that is to blame.
@@ -387,7 +473,7 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     from rto.trainers.rto import RTOConfig
     from rto.trainers.supervised import RewardConfig, SFTConfig
 
-    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
+    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed_of(k)}
     common = {**TRAINING_DEFAULTS, "trust_remote_code": recipe.trust_remote_code}
     if stage in recipe.learners:
         kind: Any = PreferenceConfig
@@ -407,6 +493,8 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     values = {name: value for section in sections.values() for name, value in section.items() if name in given}
     if both := values.keys() & fixed.keys():
         raise RecipeError(f"{given[min(both)]} is set by the recipe itself: paid_by says what a method is paid")
+    if recipe.rounds > 1 and isinstance(total := values.get("total_episodes"), int):
+        values["total_episodes"] = max(1, total * k // recipe.rounds - total * (k - 1) // recipe.rounds)
     try:
         config = kind(**{**defaults, **values}, **fixed)
         config.references = {
@@ -430,8 +518,11 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.sft is not None and recipe.data.demonstrations is None:
         raise RecipeError("sft needs data.demonstrations; give them, or set sft to null")
-    if recipe.data.pairs is None and (recipe.gold is None or recipe.data.pair_prompts is None):
-        raise RecipeError("without data.pairs, pairs are sampled and labelled: give gold and data.pair_prompts")
+    by = recipe.labels.by
+    if recipe.data.pairs is None and ((by == "gold" and recipe.gold is None) or recipe.data.pair_prompts is None):
+        needed = "gold and data.pair_prompts" if by == "gold" else "data.pair_prompts"
+        raise RecipeError(f"without data.pairs, pairs are sampled and labelled: give {needed}")
+    _check_rounds(recipe)
     _check_names(recipe)
     if recipe.reward is None:
         for name, own in recipe.methods.items():
@@ -482,11 +573,44 @@ def _check_peft(recipe: Recipe) -> None:
             raise RecipeError(f"peft: {' '.join(str(error).split())}") from error
 
 
+def _check_rounds(recipe: Recipe) -> None:
+    """Labels have somebody who gives them, and every round has pairs and prompts of its own."""
+    labels, data = recipe.labels, recipe.data
+    if (labels.by == "judge") != (labels.judge is not None):
+        raise RecipeError(
+            "labels.by: judge needs labels.judge: {model: NAME, base_url: URL}"
+            if labels.by == "judge"
+            else f"labels.judge is not asked, since labels.by is {labels.by}: set labels.by: judge, or leave it out"
+        )
+    if labels.by != "gold" and not recipe.sampled:
+        raise RecipeError(
+            f"labels.by: {labels.by} would label nothing: data.pairs have labels, and there is no later round"
+        )
+    if recipe.rounds == 1:
+        if recipe.pairs_from:
+            raise RecipeError("pairs_from says who writes the pairs of later rounds: give rounds: 2 or more")
+        return
+    if data.pair_prompts is None or (labels.by == "gold" and recipe.gold is None):
+        needed = "data.pair_prompts" if data.pair_prompts is None else "gold, or labels.by: judge or person"
+        raise RecipeError(f"rounds: {recipe.rounds}: pairs of later rounds are sampled and labelled: give {needed}")
+    for name in recipe.pairs_from:
+        if name not in recipe.trained:
+            raise RecipeError(f"pairs_from: no learner or method {name!r}{nearest(name, recipe.trained)}")
+    if len(set(recipe.pairs_from)) < len(recipe.pairs_from):
+        raise RecipeError("pairs_from names a policy twice: each one writes an equal part")
+    for key, parts in (("pair_prompts", len(recipe.sampled)), ("prompts", recipe.rounds)):
+        found = getattr(data, key)
+        if found.rows is not None and found.rows < parts:
+            raise RecipeError(f"data.{key}.rows: {found.rows} rows cannot be shared among {parts} rounds")
+
+
 def _check_names(recipe: Recipe) -> None:
     """Every name that a method, or the study, refers to is there, and no two of them share a folder."""
     if not recipe.learners:
         raise RecipeError("learners is empty: leave the key out for DPO alone")
     folders = {stage: stage for stage in STAGES}
+    folders |= {f"round-{k}": f"round {k}" for k in range(2, recipe.rounds + 1)}
+    folders |= {} if recipe.labels.by == "gold" else {"labels": "the folder of labels"}
     for name in (*recipe.learners, *recipe.methods):
         if (taken := folders.setdefault(folder_of(name), name)) != name or name in STAGES:
             raise RecipeError(f"{name} and {taken} would share the folder {folder_of(name)}: rename one")
@@ -528,6 +652,11 @@ def _check_names(recipe: Recipe) -> None:
 def folder_of(name: str) -> str:
     """The folder of a learner or a method in a run."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def stage_folder(name: str, k: int) -> str:
+    """The folder of a stage of round k in a run: those of the first stand at the root."""
+    return folder_of(name) if k == 1 else f"round-{k}/{folder_of(name)}"
 
 
 def is_function(path: str) -> bool:
