@@ -56,8 +56,9 @@ from rto.models.loading import (
     max_positions,
     stop_at_eos,
 )
-from rto.recipe import Recipe, RecipeError, is_function, resolve, saved_tree, stage_config, stage_folder
+from rto.recipe import Recipe, RecipeError, is_function, part, resolve, saved_tree, stage_config, stage_folder
 from rto.references import changed, digests
+from rto.report.folder import continued
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
@@ -330,7 +331,7 @@ class Pipeline:
             scorer = str(self.folder / stage_folder("reward", k))
             rewards: list[Any] = [scorer if source == "reward" else resolve(source) for source in recipe.rewards(name)]
             learners = [str(self.folder / stage_folder(learner, k)) for learner in recipe.token_rewards(name)]
-            prompts = self._part(recipe.data.prompts.load(recipe.seed), range(1, recipe.rounds + 1), k)
+            prompts = part(recipe.data.prompts.load(recipe.seed), range(1, recipe.rounds + 1), k)
             trainer = RTOTrainer(
                 str(self.folder / start),
                 stage_config(recipe, name, folder, k),
@@ -509,7 +510,7 @@ class Pipeline:
         """
         recipe, start = self.recipe, self.folder / "sft"
         assert recipe.data.pair_prompts is not None
-        rows = self._part(recipe.data.pair_prompts.load(recipe.seed), recipe.sampled, k)
+        rows = part(recipe.data.pair_prompts.load(recipe.seed), recipe.sampled, k)
         tokenizer = load_tokenizer(start, **self._trust)
         writers = {recipe.start: "sft"} if k == 1 else {n: stage_folder(n, k - 1) for n in recipe.writers}
         length, prompts = recipe.completion_length, list[Prompt]()
@@ -537,19 +538,12 @@ class Pipeline:
         sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
         ids = [p for p in prompts for _ in range(2)]
 
-        def part(i: int) -> list[tuple[str, bool]]:
+        def some(i: int) -> list[tuple[str, bool]]:
             drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed + i)
             return list(zip(drawn.texts, drawn.ended, strict=True))
 
-        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), part, title)
-        return [one for some in parts for one in some]
-
-    @staticmethod
-    def _part(rows: Dataset, rounds: Sequence[int], k: int) -> Dataset:
-        """The rows of round k: every so many, so that no order of the file falls to a round."""
-        if len(rounds) == 1:
-            return rows
-        return rows.select(range(list(rounds).index(k), len(rows), len(rounds)))
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), some, title)
+        return [one for found in parts for one in found]
 
     def _named(self, name: str, k: int) -> str:
         return name if self.recipe.rounds == 1 else f"round {k}: {name}"
@@ -587,14 +581,20 @@ class Pipeline:
             json.loads((self.folder / folder / "done.json").read_text())["seconds"] for folder in _led_to(where)
         )
 
+    def log(self, where: str) -> list[dict[str, Any]]:
+        """What training logged of a policy, over the rounds that led to it; prompts used are counted through."""
+        rows: list[dict[str, Any]] = []
+        for folder in _led_to(where):
+            rows = continued(rows, log_rows(self.folder / folder / "log.jsonl"))
+        return rows
+
     def used(self, where: str) -> dict[str, Any]:
         """What a policy has cost: the labels of all pairs so far, and the prompts that it was trained on by itself."""
         if where == "sft":
             return {"of": None, "round": 0, "labels": 0, "prompts_used": 0}
         chain = _led_to(where)
         of = next(n for n in self.recipe.trained if stage_folder(n, 1) == chain[0])
-        logs = [log_rows(self.folder / folder / "log.jsonl") for folder in chain]
-        prompts = sum(int(max((row["episodes"] for row in log if "episodes" in row), default=0)) for log in logs)
+        prompts = int(max((row["episodes"] for row in self.log(where) if "episodes" in row), default=0))
         labels = sum(self.labels(k) for k in range(1, len(chain) + 1))
         return {"of": of, "round": len(chain), "labels": labels, "prompts_used": prompts}
 

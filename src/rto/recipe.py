@@ -1,6 +1,6 @@
 """A run as a value: what `rto run` reads, checks before any work, and saves beside the results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -178,6 +178,8 @@ class Study:
         seeds: how many, from the recipe's ``seed`` up.
         fractions: shares of the RL prompts below 1.
         scaled: methods that are also trained on those shares.
+        rounds: the same labels and prompts in so many rounds, a variant of every learner and method for each entry,
+            called ``NAME in N rounds``.
         comparisons: further paired comparisons, question to [method, other method].
         tune: None takes learning rates as they stand.
     """
@@ -186,6 +188,7 @@ class Study:
     seeds: Annotated[int, Field(ge=0)] = 3
     fractions: list[float] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)
+    rounds: list[Annotated[int, Field(ge=2)]] = field(default_factory=list)
     comparisons: dict[str, list[str]] = field(default_factory=dict)
     tune: Tuning | None = None
 
@@ -270,6 +273,12 @@ class Recipe:
         """Learners but bootstrapped ones, and methods."""
         return [name for name, own in self.learners.items() if "bootstrap" not in own] + list(self.methods)
 
+    @property
+    def origins(self) -> dict[str, tuple[str, int]]:
+        """Every policy's learner or method, and its round; the start is its own, of round 0."""
+        rounds = range(1, self.rounds + 1)
+        return {self.start: (self.start, 0), **{self.policy(n, k): (n, k) for n in self.trained for k in rounds}}
+
     def policy(self, name: str, k: int) -> str:
         """What a learner or a method is called after round k."""
         return name if k == self.rounds else f"{name}, round {k}"
@@ -330,6 +339,17 @@ class Recipe:
     def to_yaml(self) -> str:
         """The whole recipe, environment variables by their names."""
         return write_yaml(self.tree())
+
+
+def variants(recipe: Recipe) -> dict[str, tuple[Recipe, str]]:
+    """Every policy of a study: the recipe that makes it, and what it is called there."""
+    found = {name: (recipe, name) for name in recipe.policies}
+    for rounds in recipe.study.rounds:
+        other = replace(recipe, rounds=rounds)
+        for name, (_, k) in other.origins.items():
+            if k:
+                found[f"{name} in {rounds} rounds" if k == rounds else f"{name} of {rounds}"] = (other, name)
+    return found
 
 
 def saved_tree(path: Path) -> dict[str, Any]:
@@ -522,6 +542,11 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.data.pairs is None and ((by == "gold" and recipe.gold is None) or recipe.data.pair_prompts is None):
         needed = "gold and data.pair_prompts" if by == "gold" else "data.pair_prompts"
         raise RecipeError(f"without data.pairs, pairs are sampled and labelled: give {needed}")
+    for rounds in recipe.study.rounds:
+        if rounds == recipe.rounds or recipe.study.rounds.count(rounds) > 1:
+            raise RecipeError(f"study.rounds: {rounds} is there already: name each number of rounds once")
+        _check_rounds(replace(recipe, rounds=rounds))
+        _check_names(replace(recipe, rounds=rounds))
     _check_rounds(recipe)
     _check_names(recipe)
     if recipe.reward is None:
@@ -587,7 +612,7 @@ def _check_rounds(recipe: Recipe) -> None:
             f"labels.by: {labels.by} would label nothing: data.pairs have labels, and there is no later round"
         )
     if recipe.rounds == 1:
-        if recipe.pairs_from:
+        if recipe.pairs_from and not recipe.study.rounds:
             raise RecipeError("pairs_from says who writes the pairs of later rounds: give rounds: 2 or more")
         return
     if data.pair_prompts is None or (labels.by == "gold" and recipe.gold is None):
@@ -627,10 +652,11 @@ def _check_names(recipe: Recipe) -> None:
         if own.get("paid_by") == "gold" and recipe.gold is None:
             raise RecipeError(f"methods.{name} is paid_by gold, but the recipe has no gold")
     study = recipe.study
+    known = {"scaled": recipe.trained, "comparisons": list(variants(recipe))}
     for key, names in (("scaled", study.scaled), *(("comparisons", pair) for pair in study.comparisons.values())):
         for name in names:
-            if name not in recipe.policies:
-                raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, recipe.policies)}")
+            if name not in known[key]:
+                raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, known[key])}")
     like = {} if study.tune is None else study.tune.like
     for name, other in like.items():
         for named in (name, other):
@@ -657,6 +683,13 @@ def folder_of(name: str) -> str:
 def stage_folder(name: str, k: int) -> str:
     """The folder of a stage of round k in a run: those of the first stand at the root."""
     return folder_of(name) if k == 1 else f"round-{k}/{folder_of(name)}"
+
+
+def part(rows: Dataset, rounds: Sequence[int], k: int) -> Dataset:
+    """The rows of round k among those that share them: every so many, so that no stretch of a file falls to a round."""
+    if len(rounds) == 1:
+        return rows
+    return rows.select(range(list(rounds).index(k), len(rows), len(rounds)))
 
 
 def is_function(path: str) -> bool:

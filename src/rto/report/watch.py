@@ -22,7 +22,15 @@ from rto.report.folder import read_run
 from rto.report.page import render
 
 HOME = "127.0.0.1"
-FILES = ("recipe.yaml", "log.jsonl", "completions.jsonl", "*/log.jsonl", "*/completions.jsonl", "evaluation/*.json*")
+FILES = (
+    "recipe.yaml",
+    "log.jsonl",
+    "completions.jsonl",
+    "*/log.jsonl",
+    "*/completions.jsonl",
+    "round-*/*/*.jsonl",
+    "evaluation/*.json*",
+)
 
 
 class Watched:
