@@ -686,7 +686,7 @@ def stage_folder(name: str, k: int) -> str:
 
 
 def part(rows: Dataset, rounds: Sequence[int], k: int) -> Dataset:
-    """The rows of round k among those that share them: every so many, so that no stretch of a file falls to a round."""
+    """The rows of round k among those that share them: every so many, so that no stretch of a file is one round's."""
     if len(rounds) == 1:
         return rows
     return rows.select(range(list(rounds).index(k), len(rows), len(rounds)))

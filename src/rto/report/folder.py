@@ -94,7 +94,7 @@ class Run:
 
     @property
     def by_labels(self) -> dict[str, list[dict[str, Any]]]:
-        """The evaluated rounds of each learner and method, the start before them; empty where labels were not counted."""
+        """The evaluated rounds of each learner and method, the start before them; empty without counted labels."""
         start = [method for method in self.methods.values() if method.get("round") == 0]
         found: dict[str, list[dict[str, Any]]] = {}
         for method in self.methods.values():

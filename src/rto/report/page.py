@@ -171,13 +171,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
-    levels = {
-        name: gold
-        for name, method in run.methods.items()
-        if name not in run.online
-        and method.get("of") not in run.online
-        and (gold := number(method.get("gold"))) is not None
-    }
+    offline = {n: m for n, m in run.methods.items() if n not in run.online and m.get("of") not in run.online}
+    levels = {name: gold for name, m in offline.items() if (gold := number(m.get("gold"))) is not None}
     title = run.measure.capitalize()
     others = [panel for panel in LEARNING if panel[1] != run.gold_key]
     if run.stage:  # it does not say which of its scores is the gold

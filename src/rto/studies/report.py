@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ LEVELS = (0.25, 0.5, 1.0)
 """Shares of the KL that both of two methods reach on every seed."""
 MARKERS, LINES = "os^D", ("-", "--", ":", "-.")
 """What tells methods of one colour apart."""
-FIGURES = ("frontier", "prompts", "scaling", "over-optimisation", "length")
+FIGURES = ("frontier", "prompts", "labels", "scaling", "over-optimisation", "length")
 
 
 class Study:
@@ -53,9 +54,26 @@ class Study:
         return [(f, name) for f, name in named if name in self.results["policies"]] + [(1.0, method)]
 
     @property
+    def by_labels(self) -> dict[str, list[str]]:
+        """Learners and methods, and variants of them in more rounds, with their policies of all rounds, start first."""
+        found: dict[str, list[str]] = {}
+        for name, policy in self.policies.items():
+            if policy["runs"][0].get("round"):
+                found.setdefault(family(name), [self.start]).append(name)
+        return found if self.start in self.policies else {}
+
+    @property
     def scaled(self) -> list[str]:
         """Methods that were trained on shares of the prompts, too."""
         return [name for name in self.study["scaled"] if name in self.policies and len(self.points(name)) > 1]
+
+
+def family(policy: str) -> str:
+    """The policy after the last round: ``RTO in 2 rounds`` of ``RTO, round 1 of 2``."""
+    found = re.fullmatch(r"(.+), round \d+(?: of (\d+))?", policy)
+    if found is None:
+        return policy
+    return found[1] if found[2] is None else f"{found[1]} in {found[2]} rounds"
 
 
 def write_study(results: Path) -> Path:
@@ -164,6 +182,18 @@ def scaling_table(study: Study) -> list[list[str]]:
     return rows
 
 
+def labels_table(study: Study) -> list[list[str]]:
+    """What labels buy: every policy by the labels and the prompts that it has used, mean over seeds."""
+    if not study.by_labels:
+        return []
+    rows = [["policy", "round", "labels", "prompts used", study.measure, "KL"]]
+    for name in [study.start, *(n for names in study.by_labels.values() for n in names[1:])]:
+        numbers = [study.values(name, key).mean() for key in ("round", "labels", "prompts_used")]
+        cells = [said(interval(study.values(name, key))) for key in ("gold", "kl")]
+        rows.append([name, *(f"{x:,.0f}" for x in numbers), *cells])
+    return rows
+
+
 def matched_kl_table(study: Study) -> list[list[str]]:
     """Gold of training rollouts where each method first reaches a KL, less the baseline's there, by seed."""
     if study.baseline is None or not study.curves(study.baseline):
@@ -225,6 +255,7 @@ def tuning_table(study: Study) -> list[list[str]]:
 TABLES = {
     "Questions": comparison_table,
     "Share of the prompts": scaling_table,
+    "Labels used": labels_table,
     "Gold at equal KL, less the baseline's": matched_kl_table,
     "Win rate at equal KL, less the baseline's": win_rate_table,
     "Over-optimisation": over_optimisation_table,
@@ -308,6 +339,24 @@ def prompts(study: Study) -> Figure | None:
     return _over_prompts(study, "gold", study.measure)
 
 
+def labels(study: Study) -> Figure | None:
+    """Held-out gold against the labels used, from the starting policy on."""
+    if not study.by_labels:
+        return None
+    figure, ax = _figure(study, "labels used", f"{study.measure} on held-out prompts")
+    looks = _looks(study)
+    for name, policies in study.by_labels.items():
+        colour, turn = looks[name]
+        found = [interval(study.values(policy, "gold")) for policy in policies]
+        halves = [0.0 if math.isnan(x.half) else x.half for x in found]
+        at = [study.values(policy, "labels").mean() for policy in policies]
+        line, marker = LINES[turn % len(LINES)], MARKERS[turn % len(MARKERS)]
+        ax.errorbar(
+            at, [x.mean for x in found], halves, color=colour, ls=line, marker=marker, ms=3.5, lw=1, label=name
+        )
+    return _legend(figure, ax)
+
+
 def length(study: Study) -> Figure | None:
     """Completion length against prompts used."""
     return _over_prompts(study, "length", "tokens a completion")
@@ -346,6 +395,7 @@ def over_optimised(study: Study) -> Figure | None:
 DRAWN = {
     "frontier": frontier,
     "prompts": prompts,
+    "labels": labels,
     "scaling": scaling,
     "over-optimisation": over_optimised,
     "length": length,
