@@ -357,7 +357,7 @@ def trainable(model: Any) -> nn.Module:
 
 
 def place(base: SharedBase | None, source: Any, name: str, **kwargs: Any) -> Any:
-    """A role on the shared base where a source is an adapter made for it, or its folder; the source itself otherwise."""
+    """A role on the shared base where a source is an adapter made for it, or the base; the source itself otherwise."""
     if base is not None and not kwargs and base.stands_in(source):
         return base.without_adapter()
     return source if base is None or not base.carries(source) else base.load(source, name, **kwargs)

@@ -215,8 +215,8 @@ def _notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     if recipe.rounds > 1:
         later = "each method goes on from its policy, with the starting policy as reference beside it"
         found.append(
-            f"{recipe.rounds} rounds: all stages but SFT run once a round, with pairs of all rounds so far and an equal "
-            f"part of the prompts; after the first {later}: memory is that of one round."
+            f"{recipe.rounds} rounds: all stages but SFT run once a round, on the pairs of all rounds so far and an "
+            f"equal part of the prompts; after the first {later}: memory is that of one round."
         )
     if recipe.reward_model is not None:
         found.append(

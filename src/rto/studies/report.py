@@ -55,7 +55,7 @@ class Study:
 
     @property
     def by_labels(self) -> dict[str, list[str]]:
-        """Learners and methods, and variants of them in more rounds, with their policies of all rounds, start first."""
+        """Learners and methods, and variants of them in more rounds, their policies of all rounds, start first."""
         found: dict[str, list[str]] = {}
         for name, policy in self.policies.items():
             if policy["runs"][0].get("round"):
