@@ -27,7 +27,7 @@ from rto.planning.configs import shape_of
 from rto.planning.job import Phase, Rates, Stage
 from rto.planning.memory import Placement
 from rto.planning.workload import ROLES, Workload, shapes_of, workload
-from rto.recipe import Recipe, folder_of, is_function, resolve, stage_config
+from rto.recipe import Recipe, is_function, part, resolve, stage_config, stage_folder
 from rto.trainers.examples import read_examples
 from rto.trainers.prompts import fit_batch, room
 
@@ -107,16 +107,21 @@ class _Plan:
         recipe = self.recipe
         if recipe.sft is not None:
             yield self._done("sft", self.sft())
-        sampled = None
-        if recipe.data.pairs is None:
-            sampled = self.pairs()
-            yield self._done("pairs", sampled)
-        for name in recipe.learners:
-            yield self._done(folder_of(name), self.learner(name, sampled))
-        if recipe.reward is not None:
-            yield self._done("reward", self.reward(sampled))
-        for name in recipe.methods:
-            yield self._done(folder_of(name), self.method(name))
+        sampled: Planned | None = None  # of all rounds so far
+        for k in range(1, recipe.rounds + 1):
+            planned: list[tuple[str, Planned]] = []
+            if k in recipe.sampled:
+                fresh = self.pairs(k)
+                planned.append(("pairs", fresh))
+                before = (0, 0) if sampled is None else (sampled.rows, sampled.tokens)
+                sampled = replace(fresh, rows=fresh.rows + before[0], tokens=fresh.tokens + before[1])
+            planned += [(name, self.learner(name, sampled, k)) for name in recipe.learners]
+            if recipe.reward is not None:
+                planned.append(("reward", self.reward(sampled, k)))
+            planned += [(name, self.method(name, k)) for name in recipe.methods]
+            for name, found in planned:
+                named = name if recipe.rounds == 1 else f"{name}, round {k}"
+                yield self._done(stage_folder(name, k), replace(found, stage=named))
         yield self._done("evaluation", self.evaluation())
 
     def _done(self, folder: str, planned: Planned) -> Planned:
@@ -136,19 +141,21 @@ class _Plan:
                 skipped.add(reason_of(error), i)
         return self._trained("sft", "policy", config, skipped, lengths, phase="SFT")
 
-    def pairs(self) -> Planned:
+    def pairs(self, k: int) -> Planned:
         """Two completions of each prompt."""
         found = self.recipe.data.pair_prompts
         assert found is not None
-        rows, length = found.load(self.recipe.seed), self.recipe.completion_length
+        rows, length = part(found.load(self.recipe.seed), self.recipe.sampled, k), self.recipe.completion_length
         kept, skipped = read_prompts(rows, self.tokenizer, max_length=self._room(), what="data.pair_prompts")
         tokens = 2 * sum(len(p.ids) + length for p in kept)
         told = _left(skipped)
-        return Planned(stage="pairs", models="policy", rows=len(rows), left_out=told, tokens=tokens)
+        writers = 1 if k == 1 else len(self.recipe.writers)
+        models = "policy" if writers == 1 else f"{writers} policies, one after the other"
+        return Planned(stage="pairs", models=models, rows=len(rows), left_out=told, tokens=tokens)
 
-    def learner(self, name: str, sampled: Planned | None) -> Planned:
-        """Pairs as `PreferenceTrainer` reads them."""
-        config = stage_config(self.recipe, name, self.folder)
+    def learner(self, name: str, sampled: Planned | None, k: int = 1) -> Planned:
+        """Pairs as `PreferenceTrainer` reads them, those to come at full length."""
+        config = stage_config(self.recipe, name, self.folder, k)
         models = "policy and reference"
         if self.recipe.data.pairs is None:
             assert sampled is not None
@@ -162,11 +169,11 @@ class _Plan:
             what="data.pairs",
         )
         lengths = [sum(len(e.prompt) + len(side) for side in e.completions) for e in examples]
-        return self._trained(name, models, config, skipped, lengths, phase="DPO")
+        return self._trained(name, models, config, *_with(sampled, skipped, lengths), phase="DPO")
 
-    def reward(self, sampled: Planned | None) -> Planned:
+    def reward(self, sampled: Planned | None, k: int = 1) -> Planned:
         """Pairs as `RewardTrainer` reads them; of a family of its own with that family's tokenizer."""
-        config = stage_config(self.recipe, "reward", self.folder)
+        config = stage_config(self.recipe, "reward", self.folder, k)
         if self.recipe.data.pairs is None:
             assert sampled is not None
             return self._of_sampled("reward", "reward model", config, sampled)
@@ -182,13 +189,13 @@ class _Plan:
             encode=whole_sides,
         )
         lengths = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
-        return self._trained("reward", "reward model", config, skipped, lengths, phase="reward")
+        return self._trained("reward", "reward model", config, *_with(sampled, skipped, lengths), phase="reward")
 
-    def method(self, name: str) -> Planned:
+    def method(self, name: str, k: int = 1) -> Planned:
         """Prompts as `RTOTrainer` reads them; completions of full length."""
         recipe = self.recipe
-        config = stage_config(recipe, name, self.folder)
-        rows = recipe.data.prompts.load(recipe.seed)
+        config = stage_config(recipe, name, self.folder, k)
+        rows = part(recipe.data.prompts.load(recipe.seed), range(1, recipe.rounds + 1), k)
         longest = min(config.max_prompt_length or 2**31, 2**31)
         prompts, skipped = read_prompts(
             rows, self.tokenizer, max_length=longest, context=room(config, self.context), what="data.prompts"
@@ -232,7 +239,7 @@ class _Plan:
     def _of_sampled(self, stage: str, models: str, config: Any, sampled: Planned) -> Planned:
         """On pairs that are not there yet: as many as there will be, of full length."""
         rows = sampled.rows
-        lengths = [sampled.tokens // max(rows, 1)] * rows
+        lengths = _lengths(sampled)
         phase = "reward" if stage == "reward" else "DPO"
         return self._trained(stage, models, config, Skipped(total=rows), lengths, phase=phase)
 
@@ -273,6 +280,17 @@ class _Plan:
         if not phases or self.rates is None:
             return None
         return times * sum(x.seconds(self.rates, 1) for x in phases)
+
+
+def _lengths(sampled: Planned) -> list[int]:
+    return [sampled.tokens // max(sampled.rows, 1)] * sampled.rows
+
+
+def _with(sampled: Planned | None, skipped: Skipped, lengths: list[int]) -> tuple[Skipped, list[int]]:
+    """Given pairs, and beside them those that later rounds will have sampled."""
+    if sampled is None:
+        return skipped, lengths
+    return replace(skipped, total=skipped.total + sampled.rows), lengths + _lengths(sampled)
 
 
 def measured(compute: int) -> Rates:

@@ -1,4 +1,7 @@
-"""The whole method, stage by stage: sft → pairs → prefer → reward → train each method → evaluate → report.
+"""The whole method, stage by stage: sft → (pairs → prefer → reward → train each method) × rounds → evaluate → report.
+
+In a later round pairs are written by the policies of the round before and labelled; learners and reward model learn
+anew, from the start, from all pairs so far; each method goes on from its own policy against the first reference.
 
 A stage writes its folder and, when all of it is there, ``done.json``. A second run on the same folder passes over
 what is done and resumes what is not from its last whole checkpoint.
@@ -7,9 +10,11 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,27 @@ from rich.progress import Progress
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rto.data.chat import TEMPLATE_COLUMNS
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.data.pieces import drawn
 from rto.errors import make_folder, users_code
 from rto.evaluation.policies import Answers, answer, summary
-from rto.files import alone, write_atomically
+from rto.files import alone, read_rows, read_whole, write_atomically
 from rto.inspection.reading import spoken
+from rto.labels import (
+    Label,
+    SampledPair,
+    by_gold,
+    by_judge,
+    by_person,
+    cost_of,
+    counts,
+    distinct,
+    judge_of,
+    labelled,
+    read_sampled,
+    write_questions,
+    write_sampled,
+)
 from rto.models.actor import check_output_layer
 from rto.models.loading import (
     check_weights,
@@ -36,8 +55,9 @@ from rto.models.loading import (
     load_tokenizer,
     max_positions,
 )
-from rto.recipe import Recipe, RecipeError, folder_of, is_function, resolve, saved_tree, stage_config
+from rto.recipe import Recipe, RecipeError, is_function, part, resolve, saved_tree, stage_config, stage_folder
 from rto.references import changed, digests
+from rto.report.folder import continued
 from rto.report.page import write_report
 from rto.report.table import REWARD_MODEL, results_table
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, function_name
@@ -74,18 +94,19 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
         pipeline.check()
         pipeline.claim()
         pipeline.sft()
-        pipeline.pairs()
-        for name in recipe.learners:
-            pipeline.prefer(name)
-        pipeline.reward()
-        for name in recipe.methods:
-            pipeline.train(name)
+        for k in range(1, recipe.rounds + 1):
+            pipeline.pairs(k)
+            for name in recipe.learners:
+                pipeline.prefer(name, k)
+            pipeline.reward(k)
+            for name in recipe.methods:
+                pipeline.train(name, k)
         return pipeline.evaluate()
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One run: a recipe and its folder."""
+    """One run: a recipe and its folder. Rounds count from 1: ``k``."""
 
     recipe: Recipe
     folder: Path
@@ -99,16 +120,16 @@ class Pipeline:
             DataError: rows cannot.
         """
         recipe = self.recipe
-        learning = [*map(folder_of, recipe.learners), *(["reward"] if recipe.reward is not None else [])]
+        learning = self._in_rounds(*recipe.learners, *(["reward"] if recipe.reward is not None else []))
         models = {"model": (recipe.model, ["sft"])}
         if recipe.reward_model is not None and recipe.reward is not None:
-            models["reward_model"] = (recipe.reward_model, ["reward"])
+            models["reward_model"] = (recipe.reward_model, self._in_rounds("reward"))
         rows = {
             "demonstrations": ["sft"] if recipe.sft is not None else [],
-            "pair_prompts": ["pairs"] if recipe.data.pairs is None else [],
+            "pair_prompts": [stage_folder("pairs", k) for k in recipe.sampled],
             "pairs": learning,
             "eval_pairs": learning,
-            "prompts": [folder_of(name) for name in recipe.methods],
+            "prompts": self._in_rounds(*recipe.methods),
             "test_prompts": ["evaluation"],
         }
         for key, (source, stages) in models.items():
@@ -122,6 +143,9 @@ class Pipeline:
                     found.load(recipe.seed)
                 except DataError as error:
                     raise DataError(f"data.{key}: {error}") from error
+
+    def _in_rounds(self, *names: str) -> list[str]:
+        return [stage_folder(name, k) for k in range(1, self.recipe.rounds + 1) for name in names]
 
     def _left(self, stages: list[str]) -> bool:
         return not all((self.folder / stage / "done.json").is_file() for stage in stages)
@@ -195,47 +219,62 @@ class Pipeline:
             else:  # a whole model: the base that the adapters of all later stages share
                 trainer.save_merged(folder)
 
-    def pairs(self) -> None:
-        """Preference pairs: two completions of the starting policy for each prompt, labelled by the gold reward."""
-        if self.recipe.data.pairs is not None:
+    def pairs(self, k: int = 1) -> None:
+        """Preference pairs: two completions of a policy for each prompt, and the label of who is asked.
+
+        Raises:
+            LabelsMissingError: a person is asked, and has not labelled all of them yet.
+        """
+        recipe = self.recipe
+        if k not in recipe.sampled:
             return
-        with self._stage(
-            "pairs", "pairs: two completions a prompt, labelled by Bradley–Terry on the gold reward"
-        ) as folder:
+        asked = {
+            "gold": "labelled by Bradley–Terry on the gold reward",
+            "judge": "labelled by a judge, in both orders",
+            "person": "labelled by a person",
+        }
+        title = f"{self._named('pairs', k)}: two completions a prompt, {asked[recipe.labels.by]}"
+        name = stage_folder("pairs", k)
+        with self._stage(name, title) as folder:
             if folder is None:
                 return
-            recipe = self.recipe
-            assert recipe.gold is not None
-            assert recipe.data.pair_prompts is not None
-            prompts, sides = self._complete_twice(recipe.data.pair_prompts.load(recipe.seed))
+            kept, left = self._to_label(folder, k)
+            if recipe.labels.by == "person":
+                labels = self._by_person(kept, k)  # by every process: all of them stop where labels are missing
             if not processes().is_main_process:
                 return
-            scores = [scores_by(recipe.gold, side) for side in sides]
-            gap = torch.tensor(scores[0], dtype=torch.float64) - torch.tensor(scores[1], dtype=torch.float64)
-            draw = torch.rand(len(gap), generator=torch.Generator().manual_seed(recipe.seed), dtype=torch.float64)
-            first = (draw < torch.sigmoid(gap / recipe.label_temperature)).tolist()
-            lines = []
-            for i, (prompt, a_wins) in enumerate(zip(prompts, first)):
-                won, lost = sides if a_wins else sides[::-1]
-                row = {"prompt": prompt.raw, "chosen": won.completions[i], "rejected": lost.completions[i]}
-                row |= {"chosen_ended": won.ended[i], "rejected_ended": lost.ended[i]}
-                row |= {name: prompt.columns[name] for name in TEMPLATE_COLUMNS if prompt.columns.get(name)}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-            write_atomically(folder / "pairs.jsonl", "".join(lines))
+            cost: dict[str, Any] = {}
+            if recipe.labels.by == "gold":
+                assert recipe.gold is not None
+                score, seed = partial(scores_by, recipe.gold), recipe.seed_of(k)
+                labels = by_gold(kept, score, temperature=recipe.label_temperature, seed=seed)
+            elif recipe.labels.by == "judge":
+                labels, cost = self._by_judge(kept)
+            more: dict[str, Any] = {"round": k} if recipe.rounds > 1 else {}
+            rows = labelled(kept, labels, lambda pair: more | ({"policy": pair.policy} if more else {}))
+            if recipe.counted:
+                became = counts(left, labels)
+                self.console.print(Text(f"  {_became(became)}", "dim"))
+                if not rows:
+                    raise DataError(f"{folder}: no pair has a better side ({_became(became)}): nothing can be learned")
+                write_atomically(folder / "counts.json", json.dumps({"round": k, **became, **cost}, indent=1))
+            _write_lines(folder / "pairs.jsonl", rows)
 
-    def prefer(self, name: str) -> None:
+    def prefer(self, name: str, k: int = 1) -> None:
         """A direct preference learner, from the starting policy; with DPO it is π_dpo."""
         bootstrap = self.recipe.learners[name].get("bootstrap")
-        with self._stage(folder_of(name), f"{name}: the policy that carries the token reward") as folder:
+        title = f"{self._named(name, k)}: the policy that carries the token reward"
+        with self._stage(stage_folder(name, k), title) as folder:
             if folder is None:
                 return
-            pairs = self._pairs()
+            pairs = self._pairs(k)
             if bootstrap is not None:
                 draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + bootstrap)
-                pairs = pairs.select(torch.randint(len(pairs), (len(pairs),), generator=draw).tolist())
+                at = torch.randint(len(pairs), (len(pairs),), generator=draw).tolist()
+                pairs = pairs.select(at) if isinstance(pairs, Dataset) else [pairs[i] for i in at]
             trainer = PreferenceTrainer(
                 str(self.folder / "sft"),
-                stage_config(self.recipe, name, folder),
+                stage_config(self.recipe, name, folder, k),
                 train_dataset=pairs,
                 eval_dataset=self._eval_pairs(),
                 peft_config=self.recipe.lora("SEQ_CLS" if self.recipe.has_scalar_head(name) else "CAUSAL_LM"),
@@ -245,19 +284,20 @@ class Pipeline:
             self._held_out(trainer, folder)
             trainer.save_model()
 
-    def reward(self) -> None:
+    def reward(self, k: int = 1) -> None:
         """The sentence reward model, from the starting policy's backbone."""
         if self.recipe.reward is None:
             return
-        with self._stage("reward", "reward model: one score a completion") as folder:
+        title = f"{self._named('reward model', k)}: one score a completion"
+        with self._stage(stage_folder("reward", k), title) as folder:
             if folder is None:
                 return
             start = self.recipe.reward_model or str(self.folder / "sft")
             tokenizer = load_tokenizer(start, **self._trust)
             trainer = RewardTrainer(
                 model=start,
-                args=stage_config(self.recipe, "reward", folder),
-                train_dataset=self._pairs(),
+                args=stage_config(self.recipe, "reward", folder, k),
+                train_dataset=self._pairs(k),
                 eval_dataset=self._eval_pairs(),
                 processing_class=tokenizer,
                 peft_config=self.recipe.lora("SEQ_CLS") if self.recipe.reward_model is None else None,
@@ -267,25 +307,31 @@ class Pipeline:
             self._held_out(trainer, folder)
             trainer.save_model()
 
-    def train(self, name: str) -> None:
-        """One on-line method, from the starting policy, on the same prompts as every other."""
+    def train(self, name: str, k: int = 1) -> None:
+        """One on-line method, from the starting policy, on the same prompts as every other.
+
+        In a later round it goes on from its own policy; reference and critic's start are found as in the first.
+        """
         recipe = self.recipe
-        with self._stage(folder_of(name), f"{name}: on-line, from the starting policy") as folder:
+        start = "sft" if k == 1 else stage_folder(name, k - 1)
+        begins = "from the starting policy" if k == 1 else "from its own policy"
+        with self._stage(stage_folder(name, k), f"{self._named(name, k)}: on-line, {begins}") as folder:
             if folder is None:
                 return
-            rewards: list[Any] = [
-                str(self.folder / source) if source == "reward" else resolve(source) for source in recipe.rewards(name)
-            ]
-            learners: list[Any] = [str(self.folder / folder_of(learner)) for learner in recipe.token_rewards(name)]
+            scorer = str(self.folder / stage_folder("reward", k))
+            rewards: list[Any] = [scorer if source == "reward" else resolve(source) for source in recipe.rewards(name)]
+            learners = [str(self.folder / stage_folder(learner, k)) for learner in recipe.token_rewards(name)]
             compared = recipe.token_reference(name)
+            prompts = part(recipe.data.prompts.load(recipe.seed), range(1, recipe.rounds + 1), k)
             trainer = RTOTrainer(
-                str(self.folder / "sft"),
-                stage_config(recipe, name, folder),
-                dpo_model=learners or None,
-                dpo_ref_model=None if compared is None else str(self.folder / folder_of(compared)),
+                str(self.folder / start),
+                stage_config(recipe, name, folder, k),
+                dpo_model=[*learners] or None,
+                dpo_ref_model=None if compared is None else str(self.folder / stage_folder(compared, k)),
+                ref_model=None if k == 1 else str(self.folder / "sft"),
                 reward_funcs=rewards,
-                train_dataset=recipe.data.prompts.load(recipe.seed),
-                peft_config=recipe.lora(),
+                train_dataset=prompts,
+                peft_config=recipe.lora() if k == 1 else None,
             )
             self._begin(trainer)
             trainer.train(resume_from_checkpoint=True)
@@ -333,10 +379,10 @@ class Pipeline:
             return
         answers = dict(zip(recipe.policies, found))
         for name, where in recipe.policies.items():
-            seconds = json.loads((self.folder / where / "done.json").read_text())["seconds"]
-            methods[name] = summary(
-                answers[name], None if name == recipe.start else answers[recipe.start], seconds, where
-            )
+            baseline = None if name == recipe.start else answers[recipe.start]
+            methods[name] = summary(answers[name], baseline, self.seconds(where), where)
+            if recipe.rounds > 1:
+                methods[name] |= self.used(where)
         self._write_token_rewards(folder, raw, answers, examiner.tokenizer)
         lines = [
             {
@@ -389,7 +435,8 @@ class Pipeline:
         learner = next((n for n in self.recipe.learners if not self.recipe.has_scalar_head(n)), None)
         if learner is None:
             return
-        source = TokenReward(str(self.folder / folder_of(learner)), str(self.folder / "sft"), **self._trust)
+        where = self.folder / stage_folder(learner, self.recipe.rounds)
+        source = TokenReward(str(where), str(self.folder / "sft"), **self._trust)
         source.to(self._device)
         ratios = source(rows)
         lines = []
@@ -401,31 +448,99 @@ class Pipeline:
 
     def _scorer(self) -> RewardModel:
         """The learned reward model: the judge where a task has no gold reward."""
-        where = self.folder / "reward"
+        where = self.folder / stage_folder("reward", self.recipe.rounds)
         model, tokenizer = load_scalar(str(where), **self._trust), load_tokenizer(where, **self._trust)
         return RewardModel(model.to(self._device), tokenizer, max_tokens=MAX_TOKENS)
 
     # --- help
 
-    def _complete_twice(self, rows: Dataset) -> tuple[list[Prompt], list[Completed]]:
-        """Prompts that fit, and two completions of each by the starting policy."""
-        start = self.folder / "sft"
-        tokenizer = load_tokenizer(start, **self._trust)
-        policy = load_policy(str(start), **self._trust).to(self._device)
-        length = self.recipe.completion_length
-        prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
-        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
-        ids = [p.ids for p in prompts for _ in range(2)]
+    def _to_label(self, folder: Path, k: int) -> tuple[list[SampledPair], Counter[str]]:
+        """The pairs of a round that labels are asked for, and how many others there are, on every process.
 
-        def part(i: int) -> list[tuple[str, bool]]:
-            seed = self.recipe.seed * 1_000_003 + i
-            drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed)
+        Where labels take long, pairs are kept in the stage's folder until it is done.
+        """
+        recipe, path = self.recipe, folder / "sampled.jsonl"
+        kept_there = recipe.labels.by != "gold"
+        inputs = self._inputs(stage_folder("pairs", k))
+        inputs.pop("labels", None)
+        if kept_there and (found := read_sampled(path, inputs)) is not None:
+            return found
+        sampled = self._complete_twice(k)
+        left: Counter[str] = Counter()
+        if recipe.counted:
+            sampled, left = distinct(sampled, self._pairs(k - 1) if k > 1 else ())
+        if kept_there:
+            if processes().is_main_process:
+                write_sampled(sampled, left, path, inputs)
+            wait_for_all()
+            return read_sampled(path, inputs) or (sampled, left)
+        return sampled, left
+
+    def _by_person(self, pairs: list[SampledPair], k: int) -> list[Label]:
+        """Outside of the stage's folder, so that nobody deletes a person's work with it."""
+        path = self._questions(k)
+        if processes().is_main_process:
+            write_questions(pairs, path)
+        wait_for_all()
+        return by_person(pairs, path)
+
+    def _questions(self, k: int) -> Path:
+        return self.folder / "labels" / f"round-{k}.jsonl"
+
+    def _by_judge(self, pairs: list[SampledPair]) -> tuple[list[Label], dict[str, Any]]:
+        assert self.recipe.labels.judge is not None
+        (self.folder / "labels").mkdir(exist_ok=True)
+        judge = judge_of(self.recipe.labels.judge, self.folder / "labels" / "judge_cache.jsonl")
+        try:
+            labels = by_judge(pairs, judge)
+        finally:
+            self.console.print(Text(f"  {judge.endpoint.model}: {judge.endpoint.usage.report(None)}", "dim"))
+        return labels, {"judge": cost_of(judge)}
+
+    def _complete_twice(self, k: int) -> list[SampledPair]:
+        """Two completions of each prompt that fits, by the starting policy; later by those of the round before.
+
+        The prompts are dealt out to the policies in turn.
+        """
+        recipe, start = self.recipe, self.folder / "sft"
+        assert recipe.data.pair_prompts is not None
+        rows = part(recipe.data.pair_prompts.load(recipe.seed), recipe.sampled, k)
+        tokenizer = load_tokenizer(start, **self._trust)
+        writers = {recipe.start: "sft"} if k == 1 else {n: stage_folder(n, k - 1) for n in recipe.writers}
+        length, prompts = recipe.completion_length, list[Prompt]()
+        found: dict[int, SampledPair] = {}
+        for turn, (name, where) in enumerate(writers.items()):
+            policy = load_policy(str(self.folder / where), **self._trust).to(self._device)
+            if not prompts:
+                prompts, _ = read_prompts(rows, tokenizer, max_length=_room(policy, length), what="data.pair_prompts")
+            own = list(range(turn, len(prompts), len(writers)))
+            title = "sampling completions" if k == 1 else f"sampling completions of {name}"
+            seed = recipe.seed_of(k) * 1_000_003 + turn * len(prompts) * 2
+            texts = self._twice([prompts[i].ids for i in own], policy, tokenizer, seed, title)
+            sides = [Completed.of([prompts[i] for i in own], *map(list, zip(*texts[j::2]))) for j in range(2)]
+            for at, i in enumerate(own):
+                both = (sides[0].completions[at], sides[1].completions[at])
+                ended = (sides[0].ended[at], sides[1].ended[at])
+                found[i] = SampledPair(prompt=prompts[i], completions=both, ended=ended, policy=name)
+        return [found[i] for i in sorted(found)]
+
+    def _twice(
+        self, prompts: list[list[int]], policy: Any, tokenizer: PreTrainedTokenizerBase, seed: int, title: str
+    ) -> list[tuple[str, bool]]:
+        """Text and whether it ended, of two completions a prompt, side by side."""
+        length = self.recipe.completion_length
+        sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=length))
+        ids = [p for p in prompts for _ in range(2)]
+
+        def some(i: int) -> list[tuple[str, bool]]:
+            drawn = draw(sampler, policy, tokenizer, ids[i : i + SIDE_BY_SIDE], seed + i)
             return list(zip(drawn.texts, drawn.ended, strict=True))
 
-        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), part, "sampling completions")
-        drawn = [one for some in parts for one in some]
-        sides = [Completed.of(prompts, *map(list, zip(*drawn[i::2]))) for i in range(2)]
-        return prompts, sides
+        parts = self._shared_out(range(0, len(ids), SIDE_BY_SIDE), some, title)
+        return [one for found in parts for one in found]
+
+    def _named(self, name: str, k: int) -> str:
+        return name if self.recipe.rounds == 1 else f"round {k}: {name}"
 
     def _shared_out(self, items: Sequence[Any], work: Callable[[Any], Any], title: str) -> list[Any]:
         """`shared_out` with the main process's own progress, which is about that of all."""
@@ -440,10 +555,51 @@ class Pipeline:
         with bar:
             return shared_out(items, watched)
 
-    def _pairs(self) -> Dataset:
-        if self.recipe.data.pairs is not None:
-            return self.recipe.data.pairs.load(self.recipe.seed)
-        return load_rows(self.folder / "pairs" / "pairs.jsonl")
+    def _pairs(self, k: int) -> Dataset | list[dict[str, Any]]:
+        """All pairs of the first k rounds, each with the round that it is of."""
+        recipe = self.recipe
+        if recipe.data.pairs is not None:
+            first = recipe.data.pairs.load(recipe.seed)
+        else:
+            first = load_rows(self.folder / "pairs" / "pairs.jsonl")
+        if k == 1:
+            return first
+        rows = [{**row, "round": 1} for row in first]
+        for later in range(2, k + 1):  # line by line: rows of a file and rows of ours may be of different formats
+            rows += read_whole(self.folder / stage_folder("pairs", later) / "pairs.jsonl").rows
+        return rows
+
+    def seconds(self, where: str) -> float:
+        """What a policy has taken, over the rounds that led to it."""
+        return sum(
+            json.loads((self.folder / folder / "done.json").read_text())["seconds"] for folder in _led_to(where)
+        )
+
+    def log(self, where: str) -> list[dict[str, Any]]:
+        """What training logged of a policy, over the rounds that led to it; prompts used are counted through."""
+        rows: list[dict[str, Any]] = []
+        for folder in _led_to(where):
+            rows = continued(rows, log_rows(self.folder / folder / "log.jsonl"))
+        return rows
+
+    def used(self, where: str) -> dict[str, Any]:
+        """What a policy has cost: the labels of all pairs so far, and the prompts that it was trained on by itself."""
+        if where == "sft":
+            return {"of": None, "round": 0, "labels": 0, "prompts_used": 0}
+        chain = _led_to(where)
+        of = next(n for n in self.recipe.trained if stage_folder(n, 1) == chain[0])
+        prompts = int(max((row["episodes"] for row in self.log(where) if "episodes" in row), default=0))
+        labels = sum(self.labels(k) for k in range(1, len(chain) + 1))
+        return {"of": of, "round": len(chain), "labels": labels, "prompts_used": prompts}
+
+    def labels(self, k: int) -> int:
+        """How many labels the pairs of round k have cost."""
+        if k not in self.recipe.sampled:
+            return len(self._pairs(k))
+        folder = self.folder / stage_folder("pairs", k)
+        if (told := folder / "counts.json").is_file():
+            return int(json.loads(told.read_text(encoding="utf-8"))["labels"])
+        return len(read_whole(folder / "pairs.jsonl").rows)
 
     def _eval_pairs(self) -> Dataset | None:
         held_out = self.recipe.data.eval_pairs
@@ -495,22 +651,31 @@ class Pipeline:
         def made(*stages: str) -> dict[str, str | None]:
             return {stage: digest_of(self.folder / stage, MODEL_FILES) for stage in stages}
 
+        head, _, own = name.rpartition("/")
+        k = int(head.removeprefix("round-") or 1)
         pairs = rows("pairs") or {"pairs": digest_of(self.folder / "pairs" / "pairs.jsonl")}
-        reward = ["reward"] if recipe.reward is not None else []
-        methods = {folder_of(method): method for method in recipe.methods}
-        match name:
+        for later in range(2, k + 1):
+            where = stage_folder("pairs", later)
+            pairs[where] = digest_of(self.folder / where / "pairs.jsonl")
+        reward = [stage_folder("reward", k)] if recipe.reward is not None else []
+        methods = {stage_folder(method, 1): method for method in recipe.methods}
+        match own:
             case "sft":
                 return {"model": model(recipe.model), **(rows("demonstrations") if recipe.sft is not None else {})}
             case "pairs":
-                return {**made("sft"), **rows("pair_prompts")}
+                writers = ["sft"] if k == 1 else [stage_folder(writer, k - 1) for writer in recipe.writers]
+                people = {"labels": digest_of(self._questions(k))} if recipe.labels.by == "person" else {}
+                return {**made(*writers), **rows("pair_prompts"), **people}
             case "reward":
                 start = made("sft") if recipe.reward_model is None else {"reward_model": model(recipe.reward_model)}
                 return {**start, **pairs, **rows("eval_pairs")}
             case "evaluation":
-                return {**made(*recipe.policies.values(), *reward), **rows("test_prompts")}
+                judge = [stage_folder("reward", recipe.rounds)] if reward else []
+                return {**made(*recipe.policies.values(), *judge), **rows("test_prompts")}
             case method if method in methods:
-                learners = map(folder_of, recipe.learners_of(methods[method]))
-                return {**made("sft", *reward, *learners), **rows("prompts")}
+                learners = [stage_folder(learner, k) for learner in recipe.learners_of(methods[method])]
+                before = ["sft"] if k == 1 else ["sft", stage_folder(methods[method], k - 1)]
+                return {**made(*before, *reward, *learners), **rows("prompts")}
         return {**made("sft"), **pairs, **rows("eval_pairs")}
 
     @property
@@ -559,6 +724,27 @@ def _check_policy(policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _room(policy: Any, completion_length: int) -> int:
     context = max_positions(policy)
     return 2**31 if context is None else context - completion_length
+
+
+def _led_to(where: str) -> list[str]:
+    """The folders of a policy in all rounds up to its own."""
+    head, _, own = where.rpartition("/")
+    return [own, *(f"round-{k}/{own}" for k in range(2, int(head.removeprefix("round-") or 1) + 1))]
+
+
+def _became(became: dict[str, Any]) -> str:
+    """What became of sampled pairs, in words."""
+    parts = [
+        f"{became['sampled']} pairs sampled",
+        f"{became['labels']} labels",
+        f"{became['pairs']} pairs to learn from",
+    ]
+    return ", ".join(parts + [f"{n} {why}" for key in ("not asked", "left out") for why, n in became[key].items()])
+
+
+def log_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's log; none where it kept none."""
+    return read_rows(path).rows if path.is_file() else []
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

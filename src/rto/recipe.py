@@ -1,6 +1,6 @@
 """A run as a value: what `rto run` reads, checks before any work, and saves beside the results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +33,9 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+ROUND_SEEDS = 104_729
+"""Between the seeds of two rounds: those of a study's runs lie closer together."""
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -95,8 +98,8 @@ class Data:
     Attributes:
         demonstrations: prompt-completion rows for supervised fine-tuning; None starts from ``model`` as it is.
         pairs: preference pairs; None samples them from the SFT policy and labels them by ``gold``.
-        pair_prompts: prompts for sampled pairs.
-        prompts: prompts for reinforcement learning, the same for every method.
+        pair_prompts: prompts for sampled pairs, those of all rounds together.
+        prompts: prompts for reinforcement learning, the same for every method, those of all rounds together.
         test_prompts: held-out prompts for the evaluation.
         eval_pairs: held-out pairs; learners and reward model are measured on them (``held_out.json`` in their
             folders).
@@ -110,6 +113,47 @@ class Data:
     pair_prompts: Rows | None = None
     eval_pairs: Rows | None = None
     validation_prompts: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeEndpoint:
+    """A chat model behind an OpenAI-compatible endpoint that labels pairs.
+
+    Attributes:
+        model: its name there.
+        base_url: like http://localhost:8000/v1.
+        key_env: environment variable with the API key; None: OPENAI_API_KEY for OpenAI, else no key.
+        protocol: arena_hard, a verdict in words, or alpaca_eval, the log-probabilities of one letter.
+        template: an official template, AlpacaEval's .txt or Arena-Hard's .yaml; None: our own.
+        parameters: added to each request; a null takes one away.
+        concurrency: requests under way at once.
+        timeout: seconds for one attempt.
+        retries: further attempts on errors, time-outs and rate limits.
+    """
+
+    model: str
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str | None = None
+    protocol: Literal["arena_hard", "alpaca_eval"] = "arena_hard"
+    template: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    concurrency: Count = 8
+    timeout: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Who says which of two sampled completions is better.
+
+    Attributes:
+        by: gold (Bradley–Terry on ``gold``), judge, or person: the run writes ``labels/round-N.jsonl``, stops, and
+            goes on when each row of it has a label.
+        judge: who judges.
+    """
+
+    by: Literal["gold", "judge", "person"] = "gold"
+    judge: JudgeEndpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +211,8 @@ class Study:
         seeds: how many, from the recipe's ``seed`` up.
         fractions: shares of the RL prompts below 1.
         scaled: methods that are also trained on those shares.
+        rounds: the same labels and prompts in so many rounds, a variant of every learner and method for each entry,
+            called ``NAME in N rounds``.
         comparisons: further paired comparisons, question to [method, other method].
         tune: None takes learning rates as they stand.
         frontier: compare methods at equal KL, each with the β₂ that is best there; None compares them as they are.
@@ -177,6 +223,7 @@ class Study:
     seeds: Annotated[int, Field(ge=0)] = 3
     fractions: list[float] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)
+    rounds: list[Annotated[int, Field(ge=2)]] = field(default_factory=list)
     comparisons: dict[str, list[str]] = field(default_factory=dict)
     tune: Tuning | None = None
     frontier: Frontier | None = None
@@ -194,6 +241,10 @@ class Recipe:
         gold: ``module:function`` with TRL's reward signature, the ground truth where a task has one. Training
             sees it only through the labels of sampled pairs; runs log it beside the learned score.
         logged: further functions of this kind that are logged and evaluated, and never trained on.
+        rounds: how often pairs are labelled and learned from; each round has an equal part of ``data.pair_prompts``
+            and of ``data.prompts``. Given ``data.pairs`` are those of the first round.
+        pairs_from: learners and methods whose policies write the pairs of later rounds, in equal parts; empty: all.
+        labels: who labels sampled pairs.
         label_temperature: pairs are labelled by Bradley–Terry, P(a ≻ b) = σ((gold_a − gold_b) / temperature).
         completion_length: longest completion, in tokens, in every stage.
         sft: arguments of TRL's ``SFTConfig``; None skips the stage.
@@ -221,6 +272,9 @@ class Recipe:
     seed: Seed = 0
     gold: str | None = None
     logged: list[str] = field(default_factory=list)
+    rounds: Count = 1
+    pairs_from: list[str] = field(default_factory=list)
+    labels: Labels = field(default_factory=Labels)
     label_temperature: Positive = 1.0
     completion_length: Count = 256
     sft: dict[str, Any] | None = None
@@ -243,12 +297,51 @@ class Recipe:
 
     @property
     def policies(self) -> dict[str, str]:
-        """What is evaluated, and its folder: the start, the learners that are to be used, and the methods.
+        """What is evaluated, and its folder: the start, the learners that are policies of their own, and the methods.
 
-        Learners that only give token rewards are not: bootstrapped and reverse ones, and those with a scalar head.
+        A learner or a method has its own name after the last round, and ``NAME, round K`` after an earlier one.
         """
-        learners = [name for name in self.learners if not self._only_rewards(name)]
-        return {self.start: "sft", **{name: folder_of(name) for name in (*learners, *self.methods)}}
+        found = {self.start: "sft"}
+        for name in self.trained:
+            found |= {self.policy(name, k): stage_folder(name, k) for k in range(1, self.rounds + 1)}
+        return found
+
+    @property
+    def trained(self) -> list[str]:
+        """Learners and methods; not the learners that only give token rewards.
+
+        Those are bootstrapped and reverse ones, and those with a scalar head.
+        """
+        return [name for name in self.learners if not self._only_rewards(name)] + list(self.methods)
+
+    @property
+    def origins(self) -> dict[str, tuple[str, int]]:
+        """Every policy's learner or method, and its round; the start is its own, of round 0."""
+        rounds = range(1, self.rounds + 1)
+        return {self.start: (self.start, 0), **{self.policy(n, k): (n, k) for n in self.trained for k in rounds}}
+
+    def policy(self, name: str, k: int) -> str:
+        """What a learner or a method is called after round k."""
+        return name if k == self.rounds else f"{name}, round {k}"
+
+    @property
+    def writers(self) -> list[str]:
+        """Learners and methods whose policies write the pairs of later rounds."""
+        return list(self.pairs_from) or self.trained
+
+    @property
+    def sampled(self) -> list[int]:
+        """Rounds whose pairs are sampled here."""
+        return list(range(1 if self.data.pairs is None else 2, self.rounds + 1))
+
+    @property
+    def counted(self) -> bool:
+        """Whether labels are a cost that is told: pairs that nobody could label are then left out beforehand."""
+        return self.rounds > 1 or self.labels.by != "gold"
+
+    def seed_of(self, k: int) -> int:
+        """The seed of the stages of round k."""
+        return (self.seed + (k - 1) * ROUND_SEEDS) % 2**32
 
     def _only_rewards(self, learner: str) -> bool:
         own = {**self.prefer, **self.learners[learner]}
@@ -305,6 +398,17 @@ class Recipe:
     def to_yaml(self) -> str:
         """The whole recipe, environment variables by their names."""
         return write_yaml(self.tree())
+
+
+def variants(recipe: Recipe) -> dict[str, tuple[Recipe, str]]:
+    """Every policy of a study: the recipe that makes it, and what it is called there."""
+    found = {name: (recipe, name) for name in recipe.policies}
+    for rounds in recipe.study.rounds:
+        other = replace(recipe, rounds=rounds)
+        for name, (_, k) in other.origins.items():
+            if k:
+                found[f"{name} in {rounds} rounds" if k == rounds else f"{name} of {rounds}"] = (other, name)
+    return found
 
 
 def saved_tree(path: Path) -> dict[str, Any]:
@@ -435,8 +539,10 @@ def _check_keys(kind: Any, key: str, values: Any, ours: set[str], who: str, more
             raise RecipeError(f"{key}.{name} {why}")
 
 
-def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
-    """What a stage trains with: the configuration of ``sft``, ``reward``, or the learner or method of that name.
+def stage_config(recipe: Recipe, stage: str, output_dir: str | Path, k: int = 1) -> Any:
+    """What a stage trains with in round k: the configuration of ``sft``, ``reward``, or a learner or method.
+
+    ``total_episodes`` are those of all rounds: a round has its part.
 
     Raises:
         RecipeError: it cannot be built; the message names the key that is to blame.
@@ -446,7 +552,7 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     from rto.trainers.rto import RTOConfig
     from rto.trainers.supervised import RewardConfig, SFTConfig
 
-    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed}
+    fixed: dict[str, Any] = {"output_dir": str(output_dir), "seed": recipe.seed_of(k)}
     common = {**TRAINING_DEFAULTS, "trust_remote_code": recipe.trust_remote_code}
     if stage in recipe.learners:
         kind: Any = PreferenceConfig
@@ -466,6 +572,8 @@ def stage_config(recipe: Recipe, stage: str, output_dir: str | Path) -> Any:
     values = {name: value for section in sections.values() for name, value in section.items() if name in given}
     if both := values.keys() & fixed.keys():
         raise RecipeError(f"{given[min(both)]} is set by the recipe itself: paid_by says what a method is paid")
+    if recipe.rounds > 1 and isinstance(total := values.get("total_episodes"), int):
+        values["total_episodes"] = max(1, total * k // recipe.rounds - total * (k - 1) // recipe.rounds)
     try:
         config = kind(**{**defaults, **values}, **fixed)
         config.references = {
@@ -489,8 +597,16 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.sft is not None and recipe.data.demonstrations is None:
         raise RecipeError("sft needs data.demonstrations; give them, or set sft to null")
-    if recipe.data.pairs is None and (recipe.gold is None or recipe.data.pair_prompts is None):
-        raise RecipeError("without data.pairs, pairs are sampled and labelled: give gold and data.pair_prompts")
+    by = recipe.labels.by
+    if recipe.data.pairs is None and ((by == "gold" and recipe.gold is None) or recipe.data.pair_prompts is None):
+        needed = "gold and data.pair_prompts" if by == "gold" else "data.pair_prompts"
+        raise RecipeError(f"without data.pairs, pairs are sampled and labelled: give {needed}")
+    for rounds in recipe.study.rounds:
+        if rounds == recipe.rounds or recipe.study.rounds.count(rounds) > 1:
+            raise RecipeError(f"study.rounds: {rounds} is there already: name each number of rounds once")
+        _check_rounds(replace(recipe, rounds=rounds))
+        _check_names(replace(recipe, rounds=rounds))
+    _check_rounds(recipe)
     _check_names(recipe)
     if recipe.reward is None:
         for name, own in recipe.methods.items():
@@ -541,11 +657,44 @@ def _check_peft(recipe: Recipe) -> None:
             raise RecipeError(f"peft: {' '.join(str(error).split())}") from error
 
 
+def _check_rounds(recipe: Recipe) -> None:
+    """Labels have somebody who gives them, and every round has pairs and prompts of its own."""
+    labels, data = recipe.labels, recipe.data
+    if (labels.by == "judge") != (labels.judge is not None):
+        raise RecipeError(
+            "labels.by: judge needs labels.judge: {model: NAME, base_url: URL}"
+            if labels.by == "judge"
+            else f"labels.judge is not asked, since labels.by is {labels.by}: set labels.by: judge, or leave it out"
+        )
+    if labels.by != "gold" and not recipe.sampled:
+        raise RecipeError(
+            f"labels.by: {labels.by} would label nothing: data.pairs have labels, and there is no later round"
+        )
+    if recipe.rounds == 1:
+        if recipe.pairs_from and not recipe.study.rounds:
+            raise RecipeError("pairs_from says who writes the pairs of later rounds: give rounds: 2 or more")
+        return
+    if data.pair_prompts is None or (labels.by == "gold" and recipe.gold is None):
+        needed = "data.pair_prompts" if data.pair_prompts is None else "gold, or labels.by: judge or person"
+        raise RecipeError(f"rounds: {recipe.rounds}: pairs of later rounds are sampled and labelled: give {needed}")
+    for name in recipe.pairs_from:
+        if name not in recipe.trained:
+            raise RecipeError(f"pairs_from: no learner or method {name!r}{nearest(name, recipe.trained)}")
+    if len(set(recipe.pairs_from)) < len(recipe.pairs_from):
+        raise RecipeError("pairs_from names a policy twice: each one writes an equal part")
+    for key, parts in (("pair_prompts", len(recipe.sampled)), ("prompts", recipe.rounds)):
+        found = getattr(data, key)
+        if found.rows is not None and found.rows < parts:
+            raise RecipeError(f"data.{key}.rows: {found.rows} rows cannot be shared among {parts} rounds")
+
+
 def _check_names(recipe: Recipe) -> None:
     """Every name that a method, or the study, refers to is there, and no two of them share a folder."""
     if not recipe.learners:
         raise RecipeError("learners is empty: leave the key out for DPO alone")
     folders = {stage: stage for stage in STAGES}
+    folders |= {f"round-{k}": f"round {k}" for k in range(2, recipe.rounds + 1)}
+    folders |= {} if recipe.labels.by == "gold" else {"labels": "the folder of labels"}
     for name in (*recipe.learners, *recipe.methods):
         if (taken := folders.setdefault(folder_of(name), name)) != name or name in STAGES:
             raise RecipeError(f"{name} and {taken} would share the folder {folder_of(name)}: rename one")
@@ -569,10 +718,11 @@ def _check_names(recipe: Recipe) -> None:
         if own.get("paid_by") == "gold" and recipe.gold is None:
             raise RecipeError(f"methods.{name} is paid_by gold, but the recipe has no gold")
     study = recipe.study
+    known = {"scaled": recipe.trained, "comparisons": list(variants(recipe))}
     for key, names in (("scaled", study.scaled), *(("comparisons", pair) for pair in study.comparisons.values())):
         for name in names:
-            if name not in recipe.policies:
-                raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, recipe.policies)}")
+            if name not in known[key]:
+                raise RecipeError(f"study.{key}: no method {name!r}{nearest(name, known[key])}")
     for name in [] if study.frontier is None else study.frontier.methods:
         if name not in recipe.methods:
             raise RecipeError(f"study.frontier.methods: no method {name!r}{nearest(name, recipe.methods)}")
@@ -600,6 +750,18 @@ def _check_names(recipe: Recipe) -> None:
 def folder_of(name: str) -> str:
     """The folder of a learner or a method in a run."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def stage_folder(name: str, k: int) -> str:
+    """The folder of a stage of round k in a run: those of the first stand at the root."""
+    return folder_of(name) if k == 1 else f"round-{k}/{folder_of(name)}"
+
+
+def part(rows: Dataset, rounds: Sequence[int], k: int) -> Dataset:
+    """The rows of round k among those that share them: every so many, so that no stretch of a file is one round's."""
+    if len(rounds) == 1:
+        return rows
+    return rows.select(range(list(rounds).index(k), len(rows), len(rounds)))
 
 
 def is_function(path: str) -> bool:

@@ -124,7 +124,7 @@ def _own(command: str) -> list[str]:
 
 
 RECIPE = {"": "Recipe", "data": "Data", "data.prompts, and every other key of data": "Rows", "study": "Study"}
-RECIPE |= {"study.tune": "Tuning"}
+RECIPE |= {"study.tune": "Tuning", "labels": "Labels", "labels.judge": "JudgeEndpoint"}
 
 
 def recipe_help() -> str:

@@ -177,6 +177,11 @@ class SharedBase:
         revisions = {theirs.revision or ours.revision, ours.revision or theirs.revision}
         return same and len(revisions) == 1 and theirs.peft_type == ours.peft_type and is_shareable(theirs)
 
+    def stands_in(self, source: Any) -> bool:
+        """Whether a source is the folder of this base itself."""
+        local = isinstance(source, str | Path) and Path(source).is_dir() and not is_adapter(source)
+        return local and _identity(str(source)) == _identity(source_name(self.model))
+
     def load(self, source: str | Path, name: str, *, scalar: bool = False, new_head: bool = False) -> Role:
         """Put an adapter of a folder on the base, frozen.
 
@@ -348,7 +353,9 @@ def trainable(model: Any) -> nn.Module:
 
 
 def place(base: SharedBase | None, source: Any, name: str, **kwargs: Any) -> Any:
-    """A role on the shared base where a source is an adapter made for it; the source itself otherwise."""
+    """A role on the shared base where a source is an adapter made for it, or the base; the source itself otherwise."""
+    if base is not None and not kwargs and base.stands_in(source):
+        return base.without_adapter()
     return source if base is None or not base.carries(source) else base.load(source, name, **kwargs)
 
 

@@ -215,6 +215,12 @@ def _notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     from rto.planning.shapes import MEASURED
 
     found = []
+    if recipe.rounds > 1:
+        later = "each method goes on from its policy, with the starting policy as reference beside it"
+        found.append(
+            f"{recipe.rounds} rounds: all stages but SFT run once a round, on the pairs of all rounds so far and an "
+            f"equal part of the prompts; after the first {later}: memory is that of one round."
+        )
     if recipe.reward_model is not None:
         found.append(
             "The critic is taken to have the policy's shape; it starts from the reward model where both read one "

@@ -69,7 +69,7 @@ class Run:
         results: ``evaluation/results.json``.
         samples: ``evaluation/completions.jsonl``.
         token_rewards: ``evaluation/token_rewards.jsonl``.
-        online: the log of each method that trained on its own rollouts, by the method's name.
+        online: the log of each method that trained on its own rollouts, by the method's name, over all rounds.
         offline: the log of every other stage that logged a loss, by the method's or the stage's name.
         drawn: the newest completions of each on-line method in training.
         stage: the folder is one stage's: its log is its own.
@@ -92,6 +92,16 @@ class Run:
     def methods(self) -> dict[str, dict[str, Any]]:
         """The evaluated methods, in the order of the evaluation."""
         return self.results.get("methods") or {}
+
+    @property
+    def by_labels(self) -> dict[str, list[dict[str, Any]]]:
+        """The evaluated rounds of each learner and method, the start before them; empty without counted labels."""
+        start = [method for method in self.methods.values() if method.get("round") == 0]
+        found: dict[str, list[dict[str, Any]]] = {}
+        for method in self.methods.values():
+            if isinstance(of := method.get("of"), str):
+                found.setdefault(printable(of), [*start]).append(method)
+        return found
 
     @property
     def gold_key(self) -> str:
@@ -153,27 +163,55 @@ def read_run(folder: Path) -> Run:
 
     names = {method.get("folder"): name for name, method in run.methods.items()}
     order = list(names)
-    stages = sorted(path.parent.name for path in folder.glob("*/log.jsonl"))
+    found = [path.parent.relative_to(folder).as_posix() for p in LOGS for path in folder.glob(p)]
+    stages = sorted(found, key=lambda stage: (round_of(stage)[::-1], stage))
     run.stage = (folder / "log.jsonl").is_file()
     if run.stage:
         _read_stage(run, folder, "", run.name)
     for stage in sorted(stages, key=lambda s: order.index(s) if s in order else len(order)):
-        _read_stage(run, folder, f"{stage}/", names.get(stage, printable(stage)), upper=stage not in names)
+        _read_stage(run, folder, f"{stage}/", names.get(stage))
     return run
 
 
-def _read_stage(run: Run, folder: Path, inner: str, name: str, *, upper: bool = False) -> None:
-    """The log of a stage; ``upper``: an on-line one of no name of its own is a method's, as its folder is called."""
+LOGS = ("*/log.jsonl", "round-*/*/log.jsonl")
+"""Of the stages of a run; those of a later round have a folder of their own."""
+
+
+def round_of(stage: str) -> tuple[int, str]:
+    """The round of a stage's folder, and the stage."""
+    head, _, own = stage.rpartition("/")
+    number = head.removeprefix("round-")
+    return (int(number) if number.isdecimal() else 1), own
+
+
+def continued(before: Log, after: Log) -> Log:
+    """The log of a method and that of its next round, prompts and updates counted through."""
+    shift = {key: max((n for row in before if (n := number(row.get(key))) is not None), default=0) for key in COUNTED}
+    return before + [
+        {**row, **{k: row[k] + shift[k] for k in COUNTED if number(row.get(k)) is not None}} for row in after
+    ]
+
+
+COUNTED = ("episodes", "step")
+
+
+def _read_stage(run: Run, folder: Path, inner: str, name: str | None) -> None:
+    """The log of a stage, which goes on with that of its method's former round, if there is one."""
     log = _rows(folder, f"{inner}log.jsonl", _object, run.notes)
+    k, own = round_of(inner.rstrip("/"))
+    several = run.settings.get("rounds", 1) != 1
     if rows := [row for row in log if number(row.get("episodes")) is not None]:
-        name = name.upper() if upper else name
-        run.online[name] = rows
+        of = run.methods.get(name or "", {}).get("of")
+        name = printable(of) if isinstance(of, str) else name or printable(own).upper()
+        run.online[name] = continued(run.online.get(name, []), rows)
         if wild := sum(isinstance(x, float) and not math.isfinite(x) for row in rows for x in row.values()):
             run.notes.append(f"{inner}log.jsonl: {wild} values are not finite; the curves leave them out.")
         drawn = _rows(folder, f"{inner}completions.jsonl", _drawn, run.notes)
         if newest := [row for row in drawn if row is not None][-NEWEST:]:
             run.drawn[name] = newest[::-1]
     elif any("loss" in row for row in log):
+        if name is None:
+            name = f"{printable(own)}, round {k}" if several and own != "sft" else printable(own)
         run.offline[name] = [row for row in log if "loss" in row]
 
 

@@ -67,7 +67,7 @@ def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None
         bounds: of the alarms.
     """
     headings, cells = results_cells(run.results)
-    colours = plots.palette([*run.methods, *run.online, *run.offline])
+    colours = _colours(run)
     drawn = {} if run.samples else run.drawn
     shown = run.token_rewards[:SHOWN]
     rewards = [row.rewards for row in shown] + [row.rewards for rows in drawn.values() for row in rows]
@@ -83,6 +83,7 @@ def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None
         learning=_learning(run, colours),
         reached=reached(run),
         frontier=plots.gold_against_kl(run, colours),
+        by_labels=plots.gold_against_labels(run, colours),
         diagnostics=_diagnostics(run, colours),
         offline=_offline(run, colours),
         samples=run.samples[:SHOWN],
@@ -92,6 +93,13 @@ def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None
         heat=[(row, heatmap.cells(row.tokens, row.rewards, scale)) for row in shown],
         scale=scale,
     )
+
+
+def _colours(run: Run) -> dict[str, str]:
+    """One a learner or method, which its rounds share."""
+    of = {name: heatmap.printable(m["of"]) for name, m in run.methods.items() if isinstance(m.get("of"), str)}
+    found = plots.palette(list(dict.fromkeys(of.get(n, n) for n in (*run.methods, *run.online, *run.offline))))
+    return found | {name: found[base] for name, base in of.items()}
 
 
 def alarms(run: Run, bounds: Bounds | None = None) -> list[tuple[str, Alarm]]:
@@ -160,11 +168,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
-    levels = {
-        name: gold
-        for name, method in run.methods.items()
-        if name not in run.online and (gold := number(method.get("gold"))) is not None
-    }
+    offline = {n: m for n, m in run.methods.items() if n not in run.online and m.get("of") not in run.online}
+    levels = {name: gold for name, m in offline.items() if (gold := number(m.get("gold"))) is not None}
     title = run.measure.capitalize()
     others = [panel for panel in LEARNING if panel[1] != run.gold_key]
     if run.stage:  # it does not say which of its scores is the gold

@@ -158,6 +158,36 @@ def gold_against_kl(run: Run, colours: Mapping[str, str]) -> Panel | None:
         return panel(figure, f"{title} against KL. {'; '.join(said) or ', '.join(paths)}.", title=title, unit="by KL")
 
 
+def gold_against_labels(run: Run, colours: Mapping[str, str]) -> Panel | None:
+    """What labels buy: where the evaluation found each learner and method after each round, from the start on."""
+    paths = {
+        name: [
+            (labels, gold, number(m.get("gold_se")) or 0.0)
+            for m in rounds
+            if (labels := number(m.get("labels"))) is not None and (gold := number(m.get("gold"))) is not None
+        ]
+        for name, rounds in run.by_labels.items()
+    }
+    paths = {name: path for name, path in paths.items() if len(path) > 1}
+    if not paths:
+        return None
+    with styled():
+        figure, ax = axes(LARGE, "labels used")
+        ends = {}
+        for name, path in paths.items():
+            at, gold, errors = (np.array(column) for column in zip(*path))
+            ax.errorbar(at, gold, errors, color=colours[name], marker="o", markersize=4, elinewidth=0.9, linewidth=1.1)
+            ends[name] = float(gold[-1])
+        ax.margins(x=0.05, y=0.12)
+        _name_lines(ax, ends, colours)
+        said = [
+            f"{name}: {', '.join(f'{gold:.3g} at {labels:,.0f}' for labels, gold, _ in path)}"
+            for name, path in paths.items()
+        ]
+        title = run.measure.capitalize()
+        return panel(figure, f"{title} against labels used. {'; '.join(said)}.", title=title, unit="by labels")
+
+
 def reward_shares(name: str, log: Log) -> Panel | None:
     """Which source the reward comes from: Σ|term| of each over the sum of the three."""
     rows = [row for row in log if all(number(row.get(f"share/{s}")) is not None for s in SOURCES)]

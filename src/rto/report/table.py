@@ -29,8 +29,10 @@ def results_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     columns = {
         "method": list(methods),
         measure(results.get("gold")): _measured(rows, "gold"),
+        "labels": [_cell(row.get("labels"), 0) for row in rows],
         f"win rate vs {results.get('baseline') or 'baseline'} (%)": _measured(rows, "win_rate", scale=100.0),
         "KL (nats per completion)": _measured(rows, "kl"),
+        "prompts used": [_cell(row.get("prompts_used"), 0) for row in rows],
         "mean length (tokens)": [_cell(row.get("mean_length"), 1) for row in rows],
         "wall time": [duration(row.get("seconds")) for row in rows],
     }

@@ -22,7 +22,8 @@ from rto.report.folder import read_run
 from rto.report.page import render
 
 HOME = "127.0.0.1"
-FILES = ("recipe.yaml", "log.jsonl", "completions.jsonl", "*/log.jsonl", "*/completions.jsonl", "evaluation/*.json*")
+STAGES = ("*/log.jsonl", "*/completions.jsonl", "round-*/*/log.jsonl", "round-*/*/completions.jsonl")
+FILES = ("recipe.yaml", "log.jsonl", "completions.jsonl", *STAGES, "evaluation/*.json*")
 
 
 class Watched:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ LEVELS = (0.25, 0.5, 1.0)
 """Shares of the KL that both of two methods reach on every seed."""
 MARKERS, LINES = "os^D", ("-", "--", ":", "-.")
 """What tells methods of one colour apart."""
-FIGURES = ("frontier", "equal-kl", "foretold", "prompts", "scaling", "over-optimisation", "length")
+FIGURES = ("frontier", "equal-kl", "foretold", "prompts", "labels", "scaling", "over-optimisation", "length")
 
 
 class Study:
@@ -93,9 +94,26 @@ class Study:
         return [n for n in self.policies if all("foretold" in run for run in measured[n]["runs"])]
 
     @property
+    def by_labels(self) -> dict[str, list[str]]:
+        """Learners and methods, and variants of them in more rounds, their policies of all rounds, start first."""
+        found: dict[str, list[str]] = {}
+        for name, policy in self.policies.items():
+            if policy["runs"][0].get("round"):
+                found.setdefault(family(name), [self.start]).append(name)
+        return found if self.start in self.policies else {}
+
+    @property
     def scaled(self) -> list[str]:
         """Methods that were trained on shares of the prompts, too."""
         return [name for name in self.study["scaled"] if name in self.policies and len(self.points(name)) > 1]
+
+
+def family(policy: str) -> str:
+    """The policy after the last round: ``RTO in 2 rounds`` of ``RTO, round 1 of 2``."""
+    found = re.fullmatch(r"(.+), round \d+(?: of (\d+))?", policy)
+    if found is None:
+        return policy
+    return found[1] if found[2] is None else f"{found[1]} in {found[2]} rounds"
 
 
 def write_study(results: Path) -> Path:
@@ -201,6 +219,18 @@ def scaling_table(study: Study) -> list[list[str]]:
             same = name == study.baseline and share == 1
             row += [said(interval(gold)), "" if same else marked(paired(gold, whole).difference)]
         rows.append(row)
+    return rows
+
+
+def labels_table(study: Study) -> list[list[str]]:
+    """What labels buy: every policy by the labels and the prompts that it has used, mean over seeds."""
+    if not study.by_labels:
+        return []
+    rows = [["policy", "round", "labels", "prompts used", study.measure, "KL"]]
+    for name in [study.start, *(n for names in study.by_labels.values() for n in names[1:])]:
+        numbers = [study.values(name, key).mean() for key in ("round", "labels", "prompts_used")]
+        cells = [said(interval(study.values(name, key))) for key in ("gold", "kl")]
+        rows.append([name, *(f"{x:,.0f}" for x in numbers), *cells])
     return rows
 
 
@@ -328,6 +358,7 @@ TABLES = {
     "Share of the prompts": scaling_table,
     "At equal KL, β₂ tuned for each": equal_kl_table,
     "Foretold and measured": foretold_table,
+    "Labels used": labels_table,
     "Gold at equal KL, less the baseline's": matched_kl_table,
     "Win rate at equal KL, less the baseline's": win_rate_table,
     "Over-optimisation": over_optimisation_table,
@@ -440,6 +471,24 @@ def prompts(study: Study) -> Figure | None:
     return _over_prompts(study, "gold", study.measure)
 
 
+def labels(study: Study) -> Figure | None:
+    """Held-out gold against the labels used, from the starting policy on."""
+    if not study.by_labels:
+        return None
+    figure, ax = _figure(study, "labels used", f"{study.measure} on held-out prompts")
+    looks = _looks(study)
+    for name, policies in study.by_labels.items():
+        colour, turn = looks[name]
+        found = [interval(study.values(policy, "gold")) for policy in policies]
+        halves = [0.0 if math.isnan(x.half) else x.half for x in found]
+        at = [study.values(policy, "labels").mean() for policy in policies]
+        line, marker = LINES[turn % len(LINES)], MARKERS[turn % len(MARKERS)]
+        ax.errorbar(
+            at, [x.mean for x in found], halves, color=colour, ls=line, marker=marker, ms=3.5, lw=1, label=name
+        )
+    return _legend(figure, ax)
+
+
 def length(study: Study) -> Figure | None:
     """Completion length against prompts used."""
     return _over_prompts(study, "length", "tokens a completion")
@@ -480,6 +529,7 @@ DRAWN = {
     "equal-kl": equal_kl,
     "foretold": foretold,
     "prompts": prompts,
+    "labels": labels,
     "scaling": scaling,
     "over-optimisation": over_optimised,
     "length": length,

@@ -2,6 +2,7 @@
 
     OUT/tune/…                 trials on validation prompts, one seed beside the final ones
     OUT/seed-0/sft, pairs, dpo, reward, ppo, rto, …     run folders as of `rto run`
+    OUT/seed-0/in-2-rounds/…   the same with its labels in so many rounds, for each of study.rounds
     OUT/results.json           everything the tables and figures are made from
     OUT/report.md, *.svg       made from it
 
@@ -35,7 +36,17 @@ from rto.files import write_atomically
 from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
 from rto.pipeline import Pipeline
-from rto.recipe import Recipe, RecipeError, Study, Tuning, folder_of, load_recipe, resolve
+from rto.recipe import (
+    Recipe,
+    RecipeError,
+    Study,
+    Tuning,
+    folder_of,
+    load_recipe,
+    resolve,
+    stage_folder,
+    variants,
+)
 from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
 from rto.studies.foretold import FORETOLD, write_foretold
@@ -56,6 +67,7 @@ class Job:
         folder: of the seed.
         stage: sft, pairs, reward, learner or method.
         policy: which one a learner or a method trains; the starting one for sft.
+        k: the round.
         prompts: where the policy is measured, test_prompts or validation_prompts; None measures nothing.
         validated: it is measured on validation prompts as well: a point of a frontier is chosen there.
         foretold: what its method gains is told from completions, too.
@@ -66,6 +78,7 @@ class Job:
     folder: Path
     stage: str
     policy: str | None = None
+    k: int = 1
     prompts: str | None = None
     validated: bool = False
     foretold: bool = False
@@ -75,7 +88,7 @@ class Job:
     def path(self) -> Path:
         """The folder that this job, and no other, writes."""
         named = self.stage in ("learner", "method")
-        return self.folder / (folder_of(str(self.policy)) if named else self.stage)
+        return self.folder / stage_folder(str(self.policy) if named else self.stage, self.k)
 
     @property
     def done(self) -> bool:
@@ -95,13 +108,16 @@ class Job:
         pipeline = Pipeline(self.recipe, self.folder, console)
         match self.stage:
             case "learner":
-                pipeline.prefer(str(self.policy))
+                pipeline.prefer(str(self.policy), self.k)
             case "method":
-                pipeline.train(str(self.policy))
+                pipeline.train(str(self.policy), self.k)
+            case "sft":
+                pipeline.sft()
             case stage:
-                getattr(pipeline, stage)()
+                getattr(pipeline, stage)(self.k)
+        named = self.policy if self.stage == "sft" else self.recipe.policy(str(self.policy), self.k)
         for prompts in self._measured_on:
-            pipeline.measure(str(self.policy), prompts)
+            pipeline.measure(str(named), prompts)
         if self.foretold:
             write_foretold(self.recipe, self.folder, str(self.policy))
 
@@ -153,21 +169,16 @@ def reproduce(
         replace(pipeline, folder=folder / f"seed-{recipe.seed}").check()
         pipeline.claim()
         recipe = tuned = with_frontier(recipe, policies)
-        policies = [name for name in recipe.policies if of_frontier(recipe).get(name, name) in policies]
+        known = [recipe.start, *recipe.trained]
+        policies = [name for name in known if of_frontier(recipe).get(name, name) in policies]
         trials: dict[str, list[Trial]] = {}
         if recipe.study.tune is not None:
             tuned, trials = tune(recipe, recipe.study.tune, folder / "tune", policies, jobs, console)
         final = with_fractions(tuned, policies)
-        names = [name for name in final.policies if name in policies or _base(name, final) in policies]
-        run_jobs(
-            [
-                job
-                for seed in range(recipe.seed, recipe.seed + count)
-                for job in plan(replace(final, seed=seed), folder / f"seed-{seed}", names, "test_prompts")
-            ],
-            jobs,
-            console,
-        )
+        names = [name for name in variants(final) if _is_measured(name, final, policies)]
+        seeds = range(recipe.seed, recipe.seed + count)
+        _share_the_start(folder, seeds, {variants(final)[name][0].rounds for name in names} - {recipe.rounds})
+        run_jobs([job for seed in seeds for job in of_seed(final, folder, seed, names)], jobs, console)
         path = folder / "results.json"
         rows = collect(final, folder, names, range(recipe.seed, recipe.seed + count))
         write_atomically(path, json.dumps({**rows, "tuning": _as_json(trials)}, ensure_ascii=False) + "\n")
@@ -193,45 +204,102 @@ def task_recipe(task: str, overrides: dict[str, Any] | None = None) -> Recipe:
 # --- plan
 
 
-def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) -> list[Job]:
+def of_seed(recipe: Recipe, folder: Path, seed: int, policies: Sequence[str]) -> list[Job]:
+    """The jobs of a seed, those of the variants in more rounds after those of the recipe itself."""
+    known = variants(recipe)
+    where, found = folder / f"seed-{seed}", list[Job]()
+    for rounds in (recipe.rounds, *recipe.study.rounds):
+        own = [known[name][1] for name in policies if known[name][0].rounds == rounds]
+        inside = replace(recipe, seed=seed, rounds=rounds)
+        if rounds == recipe.rounds:
+            found += plan(inside, where, own, "test_prompts")
+        elif own:
+            found += plan(inside, where / in_rounds(rounds), own, "test_prompts", sft=where / "sft")
+    return found
+
+
+def in_rounds(rounds: int) -> str:
+    """The folder of a variant, within that of the seed."""
+    return f"in-{rounds}-rounds"
+
+
+def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str, *, sft: Path | None = None) -> list[Job]:
     """The jobs of one seed in an order that they can be run in: what several policies need stands there once.
 
-    Without a gold reward the reward model judges, so that every policy, the starting one too, is measured after it.
+    Without a gold reward the reward model judges, so that every policy, the starting one too, is measured after it;
+    where there are several rounds, after that of the last.
+
+    Args:
+        recipe: with the seed.
+        folder: of the seed.
+        policies: which are measured.
+        prompts: on which prompts.
+        sft: the starting policy, where another job makes it.
     """
-    judged = ["reward"] if recipe.gold is None and recipe.reward is not None else []
+    judge = stage_folder("reward", recipe.rounds)
+    judged = [judge] if recipe.gold is None and recipe.reward is not None else []
+    late = bool(judged) and recipe.rounds > 1
+    asked = {recipe.origins[name][0] for name in policies}
     points = of_frontier(recipe)
     candidates = {recipe.start, *points, *points.values()} if points else set()
+    found: list[Job] = []
 
-    def job(stage: str, *needs: str, policy: str | None = None) -> Job:
-        measured = prompts if policy in policies or policy == recipe.start else None
-        after = frozenset(folder / name for name in needs)
-        return Job(
-            recipe=recipe,
-            folder=folder,
-            stage=stage,
-            policy=policy,
-            prompts=measured,
-            validated=policy in candidates,
-            foretold=stage == "method" and policy not in points and recipe.study.foretell is not None,
-            needs=after,
+    def job(stage: str, *needs: str, policy: str | None = None, k: int = 1, again: bool = False) -> None:
+        name = policy if stage == "sft" or policy is None else recipe.policy(policy, k)
+        measured = prompts if name in policies or name == recipe.start else None
+        if late and not again:
+            measured = None
+        if again and not measured:
+            return
+        found.append(
+            Job(
+                recipe=recipe,
+                folder=folder,
+                stage=stage,
+                policy=policy,
+                k=k,
+                prompts=measured,
+                validated=name in candidates,
+                foretold=_is_foretold(recipe, stage, policy),
+                needs=frozenset(sft if name == "sft" and sft is not None else folder / name for name in needs),
+            )
         )
 
-    methods = [name for name in policies if name in recipe.methods]
-    rewarding = {learner for name in methods for learner in recipe.learners_of(name)}
-    learners = [name for name in recipe.learners if name in policies or name in rewarding]
-    found = [job("sft", policy=None if judged else recipe.start)]
-    labelled = "sft"
-    if recipe.data.pairs is None:
-        found.append(job("pairs", "sft"))
-        labelled = "pairs"
-    if recipe.reward is not None and (methods or judged):
-        found.append(job("reward", labelled))
-    found += [job("sft", *judged, policy=recipe.start)] if judged else []
-    found += [job("learner", labelled, *judged, policy=name) for name in learners]
-    scored = ["reward"] if recipe.reward is not None else [labelled]
-    for name in methods:
-        found.append(job("method", *scored, *map(folder_of, recipe.learners_of(name)), policy=name))
+    if sft is None:
+        job("sft", policy=None if judged else recipe.start)
+    for k in range(1, recipe.rounds + 1):
+        needed = asked | (set(recipe.writers) if k < recipe.rounds else set())
+        methods = [name for name in recipe.methods if name in needed]
+        rewarding = {learner for name in methods for learner in recipe.learners_of(name)}
+        learners = [name for name in recipe.learners if name in needed or name in rewarding]
+        labelled, reward = "sft", stage_folder("reward", k)
+        if k in recipe.sampled:
+            labelled = stage_folder("pairs", k)
+            job("pairs", *(["sft"] if k == 1 else [stage_folder(w, k - 1) for w in recipe.writers]), k=k)
+        if recipe.reward is not None and (methods or judged):
+            job("reward", labelled, k=k)
+        if judged and not late and sft is None:
+            job("sft", *judged, policy=recipe.start)
+        for name in learners:
+            job("learner", labelled, *([] if late else judged), policy=name, k=k)
+        scored = [reward] if recipe.reward is not None else [labelled]
+        for name in methods:
+            before = [stage_folder(name, k - 1)] if k > 1 else []
+            own = [stage_folder(learner, k) for learner in recipe.learners_of(name)]
+            job("method", *scored, *own, *before, policy=name, k=k)
+    if late:
+        if sft is None:
+            job("sft", *judged, policy=recipe.start, again=True)
+        for name, k in recipe.origins.values():
+            if k:
+                job("learner" if name in recipe.learners else "method", *judged, policy=name, k=k, again=True)
     return found
+
+
+def _is_foretold(recipe: Recipe, stage: str, policy: str | None) -> bool:
+    """A method of one round, with the β₂ of the recipe: between rounds what is paid changes."""
+    asked = recipe.study.foretell is not None and recipe.rounds == 1
+    return asked and stage == "method" and policy not in of_frontier(recipe)
 
 
 def with_frontier(recipe: Recipe, policies: Sequence[str]) -> Recipe:
@@ -245,7 +313,12 @@ def with_frontier(recipe: Recipe, policies: Sequence[str]) -> Recipe:
         for coef in frontier.kl_coefs if name in policies else []:
             if coef != own:
                 methods[frontier_name(name, coef)] = {**recipe.methods[name], "kl_coef": coef}
-    return replace(recipe, methods=methods)
+    return replace(recipe, methods=methods, pairs_from=_writers(recipe))
+
+
+def _writers(recipe: Recipe) -> list[str]:
+    """Who writes pairs, named before variants are added: those write none."""
+    return recipe.writers if recipe.rounds > 1 or recipe.study.rounds else recipe.pairs_from
 
 
 def frontier_name(method: str, kl_coef: float) -> str:
@@ -270,7 +343,7 @@ def with_fractions(recipe: Recipe, policies: Sequence[str]) -> Recipe:
             assert recipe.data.prompts.rows is not None
             episodes = max(1, round(fraction * recipe.data.prompts.rows))
             methods[fraction_name(name, fraction)] = {**recipe.methods[name], "total_episodes": episodes}
-    return replace(recipe, methods=methods)
+    return replace(recipe, methods=methods, pairs_from=_writers(recipe))
 
 
 def fraction_name(method: str, fraction: float) -> str:
@@ -279,15 +352,36 @@ def fraction_name(method: str, fraction: float) -> str:
 
 
 def _base(name: str, recipe: Recipe) -> str:
+    """The method of a share of the prompts; any other policy is its own."""
     named = {fraction_name(m, f): m for m in recipe.study.scaled for f in recipe.study.fractions}
     return (named | of_frontier(recipe)).get(name, name)
 
 
+def _is_measured(name: str, recipe: Recipe, methods: Sequence[str]) -> bool:
+    """Whether a policy is one of these methods'; of shares of the prompts the last round of the recipe alone is."""
+    by, own = variants(recipe)[name]
+    method, k = by.origins[own]
+    if (base := _base(method, recipe)) != method and (k, by.rounds) != (recipe.rounds, recipe.rounds):
+        return False
+    return base in methods
+
+
+def _share_the_start(folder: Path, seeds: Sequence[int], rounds: set[int]) -> None:
+    """One starting policy a seed: the folder of a variant in more rounds has a link to it."""
+    for seed in seeds:
+        for more in rounds:
+            link = folder / f"seed-{seed}" / in_rounds(more) / "sft"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(Path("..") / "sft")
+
+
 def _chosen(recipe: Recipe, methods: Sequence[str] | None) -> list[str]:
+    known = [recipe.start, *recipe.trained]
     for name in methods or ():
-        if name not in recipe.policies:
-            raise RecipeError(f"--methods: no method {name!r}; known: {', '.join(recipe.policies)}")
-    return [name for name in recipe.policies if methods is None or name in methods or name == recipe.start]
+        if name not in known:
+            raise RecipeError(f"--methods: no method {name!r}; known: {', '.join(known)}")
+    return [name for name in known if methods is None or name in methods or name == recipe.start]
 
 
 # --- run
@@ -375,7 +469,7 @@ def _alone(job: Job) -> Iterator[TextIO]:
 
 
 def _log(job: Job) -> Path:
-    return job.folder / f"{job.path.name}.log"
+    return job.folder / f"{'-'.join(job.path.relative_to(job.folder).parts)}.log"
 
 
 @contextlib.contextmanager
@@ -398,15 +492,15 @@ def tune(
 ) -> tuple[Recipe, dict[str, list[Trial]]]:
     """The same search for every learner, then for every method with the learners so chosen.
 
-    Learners that only give token rewards, and are no policies to be measured, take the factor of the first one.
-    Methods that are ``like`` another take that one's.
+    The search is in one round, with all labels at once. Learners that only give token rewards, and are no policies
+    to be measured, take the factor of the first one. Methods that are ``like`` another take that one's.
 
     Returns:
         The recipe with the chosen learning rates, and all trials.
     """
-    start = replace(recipe, seed=tuning.seed)
+    start = replace(recipe, seed=tuning.seed, rounds=1, pairs_from=[])
     rewarding = {learner for name in policies if name in recipe.methods for learner in recipe.learners_of(name)}
-    policies = [name for name in recipe.policies if name in {tuning.like.get(name, name) for name in policies}]
+    policies = [name for name in start.policies if name in {tuning.like.get(name, name) for name in policies}]
     first = next(iter(recipe.learners))
     members = {name for name in rewarding if name not in recipe.policies}
     searched = [n for n in recipe.learners if n not in members and (n in policies or n in rewarding)]
@@ -483,14 +577,15 @@ def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequen
     """Everything the report is made from: a row a policy and seed, with its training curve."""
     gold = REWARD_MODEL if recipe.gold is None else function_name(resolve(recipe.gold))
     kind = dict.fromkeys(recipe.learners, "learner") | dict.fromkeys(recipe.methods, "method")
-    runs = {
-        name: {
-            "kind": kind.get(name, "start"),
+    made = variants(recipe)
+    runs = {}
+    for name in policies:
+        by, own = made[name]
+        runs[name] = {
+            "kind": kind.get(by.origins[own][0], "start"),
             "of": _base(name, recipe),
-            "runs": [_run(folder / f"seed-{seed}", recipe.policies[name], gold, seed) for seed in seeds],
+            "runs": [_run(by, folder / f"seed-{seed}", own, gold, seed, of=recipe) for seed in seeds],
         }
-        for name in policies
-    }
     shared = {
         stage: [_read(folder / f"seed-{seed}" / stage / "done.json")["seconds"] for seed in seeds]
         for stage in ("pairs", "reward")
@@ -507,9 +602,23 @@ def collect(recipe: Recipe, folder: Path, policies: Sequence[str], seeds: Sequen
     }
 
 
-def _run(folder: Path, policy: str, gold: str, seed: int) -> dict[str, Any]:
-    found, start = _read(folder / policy / "test_prompts.json"), _read(folder / "sft" / "test_prompts.json")
+def _run(recipe: Recipe, folder: Path, name: str, gold: str, seed: int, *, of: Recipe) -> dict[str, Any]:
+    """A policy of a seed.
+
+    Args:
+        recipe: that makes it.
+        folder: of the seed.
+        name: of the policy, there.
+        gold: whose scores the log has.
+        seed: of the run.
+        of: the study's recipe; the policies of others stand in a folder of their own.
+    """
+    inside = folder if recipe.rounds == of.rounds else folder / in_rounds(recipe.rounds)
+    policy, pipeline = recipe.policies[name], Pipeline(replace(recipe, seed=seed), inside, Terminal())
+    found, start = _read(inside / policy / "test_prompts.json"), _read(folder / "sft" / "test_prompts.json")
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(found["gold"], start["gold"], strict=True)]
+    in_rounds_too = of.rounds > 1 or bool(of.study.rounds)
+    last = recipe.origins[name][1] in (0, recipe.rounds)
     return {
         "seed": seed,
         "gold": _mean(found["gold"]),
@@ -518,10 +627,11 @@ def _run(folder: Path, policy: str, gold: str, seed: int) -> dict[str, Any]:
         "length": _mean(found["length"]),
         "ended": _mean(found["ended"]),
         "logged": {name: _mean(values) for name, values in found["logged"].items()},
-        "seconds": _read(folder / policy / "done.json")["seconds"],
+        "seconds": pipeline.seconds(policy),
         "shown": found["shown"][:2],
-        "curve": _curve(folder / policy / "log.jsonl", gold),
-        **_if_there(folder / policy),
+        "curve": _curve(pipeline.log(policy), gold) if last else {},
+        **(pipeline.used(policy) if in_rounds_too else {}),
+        **_if_there(inside / policy),
     }
 
 
@@ -536,10 +646,9 @@ def _if_there(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _curve(log: Path, gold: str) -> dict[str, list[float]]:
+def _curve(log: Sequence[dict[str, Any]], gold: str) -> dict[str, list[float]]:
     """The training rollouts, one number an iteration; empty for a policy that was not trained on its own."""
-    rows = [json.loads(line) for line in log.read_text().split("\n") if line] if log.is_file() else []
-    rows = [row for row in rows if "episodes" in row]
+    rows = [row for row in log if "episodes" in row]
     keys = {**CURVE, "gold": f"score/{gold}"}
     return {
         name: [round(row[key], 4) for row in rows]
