@@ -69,7 +69,8 @@ class Run:
         samples: ``evaluation/completions.jsonl``.
         token_rewards: ``evaluation/token_rewards.jsonl``.
         online: the log of each method that trained on its own rollouts, by the method's name.
-        offline: the log of every other stage that logged a loss, by the method's or the stage's name.
+        offline: the log of every other stage that logged a loss, in training or on held-out rows, by the method's or
+            the stage's name.
         drawn: the newest completions of each on-line method in training.
         stage: the folder is one stage's: its log is its own.
         notes: what could not be read.
@@ -173,7 +174,7 @@ def _read_stage(run: Run, folder: Path, inner: str, name: str, *, upper: bool = 
         if newest := [row for row in drawn if row is not None][-NEWEST:]:
             run.drawn[name] = newest[::-1]
     elif any("loss" in row for row in log):
-        run.offline[name] = [row for row in log if "loss" in row]
+        run.offline[name] = [row for row in log if "loss" in row or "eval_loss" in row]
 
 
 def number(x: Any) -> float | None:

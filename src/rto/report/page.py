@@ -20,6 +20,8 @@ from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
 
+OFFLINE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "logratio/chosen")
+"""What is drawn of a stage that trained on rows, where it was logged."""
 SHOWN = 6
 """Completions on the page: the first ones of the evaluation, not picked."""
 
@@ -98,8 +100,9 @@ def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None
 
 
 def alarms(run: Run, bounds: Bounds | None = None) -> list[tuple[str, Alarm]]:
-    """What is out of bounds at present, by method."""
-    return [(name, alarm) for name, log in run.online.items() for alarm in check(log, bounds)]
+    """What is out of bounds at present, by method or stage."""
+    logs = {**run.offline, **run.online}
+    return [(name, alarm) for name, log in logs.items() for alarm in check(log, bounds)]
 
 
 def template(name: str, package: str = "rto.report", scripts: Sequence[str] = ()) -> Template:
@@ -194,6 +197,6 @@ def _offline(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     panels = [
         plots.curves(f"{stage}: {key}", key, {stage: log}, colours, x=("step", "updates"))
         for stage, log in run.offline.items()
-        for key in ("loss", "accuracy")
+        for key in OFFLINE
     ]
     return [panel for panel in panels if panel]
