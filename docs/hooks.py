@@ -1,8 +1,8 @@
 """What the site changes in the pages, so that they read right both here and in a repository's browser.
 
-Links out of ``docs/`` lead to the repository, where its address is known (``REPOSITORY``), else they are plain text; and
-pages that stand at its root (the change log, CONTRIBUTING) are taken into the site by a line ``{{ FILE }}``, so that no
-text is written twice.
+Links out of ``docs/`` lead to the repository, where its address is known (``REPOSITORY``), else they are plain text;
+and pages that stand at its root (the change log, CONTRIBUTING) are taken into the site by a line ``{{ FILE }}``, so
+that no text is written twice.
 """
 
 import re

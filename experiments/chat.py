@@ -50,7 +50,7 @@ def human_pairs(tokenizer: PreTrainedTokenizerBase, longest: int) -> tuple[list[
         tokenizer: that counts.
         longest: tokens of a prompt and its longer side, without the template.
     """
-    text = gzip.open(DATA / "prefs" / "human_pairs_misc.jsonl.gz", "rt", encoding="utf-8").read()
+    text = gzip.decompress((DATA / "prefs" / "human_pairs_misc.jsonl.gz").read_bytes()).decode()
     rows = [json.loads(line) for line in text.split("\n") if line]
 
     def size(text: str) -> int:

@@ -69,7 +69,7 @@ WRONG = {
     "clip_ratio": (log(9, clip__ratio=0.5), 0.5, log(9, clip__ratio=lambda i: 0.9 if i < 4 else 0.2)),
     "clip_token_reward": (log(9, clip__token_reward=0.75), 0.75, log(9, clip__token_reward=0.5)),
     "chosen_fall": (updates(7, logratio__chosen=lambda i: -i / 5), (0.4 + 0.6 + 0.8 + 1 + 1.2) / 5, updates(7)),
-    "pair_accuracy": (updates(3, accuracy=lambda i: 0.8 - 0.3 * i), 0.35, updates(3, accuracy=lambda i: 0.5 * (i > 0))),
+    "pair_accuracy": (updates(3, accuracy=lambda i: 0.8 - 0.3 * i), 0.35, updates(3, accuracy=lambda i: min(i, 0.5))),
     "held_out_gap": (held_out(0.6, 0.6, accuracy=0.5), 0.4, held_out(0.6, 0.6)),
     "held_out_rise": (held_out(0.6, 0.5, 0.7), 0.4, held_out(0.6, 0.5, 0.54)),
     "grad_norm": (

@@ -39,8 +39,7 @@ VALUE_MODEL = "value_model"
 
 @dataclass
 class TokenTrainingArguments(AlarmArguments, PrecisionArguments, TrainingArguments):
-    """Arguments that every trainer here has, on top of `transformers.TrainingArguments`, `PrecisionArguments` and
-    `AlarmArguments`.
+    """Arguments that every trainer here has, on top of those of `transformers.TrainingArguments`.
 
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows

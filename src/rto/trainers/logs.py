@@ -95,11 +95,16 @@ def mean_over(x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None, all_re
 def score_metrics(
     scores: dict[str, Float[Tensor, " B"]], counted: Bool[Tensor, " B"] | None, all_reduce: AllReduce
 ) -> dict[str, Float[Tensor, ""]]:
-    """Mean and deviation of each source's scores, where it gave one, and, under "", of their weighted sum."""
+    """Mean and deviation of each source's scores, where it gave one, and, under "", of their weighted sum.
+
+    A source that gave none in this rollout is left out.
+    """
     found: dict[str, Float[Tensor, ""]] = {}
     for name, x in scores.items():
         key = f"score/{name}" if name else "score"
         given = ~x.isnan() if counted is None else counted & ~x.isnan()
+        if not all_reduce(given.sum().float()):
+            continue
         mean = mean_over(x, given, all_reduce)
         found |= {key: mean, f"{key}_std": mean_over((x - mean).square(), given, all_reduce).sqrt()}
     return found
