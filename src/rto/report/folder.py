@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rto.report.heatmap import printable
+from rto.files import plain
 from rto.report.table import REWARD_MODEL, measure
 from rto.values import read_yaml
 
@@ -158,7 +158,7 @@ def read_run(folder: Path) -> Run:
     if run.stage:
         _read_stage(run, folder, "", run.name)
     for stage in sorted(stages, key=lambda s: order.index(s) if s in order else len(order)):
-        _read_stage(run, folder, f"{stage}/", names.get(stage, printable(stage)), upper=stage not in names)
+        _read_stage(run, folder, f"{stage}/", names.get(stage, plain(stage)), upper=stage not in names)
     return run
 
 
@@ -206,15 +206,15 @@ def _object(x: Any) -> dict[str, Any]:
 
 def _results(x: Any) -> dict[str, Any]:
     methods = _object(_object(x).get("methods") or {})
-    return {**x, "methods": {printable(name): _object(method) for name, method in methods.items()}}
+    return {**x, "methods": {plain(name): _object(method) for name, method in methods.items()}}
 
 
 def _sample(row: Any) -> Sample:
     row = _object(row)
-    gold = {printable(name): number(x) for name, x in _object(row.get("gold") or {}).items()}
+    gold = {plain(name): number(x) for name, x in _object(row.get("gold") or {}).items()}
     return Sample(
         prompt=str(row["prompt"]),
-        completions={printable(name): str(text) for name, text in _object(row["completions"]).items()},
+        completions={plain(name): str(text) for name, text in _object(row["completions"]).items()},
         gold={name: x for name, x in gold.items() if x is not None},
     )
 
@@ -236,7 +236,7 @@ def _drawn(row: Any) -> Drawn | None:
         step=int(row["step"]),
         prompt=_said(row["prompt"]),
         completion=_said(row["completion"]),
-        scores={printable(name): x for name, x in scores.items() if x is not None},
+        scores={plain(name): x for name, x in scores.items() if x is not None},
         tokens=tokens,
         rewards=rewards,
     )

@@ -16,6 +16,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 from markupsafe import Markup
 
 from rto.alarms import Alarm, Bounds, check
+from rto.files import plain
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
@@ -133,7 +134,7 @@ def template(name: str, package: str = "rto.report", scripts: Sequence[str] = ()
 
 
 def _visible(x: Any) -> Any:
-    return heatmap.printable(x) if isinstance(x, str) and not isinstance(x, Markup) else x
+    return plain(x) if isinstance(x, str) and not isinstance(x, Markup) else x
 
 
 def _ends(palette: heatmap.Palette) -> str:
@@ -176,7 +177,7 @@ def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     if run.stage:  # it does not say which of its scores is the gold
         keys = dict.fromkeys(key for log in run.online.values() for row in log for key in row)
         named = [key for key in keys if key.startswith("score/") and not key.endswith("_std") and key != run.gold_key]
-        others += [(f"Score: {heatmap.printable(key.removeprefix('score/'))}", key, "") for key in named[:FUNCTIONS]]
+        others += [(f"Score: {plain(key.removeprefix('score/'))}", key, "") for key in named[:FUNCTIONS]]
     panels = [
         plots.curves(title, run.gold_key, run.online, colours, levels=levels, size=plots.LARGE),
         *(plots.curves(t, key, run.online, colours, unit=unit, size=plots.LARGE) for t, key, unit in others),
