@@ -277,36 +277,24 @@ def sft(args: list[str]) -> int:
     """`rto sft`."""
     from rto.trainers.supervised import SFTConfig, SFTTrainer
 
-    data, config, model = _parse("sft", args, DataArguments, SFTConfig)
-    config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
-    _check_models(config, model, {})
-    rows, held_out = _rows(data, config)
-    trainer = SFTTrainer(
-        model.model_name_or_path,
-        config,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        peft_config=_peft(model),
-    )
-    return _finish(trainer, data)
+    return _supervised("sft", args, SFTConfig, SFTTrainer, task="CAUSAL_LM")
 
 
 def reward(args: list[str]) -> int:
     """`rto reward`."""
     from rto.trainers.supervised import RewardConfig, RewardTrainer
 
-    data, config, model = _parse("reward", args, DataArguments, RewardConfig)
+    return _supervised("reward", args, RewardConfig, RewardTrainer, task="SEQ_CLS")
+
+
+def _supervised(command: str, args: list[str], kind: Any, trainer: Any, *, task: str) -> int:
+    data, config, model = _parse(command, args, DataArguments, kind)
     config.model_init_kwargs = {**_init(model, config), **config.init_kwargs}
     _check_models(config, model, {})
     rows, held_out = _rows(data, config)
-    trainer = RewardTrainer(
-        model.model_name_or_path,
-        config,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        peft_config=_peft(model, task="SEQ_CLS"),
-    )
-    return _finish(trainer, data)
+    peft = _peft(model, task=task)
+    built = trainer(model.model_name_or_path, config, train_dataset=rows, eval_dataset=held_out, peft_config=peft)
+    return _finish(built, data)
 
 
 def prefer(args: list[str]) -> int:

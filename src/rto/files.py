@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,8 +306,19 @@ def safe_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what would move its cursor or change its colours is shown as "?"."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """A line of text that steers no terminal and reorders no page.
+
+    Control characters are shown as their symbols (␛ for escape), others that cannot be seen as escapes.
+    """
+    return text if text.isprintable() else "".join(map(_symbol, text))
+
+
+def _symbol(c: str) -> str:
+    if c.isprintable() or unicodedata.category(c) == "Zs":  # blanks of other widths
+        return c
+    if c < " " or c == "\x7f":
+        return chr(0x2400 + ord(c)) if c < " " else "␡"
+    return c.encode("unicode_escape").decode("ascii")
 
 
 def plain(text: str) -> str:

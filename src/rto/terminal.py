@@ -1,8 +1,8 @@
 """What goes to a terminal: text of others is text there, whatever stands in it.
 
 Names, prompts, completions and messages of libraries may hold control characters, which move a cursor or set a
-title, and square brackets, which Rich reads as markup. Here the first are shown as "?" and the second as they stand;
-styles come from `rich.text.Text` alone.
+title, and square brackets, which Rich reads as markup. Here the first are shown as symbols and the second as they
+stand; styles come from `rich.text.Text` alone.
 """
 
 import logging

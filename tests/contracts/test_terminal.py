@@ -17,7 +17,7 @@ from rto.report.table import results_table
 from rto.terminal import PlainFormatter, Terminal, say
 
 HOSTILE = "\x1b]0;title\x07[bold]name[/bold]\x9b2J\u202e\x00\r:smile:\x1b[31m"
-SHOWN = "?]0;title?[bold]name[/bold]?2J???:smile:?[31m"
+SHOWN = "␛]0;title␇[bold]name[/bold]\\x9b2J\\u202e␀␍:smile:␛[31m"
 SOURCES = sorted(Path(rto.__file__).parent.rglob("*.py"))
 
 

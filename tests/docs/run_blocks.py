@@ -33,7 +33,9 @@ def run(step: dict[str, Any]) -> None:
         case "python":
             exec(compile(step["text"], step["at"], "exec"), NAMES)
         case "shell":
-            subprocess.run(step["words"], check=True, timeout=600)
+            words = [os.path.expandvars(word) for word in step["words"]]
+            last = words.index("&&") if "&&" in words else None  # what follows goes to another folder
+            subprocess.run(words[:last], check=True, timeout=600)
         case "assign":
             (line,) = step["words"]
             name = line.partition("=")[0]

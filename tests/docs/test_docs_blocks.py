@@ -32,13 +32,12 @@ SMALLER = {
 }
 """Flags for commands that would take minutes or hours without a file that says otherwise: the same work on less."""
 
-INSTALL = "it installs packages from an index, or clones from a public host"
+INSTALL = "it installs packages from an index"
 HUB_DATA = "it reads from the hub"
 ENDPOINT = "it needs an endpoint that answers, and a key"
 VLLM = "it needs vLLM, which `make vllm-test` has"
 HOURS = "it is a measurement of many minutes to hours, whose figures the page states"
 CANNOT: dict[tuple[str, str], str] = {
-    ("README.md", "git clone"): INSTALL,
     ("README.md", "pip install"): INSTALL,
     ("docs/evaluation.md", "hf download"): HUB_DATA,
     ("docs/judging.md", "rto evaluate generate --model rto --benchmark alpaca_eval"): HUB_DATA,
@@ -53,7 +52,6 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/samplers.md", "python -m rto.rollout.samplers.vllm_server"): VLLM,
     ("docs/samplers.md", "rto train"): VLLM,
     ("docs/install.md", "python -m venv"): INSTALL,
-    ("docs/install.md", "git clone"): INSTALL,
     ("docs/install.md", "pip install"): INSTALL,
     ("docs/install.md", "uv tool"): INSTALL,
     ("docs/install.md", "pipx"): INSTALL,
@@ -129,6 +127,7 @@ def follow(pages: Sequence[str], desk: Path, tmp_path: Path, *, but: tuple[str, 
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         "ACCELERATE_USE_CPU": "true",
+        "REPOSITORY": str(ROOT),
     }
     program = [sys.executable, str(Path(__file__).with_name("run_blocks.py")), json.dumps(plan)]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)

@@ -182,7 +182,7 @@ def test_names_are_text(annotations, settings):
         assert "\x1b[31m" not in text
         assert "\u202e" not in text
     assert "[bold]x[/bold]" in shown.get()
-    assert r"\</td\>\|\[bold\]x\[/bold\] \`a\` \*\*b\*\* ?\[31m??\# h" in page
+    assert r"\</td\>\|\[bold\]x\[/bold\] \`a\` \*\*b\*\* ␛\[31m\\u202e␊\# h" in page
     rows = [line for line in page.split("\n") if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in rows[:4]}) == 1
     page = html(found)

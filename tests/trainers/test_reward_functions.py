@@ -78,6 +78,16 @@ def test_means_are_over_the_rows_with_a_score() -> None:
     found = score_metrics(scores, counted, lambda x: x)
     assert float(found["score/f"]) == 2.0
     assert float(found["score/f_std"]) == 1.0
+    assert score_metrics({"f": torch.full((4,), torch.nan)}, counted, lambda x: x) == {}  # 0 would be a score
+
+
+@pytest.mark.parametrize("name", ["log_metric", "log_extra", "environments"])
+def test_what_only_grpo_hands_over_is_refused_with_what_to_do(name: str) -> None:
+    asks: dict[str, Any] = {}
+    exec(f"def f(completions, {name}, **columns): ...\ndef g(completions, {name}=None, **columns): ...", asks)
+    with pytest.raises(ValueError, match=f"reward function f asks for {name}: "):
+        FunctionReward(asks["f"])
+    FunctionReward(asks["g"])  # can do without
 
 
 @pytest.mark.parametrize("world", [1, 2])

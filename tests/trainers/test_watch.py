@@ -86,6 +86,21 @@ def test_a_folder_that_goes_is_told(tmp_path: Path) -> None:
         assert get(url)[0] in (200, 503)
 
 
+def test_alarms_of_every_stage_are_shown(tmp_path: Path) -> None:
+    """Of preference learning and of reward modelling, which have no rollouts, by the name of the stage."""
+    for stage, rows in {
+        "dpo": [{"step": 10, "loss": 0.6, "logratio/chosen": -0.8}],
+        "reward": [{"step": 10, "loss": 0.1, "accuracy": 0.95}, {"step": 10, "eval_loss": 0.9, "eval_accuracy": 0.55}],
+    }.items():
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with served(tmp_path) as url:
+        page = get(url)[2]
+    assert page.count('class="alarm"') == 2
+    assert "fall of the preferred completions" in page
+    assert "accuracy on training pairs less that on held-out pairs: 0.4, bound 0.3" in page
+
+
 def test_alarms_have_the_bounds_that_were_given(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("".join(row(i) for i in range(1, 9)))
     with served(tmp_path) as url:

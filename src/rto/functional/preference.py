@@ -51,6 +51,13 @@ class Completions:
         return masked_sum(self.logp - self.ref_logp, self.mask, dim=-1)
 
     @property
+    def drift(self) -> Float[Tensor, " B"]:
+        """(1/|y|) Σ_t log π/π_ref, nats a token, without gradient; NaN where there is no reference."""
+        if self.ref_logp is None:
+            return self.logp.new_full(self.logp.shape[:1], torch.nan)
+        return (self.logratio / self.length).detach()
+
+    @property
     def sequential_kl(self) -> Float[Tensor, " B"]:
         """D_SeqKL(x, y; π_ref‖π) = Σ_t KL(π_ref(·|x,y_<t) ‖ π(·|x,y_<t)) (Zeng et al., 2024).
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rto.evaluation.statistics.estimates import Estimate, Z
-from rto.files import write_atomically
+from rto.files import plain, write_atomically
 from rto.inspection import figures
 from rto.inspection.reading import Inspection, Shown
 from rto.inspection.stacking import Stacked, Weight
@@ -68,8 +68,8 @@ def inspection_text(inspection: Inspection) -> RenderableType:
     """Everything for the terminal."""
     scale = scale_of(inspection.shown)
     parts: list[RenderableType] = [
-        Text(f"token reward: {heatmap.printable(inspection.source)}", style="bold"),
-        Text(f"looked at: {heatmap.printable(inspection.data)}"),
+        Text(f"token reward: {plain(inspection.source)}", style="bold"),
+        Text(f"looked at: {plain(inspection.data)}"),
     ]
     for section in sections(inspection):
         parts += ["", Text(section.title, style="bold")]
@@ -97,13 +97,13 @@ def render(inspection: Inspection) -> str:
     scale = scale_of(inspection.shown)
     found = sections(inspection)
     return template("inspection.html.j2", "rto.inspection", scripts=("step",)).render(
-        source=heatmap.printable(inspection.source),
-        data=heatmap.printable(inspection.data),
+        source=plain(inspection.source),
+        data=plain(inspection.data),
         sections=found,
         panels={section.title: section.draw() for section in found if section.draw},
         shown=[
             (
-                heatmap.printable(shown.prompt),
+                plain(shown.prompt),
                 [
                     (name, _head(side, scale), heatmap.cells(drawn(side), side.rewards.tolist(), scale))
                     for name, side in shown.sides.items()
@@ -497,5 +497,5 @@ def _extremes(side: Rewarded, scale: heatmap.Scale) -> str:
 
 
 def _tail(prompt: str) -> str:
-    text = heatmap.printable(prompt.strip())
+    text = plain(prompt.strip())
     return text if len(text) <= PROMPT else f"… {text[-PROMPT:]}"

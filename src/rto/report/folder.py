@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rto.files import plain
 from rto.ranges import is_finite
-from rto.report.heatmap import printable
 from rto.report.table import REWARD_MODEL, measure
 from rto.values import read_yaml
 
@@ -70,7 +70,8 @@ class Run:
         samples: ``evaluation/completions.jsonl``.
         token_rewards: ``evaluation/token_rewards.jsonl``.
         online: the log of each method that trained on its own rollouts, by the method's name, over all rounds.
-        offline: the log of every other stage that logged a loss, by the method's or the stage's name.
+        offline: the log of every other stage that logged a loss, in training or on held-out rows, by the method's or
+            the stage's name.
         drawn: the newest completions of each on-line method in training.
         stage: the folder is one stage's: its log is its own.
         notes: what could not be read.
@@ -100,7 +101,7 @@ class Run:
         found: dict[str, list[dict[str, Any]]] = {}
         for method in self.methods.values():
             if isinstance(of := method.get("of"), str):
-                found.setdefault(printable(of), [*start]).append(method)
+                found.setdefault(plain(of), [*start]).append(method)
         return found
 
     @property
@@ -202,7 +203,7 @@ def _read_stage(run: Run, folder: Path, inner: str, name: str | None) -> None:
     several = run.settings.get("rounds", 1) != 1
     if rows := [row for row in log if number(row.get("episodes")) is not None]:
         of = run.methods.get(name or "", {}).get("of")
-        name = printable(of) if isinstance(of, str) else name or printable(own).upper()
+        name = plain(of) if isinstance(of, str) else name or plain(own).upper()
         run.online[name] = continued(run.online.get(name, []), rows)
         if wild := sum(isinstance(x, float) and not math.isfinite(x) for row in rows for x in row.values()):
             run.notes.append(f"{inner}log.jsonl: {wild} values are not finite; the curves leave them out.")
@@ -211,8 +212,8 @@ def _read_stage(run: Run, folder: Path, inner: str, name: str | None) -> None:
             run.drawn[name] = newest[::-1]
     elif any("loss" in row for row in log):
         if name is None:
-            name = f"{printable(own)}, round {k}" if several and own != "sft" else printable(own)
-        run.offline[name] = [row for row in log if "loss" in row]
+            name = f"{plain(own)}, round {k}" if several and own != "sft" else plain(own)
+        run.offline[name] = [row for row in log if "loss" in row or "eval_loss" in row]
 
 
 def number(x: Any) -> float | None:
@@ -244,15 +245,15 @@ def _object(x: Any) -> dict[str, Any]:
 
 def _results(x: Any) -> dict[str, Any]:
     methods = _object(_object(x).get("methods") or {})
-    return {**x, "methods": {printable(name): _object(method) for name, method in methods.items()}}
+    return {**x, "methods": {plain(name): _object(method) for name, method in methods.items()}}
 
 
 def _sample(row: Any) -> Sample:
     row = _object(row)
-    gold = {printable(name): number(x) for name, x in _object(row.get("gold") or {}).items()}
+    gold = {plain(name): number(x) for name, x in _object(row.get("gold") or {}).items()}
     return Sample(
         prompt=str(row["prompt"]),
-        completions={printable(name): str(text) for name, text in _object(row["completions"]).items()},
+        completions={plain(name): str(text) for name, text in _object(row["completions"]).items()},
         gold={name: x for name, x in gold.items() if x is not None},
     )
 
@@ -274,7 +275,7 @@ def _drawn(row: Any) -> Drawn | None:
         step=int(row["step"]),
         prompt=_said(row["prompt"]),
         completion=_said(row["completion"]),
-        scores={printable(name): x for name, x in scores.items() if x is not None},
+        scores={plain(name): x for name, x in scores.items() if x is not None},
         tokens=tokens,
         rewards=rewards,
     )

@@ -6,13 +6,14 @@ stays above 7 : 1 everywhere.
 """
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
+
+from rto.files import printable
 
 RGB = tuple[int, int, int]
 
@@ -132,17 +133,8 @@ def heatmap_text(tokens: Sequence[str], rewards: Sequence[float], *, scale: Scal
 
 
 def visible(token: str) -> str:
-    """A token with what cannot be seen made visible; a line break is drawn and then kept.
-
-    Control characters are shown as their symbols (␛ for escape) and format characters escaped, so that no model text
-    can steer a terminal or reorder a line.
-    """
-    return "".join(_visible(c) for c in token) or "∅"
-
-
-def printable(text: str) -> str:
-    """A whole text, as `visible` has it, with its line breaks and tabs as they are."""
-    return "".join(c if c in _DRAWN else _visible(c) for c in text)
+    """A token as `rto.files.printable` has it; a line break is drawn and then kept."""
+    return "".join(_DRAWN.get(c) or printable(c) for c in token) or "∅"
 
 
 def signed(x: float, digits: int = 3) -> str:
@@ -155,16 +147,6 @@ def signed(x: float, digits: int = 3) -> str:
 def css(colour: RGB) -> str:
     """#rrggbb."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _visible(c: str) -> str:
-    if c in _DRAWN:
-        return _DRAWN[c]
-    if c < " " or c == "\x7f":
-        return chr(0x2400 + ord(c)) if c < " " else "␡"
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return c.encode("unicode_escape").decode("ascii")
-    return c
 
 
 _DRAWN = {"\n": "↵\n", "\t": "⇥\t"}

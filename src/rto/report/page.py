@@ -15,11 +15,13 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 from markupsafe import Markup
 
 from rto.alarms import Alarm, Bounds, check
-from rto.files import write_atomically
+from rto.files import plain, write_atomically
 from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
 
+OFFLINE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "logratio/chosen")
+"""What is drawn of a stage that trained on rows, where it was logged."""
 SHOWN = 6
 """Completions on the page: the first ones of the evaluation, not picked."""
 
@@ -97,14 +99,15 @@ def render(run: Run, *, every: float | None = None, bounds: Bounds | None = None
 
 def _colours(run: Run) -> dict[str, str]:
     """One a learner or method, which its rounds share."""
-    of = {name: heatmap.printable(m["of"]) for name, m in run.methods.items() if isinstance(m.get("of"), str)}
+    of = {name: plain(m["of"]) for name, m in run.methods.items() if isinstance(m.get("of"), str)}
     found = plots.palette(list(dict.fromkeys(of.get(n, n) for n in (*run.methods, *run.online, *run.offline))))
     return found | {name: found[base] for name, base in of.items()}
 
 
 def alarms(run: Run, bounds: Bounds | None = None) -> list[tuple[str, Alarm]]:
-    """What is out of bounds at present, by method."""
-    return [(name, alarm) for name, log in run.online.items() for alarm in check(log, bounds)]
+    """What is out of bounds at present, by method or stage."""
+    logs = {**run.offline, **run.online}
+    return [(name, alarm) for name, log in logs.items() for alarm in check(log, bounds)]
 
 
 def template(name: str, package: str = "rto.report", scripts: Sequence[str] = ()) -> Template:
@@ -135,7 +138,7 @@ def template(name: str, package: str = "rto.report", scripts: Sequence[str] = ()
 
 
 def _visible(x: Any) -> Any:
-    return heatmap.printable(x) if isinstance(x, str) and not isinstance(x, Markup) else x
+    return plain(x) if isinstance(x, str) and not isinstance(x, Markup) else x
 
 
 def _ends(palette: heatmap.Palette) -> str:
@@ -175,7 +178,7 @@ def _learning(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     if run.stage:  # it does not say which of its scores is the gold
         keys = dict.fromkeys(key for log in run.online.values() for row in log for key in row)
         named = [key for key in keys if key.startswith("score/") and not key.endswith("_std") and key != run.gold_key]
-        others += [(f"Score: {heatmap.printable(key.removeprefix('score/'))}", key, "") for key in named[:FUNCTIONS]]
+        others += [(f"Score: {plain(key.removeprefix('score/'))}", key, "") for key in named[:FUNCTIONS]]
     panels = [
         plots.curves(title, run.gold_key, run.online, colours, levels=levels, size=plots.LARGE),
         *(plots.curves(t, key, run.online, colours, unit=unit, size=plots.LARGE) for t, key, unit in others),
@@ -196,6 +199,6 @@ def _offline(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     panels = [
         plots.curves(f"{stage}: {key}", key, {stage: log}, colours, x=("step", "updates"))
         for stage, log in run.offline.items()
-        for key in ("loss", "accuracy")
+        for key in OFFLINE
     ]
     return [panel for panel in panels if panel]

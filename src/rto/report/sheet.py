@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from rto.report.heatmap import printable
+from rto.files import plain
 from rto.report.page import template
 from rto.report.plots import Panel
 
@@ -44,4 +44,4 @@ def render_sheet(
 
 def bold(text: str) -> Markup:
     """Text in bold."""
-    return Markup("<b>{}</b>").format(printable(text))
+    return Markup("<b>{}</b>").format(plain(text))

@@ -123,6 +123,15 @@ def _awaited(found: Awaitable[Any]) -> Any:
         return thread.submit(asyncio.run, wait()).result()
 
 
+_LOGGED = "a number is logged by a reward function of its own with weight 0 in reward_weights"
+ONLY_IN_GRPO = {
+    "log_metric": _LOGGED,
+    "log_extra": f"{_LOGGED}; completions.jsonl has the scores beside the text",
+    "environments": "tools and environments in a rollout are not here",
+}
+"""What TRL's GRPO offers a reward function beyond `call`, and what to do instead."""
+
+
 def asked_for(function: Callable[..., Any]) -> set[str]:
     """Names in a function's signature."""
     return set(inspect.signature(function).parameters)
@@ -251,9 +260,17 @@ class RewardModel:
 
 
 class FunctionReward:
-    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``; see `call`."""
+    """A Python function ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``; see `call`.
+
+    Raises:
+        ValueError: it asks for what TRL's GRPO hands over and nobody here does.
+    """
 
     def __init__(self, function: Callable[..., Sequence[float | None]]) -> None:
+        asked = inspect.signature(function).parameters
+        for name, instead in ONLY_IN_GRPO.items():
+            if name in asked and asked[name].default is inspect.Parameter.empty:
+                raise ValueError(f"reward function {function_name(function)} asks for {name}: {instead}")
         self.function = function
         self.name = function_name(function)
         self.identity = f"{getattr(function, '__module__', type(function).__module__)}:{self.name}"

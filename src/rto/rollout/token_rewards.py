@@ -4,6 +4,7 @@ All of them answer ``source(sequences, ref_logp=…, completed=…)`` with one n
 β₁ multiplies in Eq. 4.7, before the clip.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable

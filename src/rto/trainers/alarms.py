@@ -1,6 +1,7 @@
 """Alarms while a run trains: told once each, and if asked, the end of it."""
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,8 +11,21 @@ from rto.alarms import Alarm, Bounds, check
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class AlarmArguments:
+    """What every stage's configuration says of its alarms.
+
+    Attributes:
+        stop_on_alarm: end training at the first alarm of `rto.alarms`; an `AlarmCallback` of one's own sets bounds.
+    """
+
+    stop_on_alarm: bool = field(
+        default=False, metadata={"help": "End training when KL, held-out loss, … pass a bound (rto.alarms)."}
+    )
+
+
 class AlarmCallback(TrainerCallback):
-    """Watches what `RTOTrainer` logs of its rollouts and warns when a bound is passed, with what to do about it.
+    """Watches what a trainer logs and warns when a bound is passed, with what to do about it.
 
     It keeps nothing of its own: what it knows is the trainer's log, which a checkpoint holds, so a resumed run warns
     as the whole one would have.
@@ -33,8 +47,6 @@ class AlarmCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the log with its new row; every process sees the same numbers and decides alike."""
-        if "episodes" not in (logs or {}):
-            return
         known = {alarm.name for alarm in check(state.log_history[:-1], self.bounds)}
         found = check(state.log_history, self.bounds)
         if state.is_world_process_zero:

@@ -24,6 +24,7 @@ from rto.models.actor import Actor
 from rto.models.loading import stop_at_eos
 from rto.models.roles import Role, load_adapter_weights
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
+from rto.trainers.alarms import AlarmArguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
 from rto.trainers.engine import check_layout
 from rto.trainers.logs import tell_quietly
@@ -36,8 +37,8 @@ VALUE_MODEL = "value_model"
 
 
 @dataclass
-class TokenTrainingArguments(PrecisionArguments, TrainingArguments):
-    """Arguments that every trainer here has, on top of `transformers.TrainingArguments` and `PrecisionArguments`.
+class TokenTrainingArguments(AlarmArguments, PrecisionArguments, TrainingArguments):
+    """Arguments that every trainer here has, on top of those of `transformers.TrainingArguments`.
 
     Attributes:
         max_tokens_per_micro_batch: padded tokens in one forward and backward pass, per process. Memory follows

@@ -52,7 +52,6 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
         kl_target: steer β₂ towards this KL, nats a completion; None keeps β₂.
         normalize_scores: subtract the running mean of the scores and divide by their running deviation.
         reward_weights: one weight a reward function; a weight of 0 only logs it. None: all 1.
-        stop_on_alarm: end training at the first alarm of `rto.alarms`; an `AlarmCallback` of one's own sets bounds.
         max_cache_tokens: tokens that rows decoded side by side may have together, prompts and length limits; None
             means what 8 GiB of key-value cache hold.
         offload_frozen: keep each model that is only read in host memory until it is read; adapters on a shared base
@@ -115,9 +114,6 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     )
     offload_frozen: bool = field(
         default=False, metadata={"help": "Keep models that are only read in host memory until they are read."}
-    )
-    stop_on_alarm: bool = field(
-        default=False, metadata={"help": "End training when KL, EOS rate, clipping … pass a bound (rto.alarms)."}
     )
     log_completions: int = field(default=2, metadata={"help": "Completions a rollout to keep in completions.jsonl."})
     logging_steps: float = field(default=0, metadata={"help": "Log every so many updates; 0: once a rollout."})

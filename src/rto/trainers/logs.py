@@ -28,6 +28,7 @@ from rto.data.pieces import drawn
 from rto.files import write_atomically
 from rto.functional.masked import AllReduce, masked_mean
 from rto.rollout.rewards import Completed
+from rto.trainers.alarms import AlarmCallback
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,14 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def tell_quietly(trainer: Trainer) -> None:
-    """Log to ``log.jsonl`` and a progress bar, not to the terminal."""
+    """Log to ``log.jsonl`` and a progress bar, not to the terminal; warn there when a bound is passed."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress)
     trainer.add_callback(JsonLines)
+    if not any(isinstance(c, AlarmCallback) for c in trainer.callback_handler.callbacks):
+        trainer.add_callback(AlarmCallback(stop=getattr(trainer.args, "stop_on_alarm", False)))
 
 
 class Phases:
@@ -92,11 +95,16 @@ def mean_over(x: Float[Tensor, " B"], counted: Bool[Tensor, " B"] | None, all_re
 def score_metrics(
     scores: dict[str, Float[Tensor, " B"]], counted: Bool[Tensor, " B"] | None, all_reduce: AllReduce
 ) -> dict[str, Float[Tensor, ""]]:
-    """Mean and deviation of each source's scores, where it gave one, and, under "", of their weighted sum."""
+    """Mean and deviation of each source's scores, where it gave one, and, under "", of their weighted sum.
+
+    A source that gave none in this rollout is left out.
+    """
     found: dict[str, Float[Tensor, ""]] = {}
     for name, x in scores.items():
         key = f"score/{name}" if name else "score"
         given = ~x.isnan() if counted is None else counted & ~x.isnan()
+        if not all_reduce(given.sum().float()):
+            continue
         mean = mean_over(x, given, all_reduce)
         found |= {key: mean, f"{key}_std": mean_over((x - mean).square(), given, all_reduce).sqrt()}
     return found

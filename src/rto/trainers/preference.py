@@ -121,6 +121,8 @@ class Outcome(NamedTuple):
     chosen: Float[Tensor, " n"]
     """Implicit reward of chosen or desirable completions."""
     rejected: Float[Tensor, " n"]
+    kept: Float[Tensor, " n"]
+    """log π/π_ref of the chosen or desirable completion, nats a token; NaN where the loss has no reference, too."""
 
 
 class PreferenceTrainer(TokenTrainer):
@@ -251,6 +253,7 @@ class PreferenceTrainer(TokenTrainer):
         outcome = self._everywhere(data)
         columns = {"loss": outcome.loss, "accuracy": outcome.accuracy, "margin": outcome.chosen - outcome.rejected}
         columns |= {"reward/chosen": outcome.chosen, "reward/rejected": outcome.rejected}
+        columns |= {"logratio/chosen": outcome.kept}
         metrics: dict[str, float] = {"pairs" if len(data[0].labels) == 2 else "completions": float(len(data))}
         for name, column in columns.items():
             column = column[~column.isnan()]
@@ -283,6 +286,7 @@ class PreferenceTrainer(TokenTrainer):
         """One forward pass over the completions of some examples, and what the loss says of them."""
         scored = self._score(model, examples, [e.completions for e in examples])
         n, sides = len(examples), len(examples[0].completions)
+        kept = _part(scored, slice(0, n)).drift
         if isinstance(self.loss, UnpairedLoss):
             labels = torch.tensor([e.labels for e in examples], device=self.args.device).T
             per_completion = self.loss(scored, labels.flatten(), kl)
@@ -291,11 +295,11 @@ class PreferenceTrainer(TokenTrainer):
                 right = (per_completion.reward > per_completion.baseline) == labels[0]
                 nan = rewards.new_tensor(torch.nan)
                 chosen, rejected = (torch.where(labels[0] == side, rewards[0], nan) for side in (True, False))
-                return Outcome(loss, right.float(), chosen, rejected)
+                return Outcome(loss, right.float(), chosen, rejected, torch.where(labels[0], kept, nan))
             chosen, rejected = rewards
         else:
             loss, chosen, rejected = self.loss(_part(scored, slice(0, n)), _part(scored, slice(n, 2 * n)))
-        return Outcome(loss, (chosen > rejected).float(), chosen, rejected)
+        return Outcome(loss, (chosen > rejected).float(), chosen, rejected, kept)
 
     def _score(
         self, model: nn.Module, examples: Sequence[Example], completions: Sequence[tuple[list[int], ...]]
@@ -350,6 +354,7 @@ class PreferenceTrainer(TokenTrainer):
         means |= {f"reward/{side}": totals[side] for side in ("chosen", "rejected") if side in totals}
         if "chosen" in totals and "rejected" in totals:
             means["margin"] = totals["chosen"] - totals["rejected"]
+        means |= {"logratio/chosen": totals["kept"]} if "kept" in totals else {}
         return means
 
     # --- the reference

@@ -39,7 +39,6 @@ from rto.rollout.samplers.ahead import Ahead
 from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TokenRewardSpec
-from rto.trainers.alarms import AlarmCallback
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
@@ -148,8 +147,6 @@ class RTOTrainer(OnlineTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        if not any(isinstance(c, AlarmCallback) for c in self.callback_handler.callbacks):
-            self.add_callback(AlarmCallback(stop=args.stop_on_alarm))
         self.add_callback(CompletionsTable(self.callback_handler))
         if args.offload_frozen and self.engine.sharded:
             raise ValueError("offload_frozen does not go with FSDP: let it off-load (fsdp_config: cpu_offload)")

@@ -49,6 +49,7 @@ from rto.models.roles import trainable
 from rto.models.saving import save_merged
 from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
+from rto.trainers.alarms import AlarmArguments
 from rto.trainers.engine import check_layout
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 from rto.trainers.trl import FromTRL
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class StageDefaults(PrecisionArguments):
+class StageDefaults(AlarmArguments, PrecisionArguments):
     """Where the supervised stages differ from TRL's defaults, to train as the other stages do.
 
     Attributes:

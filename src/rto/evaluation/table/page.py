@@ -1,6 +1,6 @@
 """A comparison for people and programs: the terminal, compare.md, compare.html and compare.json.
 
-Names of models and judges are data: they are shown as text, never as markup, and control characters are shown as "?".
+Names of models and judges are data: they are shown as text, never as markup, and control characters as symbols.
 """
 
 import json
