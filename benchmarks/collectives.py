@@ -28,9 +28,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "tests" / "trainers"))
 import sharded  # noqa: E402
 
-PROMPTS = 64
-
-
 CALLS = {
     # function: which tensor is the whole one, how often a ring sends it
     "all_gather_single": (0, 1),
@@ -114,8 +111,10 @@ def models(root: Path, layers: int, hidden: int) -> list[str]:
     return [str(root / name) for name in ("policy", "dpo", "reward", "dpo_adapter", "reward_adapter")]
 
 
-def iteration(wire: Wire, found: list[str], output: Path, *, lora: bool, estimator: str) -> dict[str, Any]:
-    """Bytes of the second iteration of a run, by phase and kind."""
+def iteration(
+    wire: Wire, found: list[str], output: Path, *, lora: bool, estimator: str, once: bool, tokens: int, prompts: int
+) -> dict[str, Any]:
+    """Bytes of the second iteration of a run, by phase and kind; a smaller token budget is more micro-batches."""
     from accelerate.state import AcceleratorState
 
     from rto import RTOConfig, RTOTrainer
@@ -126,9 +125,10 @@ def iteration(wire: Wire, found: list[str], output: Path, *, lora: bool, estimat
         fsdp=True,
         bf16=True,
         use_cpu=True,
-        per_device_train_batch_size=PROMPTS // 2,
+        per_device_train_batch_size=prompts // 2,
         num_mini_batches=8,
-        max_tokens_per_micro_batch=64,
+        max_tokens_per_micro_batch=tokens,
+        gather_once=once,
         max_completion_length=24,
         advantage_estimator=estimator,
         num_train_epochs=2,
@@ -141,7 +141,7 @@ def iteration(wire: Wire, found: list[str], output: Path, *, lora: bool, estimat
         args,
         dpo_model=dpo,
         reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": "ab" * (1 + i % 4)} for i in range(PROMPTS)]),
+        train_dataset=Dataset.from_list([{"prompt": "ab" * (1 + i % 4)} for i in range(prompts)]),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
     )
     for name in ("sample", "score", "update"):
@@ -179,6 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=64, help="of both processes")
+    parser.add_argument("--tokens", type=int, default=64, help="in a micro-batch: fewer are more passes an update")
     flags = parser.parse_args()
     sharded.call_it_an_accelerator()
     torch.set_num_threads(1)
@@ -194,11 +196,16 @@ def main() -> None:
     rows = {
         "RTO without a critic": {"lora": False, "estimator": "reinforce++"},
         "RTO": {"lora": False, "estimator": "gae"},
-        "RTO, five roles on one base": {"lora": True, "estimator": "gae"},
+        "RTO, gathered once an update": {"lora": False, "estimator": "gae", "once": True},
+        "RTO, five roles on one base, gathered by layer": {"lora": True, "estimator": "gae"},
+        "RTO, five roles on one base": {"lora": True, "estimator": "gae", "once": True},
+    }
+    rows = {
+        name: {"once": False, "tokens": flags.tokens, "prompts": flags.prompts, **row} for name, row in rows.items()
     }
     print_here = dist.get_rank() == 0
     if print_here:
-        print("| | passes with gradients | update, MB | all else, MB | all ÷ update | all ÷ update of the policy |")
+        print("| | passes with gradients | update, MB | all else, MB | all ÷ update | all ÷ FSDP of the policy |")
         print("|---|---|---|---|---|---|")
     alone = {}
     for name, settings in rows.items():
@@ -206,6 +213,7 @@ def main() -> None:
         sent = Counter[str]()
         for (phase, _), size in result["sent"].items():
             sent["update" if phase == "update" else "else"] += size
+        # FSDP of the policy alone: without a critic, or half of two models that are alike.
         alone.setdefault(settings["lora"], sent["update"] / (2 if settings["lora"] else 1))
         total = sum(sent.values())
         if print_here:

@@ -35,6 +35,12 @@ def call_it_an_accelerator() -> None:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = prepare
+    wraps = torch.nn.parallel.DistributedDataParallel.__init__
+
+    def wrap(self: Any, *args: Any, **kwargs: Any) -> None:
+        wraps(self, *args, **{name: x for name, x in kwargs.items() if name not in ("device_ids", "output_device")})
+
+    torch.nn.parallel.DistributedDataParallel.__init__ = wrap  # a CPU has no number
     base.on_this_machine = lambda args: None  # would set use_cpu, under which there is no DeepSpeed
 
 

@@ -77,7 +77,7 @@ def test_one_tensor_is_whole_at_a_time(tmp_path: Path) -> None:
 def test_large_models_are_several_files_with_an_index(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "LARGEST_FILE", "50KB")
+    monkeypatch.setattr(saving, "LARGEST_FILE", 20_000)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     save_model(model, tmp_path, as_it_is, writes=True)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1

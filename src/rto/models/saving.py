@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,8 +23,8 @@ from rto.files import write_atomically
 Gather = Callable[[Tensor], Tensor]
 """A weight as it lies here → the whole of it; collective where it lies in pieces."""
 
-LARGEST_FILE = "50GB"
-"""The library's own limit."""
+LARGEST_FILE = 50 * 10**9
+"""Bytes: the library's own limit."""
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -197,17 +196,21 @@ def write_weights(folder: Path, pieces: Mapping[str, Piece], *, writes: bool) ->
     Raises:
         OSError: a file cannot be written; the other processes have been waited for.
     """
-    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in pieces.items()}
-    plan = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST_FILE
-    )
+    parts: list[dict[str, Piece]] = [{}]
+    for name, piece in pieces.items():
+        if parts[-1] and sum(p.size for p in parts[-1].values()) + piece.size > LARGEST_FILE:
+            parts.append({})
+        parts[-1][name] = piece
     if writes:
         for old in folder.glob("model*.safetensors*"):
             old.unlink()
-    for file, names in plan.filename_to_tensors.items():
-        write_file(folder / file, {name: pieces[name] for name in names}, writes=writes)
-    if writes and plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    of = len(parts)
+    files = [f"model-{i:05d}-of-{of:05d}.safetensors" for i in range(1, of + 1)] if of > 1 else ["model.safetensors"]
+    for file, part in zip(files, parts):
+        write_file(folder / file, part, writes=writes)
+    if writes and of > 1:
+        where = {name: file for file, part in zip(files, parts) for name in part}
+        index = {"metadata": {"total_size": sum(p.size for p in pieces.values())}, "weight_map": where}
         write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
 
 
