@@ -41,7 +41,7 @@ class OneLine(argparse.ArgumentParser):
                 raise unknown_flag(word, self.flags)
         found, rest = self.parse_known_args(words, namespace)
         if rest:
-            raise ValueError(f"{rest[0]}: expected a flag, --NAME VALUE")
+            raise ValueError(f"{rest[0] or repr(rest[0])}: expected a flag, --NAME VALUE")
         return found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -90,7 +90,6 @@ TRAINING = {
     "eval_accumulation_steps": COUNT,
     "router_aux_loss_coef": NOT_NEGATIVE,
     "center_rewards_coefficient": NOT_NEGATIVE,
-    "pad_to_multiple_of": COUNT,
 }
 """Ranges of `transformers.TrainingArguments`, and of what TRL's configurations add."""
 

@@ -353,8 +353,8 @@ def command_line(models: dict[str, str]) -> Iterator[Input]:
         "evaluate compare": evaluation_args(models, "compare"),
         "run": ["run", "--output_dir", "out", "--model", models["policy"]],
         "reproduce": ["reproduce", "recipe.yaml", "--output_dir", "out"],
-        "plan": ["plan", "recipe.yaml"],
-        "export": ["export", "--model_name_or_path", models["policy"], "--output_dir", "out"],
+        "plan": ["plan", "recipe.yaml", "--config", f"policy={models['policy']}"],
+        "export": ["export", "--model_name_or_path", models["adapter"], "--output_dir", "out"],
         "report": ["report", "."],
         "theory": ["theory"],
     }

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from world import QUIET, ROOT, SMALL, STUDY, WORDS, ended, flags, kill_group, of_group, run, start
-
-sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 
 CLOCK = re.compile("seconds|tokens_per_second|train_runtime|train_samples_per|train_steps_per|total_flos")
 """In the names of what is said of time."""

@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import rto
@@ -26,6 +27,7 @@ from rto.cli import main
 from rto.recipe import load_recipe, resolve
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "evaluation"))  # the judge's server
 WORDS = ["ab", "cab", "back", "abacus", "crab", "dab", "fable", "garb"]
 QUIET = ["--report_to", "none", "--disable_tqdm", "true"]
 SMALL = {
@@ -93,7 +95,9 @@ def build_models(folder: Path) -> dict[str, str]:
         torch.manual_seed(seed)
         kind(own).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in kinds}
+    policy = LlamaForCausalLM.from_pretrained(folder / "policy")
+    get_peft_model(policy, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(folder / "adapter")
+    return {name: str(folder / name) for name in (*kinds, "adapter")}
 
 
 # --- one command in a process of its own

@@ -692,7 +692,14 @@ def test_bad_answers_are_refused_by_file_and_row(
         (["--judge_model", "j", "--price_prompt", "1"], "go together"),
         (["--judge_model", "j", "--base_url", "http://localhost/v1", "--parameters", "[]"], "must be a JSON object"),
         (["--judge_model", "j", "--base_url", "http://localhost/v1", "--concurrency", "0"], "concurrency must be"),
-        (["--judge_model", "j", "--base_url", "http://localhost/v1", "--retries", "-1"], "--retries must be"),
+        (["--judge_model", "j", "--base_url", "http://localhost/v1", "--retries", "-1"], "retries must"),
+        *(
+            (
+                ["--judge_model", "j", "--base_url", "http://localhost/v1", f"--{name}", "nan"],
+                f"{name} must be a finite",
+            )
+            for name in ("timeout", "price_prompt", "price_completion")
+        ),
         (["--judge_model", "j", "--key_env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["--judge_model", "j", "--judge", "gold"], "two judges"),
         (["--judge", "./no/folder"], "no such folder"),

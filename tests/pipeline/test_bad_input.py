@@ -1,6 +1,8 @@
 """A table of what people get wrong: each is refused before work, by a message that names it and the remedy."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,34 @@ def test_dpo_model_with_another_vocabulary(
             reward_funcs=lambda completions: [0.0],
             train_dataset=Dataset.from_list(WORDS),
         )
+
+
+@pytest.mark.parametrize("kind", ["pad", "eos", "bos"])
+def test_a_special_token_that_the_model_does_not_have(
+    kind: str, tiny_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """In every stage and in sampling, before an embedding is asked for what it does not hold."""
+    from rto.models.loading import load_policy
+    from rto.rollout.samplers.base import SamplingConfig
+    from rto.rollout.samplers.transformers import TransformersSampler
+    from rto.trainers.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({f"{kind}_token": "<added>"})
+    settings: Any = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    stages: Any = [
+        (SFTTrainer, SFTConfig, {"prompt": "ab", "completion": "c"}),
+        (RewardTrainer, RewardConfig, {"prompt": "ab", "chosen": "c", "rejected": "d"}),
+        (PreferenceTrainer, PreferenceConfig, {"prompt": "ab", "chosen": "c", "rejected": "d"}),
+        (partial(RTOTrainer, reward_funcs=lambda completions: [0.0]), partial(RTOConfig, dpo_coef=0), {"prompt": "a"}),
+    ]
+    for trainer, config, row in stages:
+        with pytest.raises(ValueError, match=f"the {kind}_token '<added>' of the tokenizer of .* has the id"):
+            trainer(
+                str(tiny_folder), config(**settings), train_dataset=Dataset.from_list([row]), processing_class=other
+            )
+    with pytest.raises(ValueError, match=f"the {kind}_token"):
+        TransformersSampler.of(load_policy(str(tiny_folder)), other, SamplingConfig())
 
 
 @pytest.mark.parametrize(

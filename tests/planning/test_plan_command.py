@@ -164,6 +164,7 @@ def test_configurations_by_role(tmp_path: Path) -> None:
         (["--method", "GRPO"], "the recipe has PPO, RTO"),
         (["--variant", "9"], "choose from 1 to"),
         (["--utilisation", "0"], "--utilisation must be positive"),
+        (["--network", "nan"], "--network must be positive"),
         (["--model", "rto.demo.embedded:build"], "give --config policy="),
         (["--train.optim", "galore_adamw"], "does not know how much state"),
     ],

@@ -129,7 +129,7 @@ def test_what_is_read_is_named(tiny_folder: Path, tokenizer: Any, tmp_path: Path
 # --- ranges
 
 MAY_BE_NEGATIVE = {
-    *("max_steps", "score_coef", "router_aux_loss_coef", "save_total_limit", "dataset_num_proc"),
+    *("max_steps", "score_coef", "router_aux_loss_coef", "save_total_limit", "dataset_num_proc", "pad_to_multiple_of"),
     *(
         "eval_delay",
         "eval_accumulation_steps",

@@ -16,6 +16,7 @@ from rto.evaluation.benchmarks.types import Question
 from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
 from rto.files import safe_name
 from rto.flags import OneLine, add_split, add_trust
+from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
 from rto.terminal import Terminal, say
 from rto.values import nearest
 
@@ -41,6 +42,14 @@ def main(args: Sequence[str]) -> int:
 
 
 # --- generate
+
+
+RANGES = {
+    **dict.fromkeys(("retries", "seed", "price_prompt", "price_completion"), NOT_NEGATIVE),
+    "timeout": POSITIVE,
+    "concurrency": COUNT,
+}
+"""Of `rto evaluate judge`."""
 
 
 def generate(args: list[str]) -> int:
@@ -157,6 +166,7 @@ def _download(repository: str, file: str) -> Path:
 def judge(args: list[str]) -> int:
     """`rto evaluate judge`."""
     flags = _judge_parser().parse_args(args)
+    check_ranges(flags, **RANGES)
     match = read_match(flags.answers, flags.baseline, flags.questions)
     from rto.evaluation.judging.judges import hold, unread
 
@@ -232,8 +242,6 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
         raise ValueError("--price_prompt and --price_completion go together")
     if not isinstance(flags.parameters, dict):
         raise ValueError("--parameters must be a JSON object, like '{\"seed\": 0}'")
-    if flags.retries < 0 or flags.timeout <= 0:
-        raise ValueError("--retries must be at least 0 and --timeout positive")
     from rto.evaluation.judging.judges import PROTOCOLS, ChatJudge, read_template
 
     prices = None

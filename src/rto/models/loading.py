@@ -603,6 +603,25 @@ def check_same_vocabulary(
         )
 
 
+def check_special_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, **init_kwargs: Any) -> None:
+    """Refuse a tokenizer whose padding, EOS or BOS token is none of the model's: a token that was added to it alone.
+
+    Other tokens may be beyond the model, as that for images is in some models of text.
+
+    Raises:
+        ValueError: with the token and the number of those that the model has.
+    """
+    size = _vocab_size(source, **tokenizer_kwargs(init_kwargs))
+    for kind in ("pad", "eos", "bos"):
+        token = getattr(tokenizer, f"{kind}_token_id", None)
+        if token is not None and token >= size:
+            raise ValueError(
+                f"the {kind}_token {getattr(tokenizer, f'{kind}_token')!r} of the tokenizer of {source_name(source)} "
+                f"has the id {token}, and the model has {size} tokens: set {kind}_token in tokenizer_config.json to "
+                "one of them"
+            )
+
+
 def _vocab_size(source: Any, trust_remote_code: bool = False, revision: str | None = None) -> int:
     config = source
     if isinstance(source, nn.Module):

@@ -1,6 +1,7 @@
 """`rto plan RECIPE --devices 8 --memory 80`: what a run needs and whether it fits, before anything is paid for."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -132,7 +133,7 @@ def main(args: list[str]) -> int:
     add("--per_host", type=int, default=Rates.per_host, help="devices of a host (8)")
     flags, rest = parser.parse_known_args(args)
     for name in ("tflops", "utilisation", "bandwidth", "reached", "link", "network", "host", "per_host"):
-        if (value := getattr(flags, name)) is not None and value <= 0:
+        if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be positive, got {value:g}")
     hf_logging.set_verbosity_error()
     recipe = load_recipe(flags.recipe, overrides(rest, [f.name for f in fields(Recipe)], parser.flags))

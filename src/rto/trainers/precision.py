@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
 from rto.data.chat import split_special_tokens
-from rto.models.loading import is_adapter, load_tokenizer, source_name, tokenizer_kwargs
+from rto.models.loading import check_special_tokens, is_adapter, load_tokenizer, source_name, tokenizer_kwargs
 from rto.models.precision import NARROW, as_dtype, check_derivative, keep_derivative, widen
 from rto.references import References, put_back
 from rto.trainers.engine import will_cut
@@ -165,6 +165,7 @@ class Reading:
     def read_tokenizer(self, model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that is given, or the model's; it reads special tokens as the configuration says."""
         found = given or load_tokenizer(source_name(model), **self.tokenizer(model))
+        check_special_tokens(model, found, **self.tokenizer(model))
         return split_special_tokens(found, self.split)
 
     def tokenizer(self, source: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from rto.batches import Samples, Sequences, collate
 from rto.finite import NotFiniteError
 from rto.models.actor import vocab_size
-from rto.models.loading import eos_ids, max_positions, pad_id, unwrap_peft
+from rto.models.loading import check_special_tokens, eos_ids, max_positions, pad_id, unwrap_peft
 from rto.models.roles import acting
 from rto.rollout.samplers.base import Sampler, SamplingConfig, samples_of
 from rto.rollout.samplers.randomness import uniforms
@@ -75,6 +75,7 @@ class TransformersSampler(Sampler):
         Raises:
             ValueError: models of this type cannot be sampled right.
         """
+        check_special_tokens(model, tokenizer)
         sampler = cls(config=config, eos_ids=eos_ids(model, tokenizer), pad_id=pad_id(tokenizer), **limits)
         sampler.check(model)
         return sampler
