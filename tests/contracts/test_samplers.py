@@ -1,6 +1,7 @@
 """What every sampler promises: a seed a row, log-probabilities of what was drawn from, engines that follow."""
 
 import copy
+import functools
 import http.server
 import json
 import threading
@@ -269,9 +270,17 @@ def test_named_weights_are_those_of_the_merged_model(tiny_model):
     for name, expected in merged.items():
         torch.testing.assert_close(found[name], expected)
     assert dict(weights.named_weights(tiny_model())).keys() == merged.keys()
+    base = dict(weights.named_weights(policy, merged=False))
+    for name, expected in tiny_model().named_parameters():
+        assert torch.equal(base[name], expected)
 
 
 # --- a server, over HTTP
+
+
+def loaded(model, weights):
+    model.load_state_dict(weights, strict=False)
+    return model
 
 
 class Replies(http.server.BaseHTTPRequestHandler):
@@ -296,8 +305,9 @@ class Replies(http.server.BaseHTTPRequestHandler):
 
             state["model"] = PeftModel.from_pretrained(state["base"](), body["lora_path"]).eval()
         elif self.path == "/collective_rpc":
+            weights = load_file(body["args"][0])
+            state["base"] = lambda: loaded(state["other"](), weights)
             state["model"] = state["base"]()
-            state["model"].load_state_dict(load_file(body["args"][0]), strict=False)
         elif self.path == "/inference/v1/generate":
             how = body["sampling_params"]
             config = SamplingConfig(max_completion_length=how["max_tokens"], temperature=how["temperature"])
@@ -317,7 +327,15 @@ class Replies(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tiny_model):
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replies)
-    made.state = {"asked": [], "model": None, "base": tiny_model, "lock": threading.Lock(), "refuses": False}
+    other = functools.partial(tiny_model, seed=7)  # what another run has left
+    made.state = {
+        "asked": [],
+        "model": None,
+        "base": other,
+        "other": other,
+        "lock": threading.Lock(),
+        "refuses": False,
+    }
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield made
@@ -344,11 +362,12 @@ def test_a_server_gets_weights_and_gives_tokens(tiny_model, prompts, server, wra
     assert sorted(body["sampling_params"]["seed"] for body in asked) == list(range(8))
     routes = [path for path, _ in server.state["asked"] if "generate" not in path]
     if adapted:
-        assert routes == ["/v1/load_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+        base, adapter = ["/collective_rpc", "/reset_prefix_cache"], "/v1/load_lora_adapter"
+        assert routes == [*base, adapter, adapter, "/v1/unload_lora_adapter"]
     else:
         assert routes == ["/collective_rpc", "/reset_prefix_cache"] * 2
     sent = [body for path, body in server.state["asked"] if path in ("/v1/load_lora_adapter", "/collective_rpc")]
-    assert len({body["lora_path"] if adapted else body["args"][0] for body in sent}) == 2
+    assert len({body.get("lora_path") or body["args"][0] for body in sent}) == len(sent) == 2 + adapted
     assert len(list(tmp_path.glob("*/*"))) == adapted  # an adapter may be read again while it is in use
 
 
