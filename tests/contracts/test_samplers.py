@@ -4,7 +4,9 @@ import copy
 import functools
 import http.server
 import json
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from rto.rollout.samplers import randomness, transformers, vllm_server, weights
 from rto.rollout.samplers.base import Sampler, SamplerError, SamplingConfig, as_sampler
 from rto.rollout.samplers.engines import Drawn, EngineSampler
 from rto.rollout.samplers.transformers import WAYS, TransformersSampler
-from rto.rollout.samplers.vllm import ADAPTER, Server
+from rto.rollout.samplers.vllm import ADAPTER, Colocated, Server
 
 EOS = tuple(range(2, 97, 9))
 
@@ -273,6 +275,35 @@ def test_named_weights_are_those_of_the_merged_model(tiny_model):
     base = dict(weights.named_weights(policy, merged=False))
     for name, expected in tiny_model().named_parameters():
         assert torch.equal(base[name], expected)
+
+
+# --- vLLM in this process
+
+
+class Recorder:
+    """What vLLM's engine is asked to do, by name."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.asked.append((name, args[0] if args else kwargs.get("level")))
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_an_engine_sleeps_from_a_draw_to_the_next_weights(tiny_model, monkeypatch, sleep):
+    """Weights are loaded into an engine that is awake, and caches of older weights are forgotten."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "")
+    engine, asked = Colocated(sleep=sleep), Recorder()
+    monkeypatch.setattr(engine, "_start", lambda policy: asked)
+    for _ in range(2):
+        engine.load(tiny_model())
+        engine.rest()
+    load = [("collective_rpc", "reload_weights"), ("reset_prefix_cache", None)]
+    nap = [("sleep", 2)] if sleep else []
+    assert asked.asked == [*load, *nap, *([("wake_up", None)] if sleep else []), *load, *nap]
 
 
 # --- a server, over HTTP

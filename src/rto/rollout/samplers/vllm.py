@@ -8,6 +8,7 @@ route.
 
 import http.client
 import json
+import logging
 import os
 import random
 import shutil
@@ -125,7 +126,9 @@ class Colocated:
         from vllm.platforms import current_platform
 
         settings = self._on_processors(policy) if current_platform.is_cpu() else {}
-        self.sleep = self.sleep and current_platform.is_sleep_mode_available()
+        if self.sleep and not current_platform.is_sleep_mode_available():
+            logger.warning("vllm_enable_sleep_mode: vLLM cannot sleep on this platform and keeps its memory")
+            self.sleep = False
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's own threads stay as they are
         keep_weights_plain()
         folder = tempfile.mkdtemp(prefix="rto-vllm-")
