@@ -659,7 +659,7 @@ BLOCK = 256
 
 
 def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[Tensor, " B"]:
-    """The first token whose cumulative weight exceeds ``uniform`` · total: sampling by inversion, cumulative sums in float64.
+    """The first token whose cumulative weight exceeds ``uniform`` · total: sampling by inversion, summed up in float64.
 
     It takes one random number a row, where `torch.multinomial` draws one for every entry. Sums go by blocks of the
     vocabulary, then within one block, so no B × V tensor of float64 is made; a block's own sum is in the weights'
