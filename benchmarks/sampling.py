@@ -4,7 +4,8 @@
     .venv-vllm/bin/python benchmarks/sampling.py FOLDER --prompts 32 --tokens 64 --dtype float32 bfloat16
 
 FOLDER is a causal model with its tokenizer. Prompts are random tokens, equal (32) or ragged (8 to 56, 32 on average);
-no side stops before the limit, so all draw the same number of tokens. Sides take turns, each time in a process of its
+no side stops before the limit, so all draw the same number of tokens; with lengths ``ends`` our rows end one
+after the other, and draw together as many. Sides take turns, each time in a process of its
 own; what is timed is one draw after a short one that warms up, and what handing over the weights takes. The limit of
 the new tokens is, a step, the larger of two times: all weights and the cache read once, at the rate of a copy, and
 2 · parameters · rows operations, at the rate of square products in the same precision, both measured in the same
@@ -29,6 +30,8 @@ import torch
 
 from rto.rollout.samplers.transformers import cache_bytes
 
+EOS = 49_151
+"""A token that nobody draws in a vocabulary of 49,152: here it ends a row where it is put in."""
 SIDES = ("ours", "generate", "continuous", "vllm", "vllm-packed")
 
 
@@ -82,15 +85,26 @@ def limit(model: Any, prompts: list[list[int]], steps: int) -> dict[str, float]:
     }
 
 
-def ours(model: Any, tokens: int, way: str) -> Callable[[list[list[int]]], Any]:
+def ours(model: Any, tokens: int, way: str, eos: int = -1) -> Callable[[list[list[int]]], Any]:
     """Our sampler, kept to one of its ways."""
     from rto.rollout.samplers import transformers
     from rto.rollout.samplers.base import SamplingConfig
 
     transformers.WAYS = tuple(w for w in transformers.WAYS if w.name == way)
     config = SamplingConfig(max_completion_length=tokens)
-    sampler = transformers.TransformersSampler(config=config, eos_ids=(-1,), pad_id=0)
+    sampler = transformers.TransformersSampler(config=config, eos_ids=(eos,), pad_id=0)
     return lambda prompts: sampler(model, prompts, 0)
+
+
+def ending(ends: Any) -> None:
+    """Make our sampler end its rows, shortest prompts first, after these numbers of tokens."""
+    from rto.rollout.samplers import transformers
+
+    class Ending(transformers._Drawing):
+        def __call__(self, logits: Any, rows: Any, step: int) -> Any:
+            return super().__call__(logits, rows, step).masked_fill(ends[rows] == step + 1, EOS)
+
+    transformers._Drawing = Ending  # type: ignore[misc]
 
 
 def continuous(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
@@ -135,10 +149,13 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
         draw = continuous(model, job["tokens"])
     else:
         draw = ours(model, job["tokens"], "own cache" if job["side"] == "ours" else "generate")
-    rows = []
+    rows, longest = [], 2 * job["tokens"] - 8
     with torch.no_grad():
         draw(prompts_of(2, False, model.config.vocab_size))
         for lengths in job["lengths"]:
+            if lengths == "ends":
+                draw = ours(model, longest, "own cache", EOS)
+                ending(torch.linspace(8, longest, job["prompts"]).round().int())
             prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
             start, cpu = time.perf_counter(), time.process_time()
             draw(prompts)
@@ -156,7 +173,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[32])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
+    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged", "ends"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240, help="that one side may take, its start included")

@@ -251,7 +251,7 @@ def test_a_second_process_draws_what_the_policy_draws_and_its_end_is_one_line(ti
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(found.tensors()[name], tensor, equal_nan=True)
     sampler.engine._process.kill()
-    with pytest.raises(SamplerError, match="^the process that draws has ended .* last checkpoint$"):
+    with pytest.raises(SamplerError, match=r"^the process that draws has ended .* last checkpoint$"):
         sampler.draw(prompts, seeds)
 
 

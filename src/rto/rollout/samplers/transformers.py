@@ -319,10 +319,12 @@ def _on_own_cache(model: nn.Module, batch: Sequences, choose: Choose, settings: 
         running = int((~done).sum())  # the one wait for the device in a step
         if running == 0:
             break
-        if running <= 0.75 * len(live):  # shrinking copies the cache, so not for every row
+        if running <= 0.9 * len(live):  # rows that stay take the places of those that leave
             keep = (~done).nonzero().squeeze(1)
-            decoder.keep(keep)
-            live, done, tokens = live[keep], done[keep], tokens[keep]
+            order = torch.arange(running, device=device)
+            order[done[:running]] = keep[keep >= running]
+            decoder.keep(order)
+            live, done, tokens = live[order], done[order], tokens[order]
         if t + 1 < limit:
             logits = decoder.step(tokens[:, None])
     return [row[:n] for row, n in zip(out.tolist(), lengths.tolist())]
@@ -535,8 +537,13 @@ class _Filled(StaticLayer):
         return self.filled
 
     def batch_select_indices(self, indices: Int[Tensor, " K"]) -> None:
-        """Keep these rows."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        """Keep these rows, in this order; nothing is copied of those that stay in their places."""
+        places = torch.arange(len(indices), device=indices.device)
+        moves = indices != places
+        to, source = places[moves], indices[moves]
+        for x in (self.keys, self.values):
+            x[to, :, : self.filled] = x[source, :, : self.filled]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
         self.batch_size = len(indices)
 
 
@@ -659,7 +666,7 @@ BLOCK = 256
 
 
 def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[Tensor, " B"]:
-    """The first token whose cumulative weight exceeds ``uniform`` · total: sampling by inversion, summed up in float64.
+    """The first token whose cumulative weight exceeds ``uniform`` · total: inversion, with sums in float64.
 
     It takes one random number a row, where `torch.multinomial` draws one for every entry. Sums go by blocks of the
     vocabulary, then within one block, so no B × V tensor of float64 is made; a block's own sum is in the weights'

@@ -34,7 +34,11 @@ from rto.rollout.samplers.plain import keep_weights_plain
 from rto.rollout.samplers.transformers import cache_bytes
 from rto.rollout.samplers.weights import is_adapted, named_weights, write_adapter
 
-INSTALL = "vLLM is not installed: `pip install vllm` where there is a GPU (on processors: docs/samplers.md), or use_vllm=False"
+logger = logging.getLogger(__name__)
+INSTALL = (
+    "vLLM is not installed: `pip install vllm` where there is a GPU (docs/samplers.md has processors), or "
+    "use_vllm=False"
+)
 
 
 def sampling_params(config: SamplingConfig, seed: int, stop_ids: tuple[int, ...]) -> dict[str, Any]:

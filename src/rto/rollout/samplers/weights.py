@@ -15,7 +15,8 @@ from rto.models.roles import acting, save_adapter
 def named_weights(policy: Any, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every weight under the name that the base's checkpoint has for it.
 
-    The adapter that is active is merged into them, or (``merged=False``) left out. A weight that is cut over processes is gathered, so all of them iterate.
+    The adapter that is active is merged into them, or (``merged=False``) left out. A weight that is cut over processes
+    is gathered, so all of them iterate.
 
     Raises:
         ValueError: the base is quantized; there is nothing an adapter could be merged into.
