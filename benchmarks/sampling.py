@@ -85,12 +85,12 @@ def limit(model: Any, prompts: list[list[int]], steps: int) -> dict[str, float]:
     }
 
 
-def ours(model: Any, tokens: int, way: str, eos: int = -1) -> Callable[[list[list[int]]], Any]:
-    """Our sampler, kept to one of its ways."""
+def ours(model: Any, tokens: int, eos: int = -1) -> Callable[[list[list[int]]], Any]:
+    """Our sampler, on its own cache."""
     from rto.rollout.samplers import transformers
     from rto.rollout.samplers.base import SamplingConfig
 
-    transformers.WAYS = tuple(w for w in transformers.WAYS if w.name == way)
+    transformers.WAYS = tuple(w for w in transformers.WAYS if w.name == "own cache")
     config = SamplingConfig(max_completion_length=tokens)
     sampler = transformers.TransformersSampler(config=config, eos_ids=(eos,), pad_id=0)
     return lambda prompts: sampler(model, prompts, 0)
@@ -105,6 +105,21 @@ def ending(ends: Any) -> None:
             return super().__call__(logits, rows, step).masked_fill(ends[rows] == step + 1, EOS)
 
     transformers._Drawing = Ending  # type: ignore[misc]
+
+
+def generate(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
+    """The library's own loop, prompts padded on the left."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=0)
+
+    def draw(prompts: list[list[int]]) -> Any:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts])
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts])
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+    return draw
 
 
 def continuous(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
@@ -147,14 +162,16 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
         sync = best(load, 2)
     elif job["side"] == "continuous":
         draw = continuous(model, job["tokens"])
+    elif job["side"] == "generate":
+        draw = generate(model, job["tokens"])
     else:
-        draw = ours(model, job["tokens"], "own cache" if job["side"] == "ours" else "generate")
+        draw = ours(model, job["tokens"])
     rows, longest = [], 2 * job["tokens"] - 8
     with torch.no_grad():
         draw(prompts_of(2, False, model.config.vocab_size))
         for lengths in job["lengths"]:
             if lengths == "ends":
-                draw = ours(model, longest, "own cache", EOS)
+                draw = ours(model, longest, EOS)
                 ending(torch.linspace(8, longest, job["prompts"]).round().int())
             prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
             start, cpu = time.perf_counter(), time.process_time()
