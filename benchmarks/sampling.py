@@ -4,16 +4,20 @@
     .venv-vllm/bin/python benchmarks/sampling.py FOLDER --prompts 32 --tokens 64 --dtype float32 bfloat16
 
 FOLDER is a causal model with its tokenizer. Prompts are random tokens, equal (32) or ragged (8 to 56, 32 on average);
-no side stops before the limit, so all draw the same number of tokens. Sides take turns, each time in a process of its
-own; what is timed is one draw after another one that warms up, and what handing over the weights takes. The limit is
-the larger of two times for the new tokens: all weights read once a step, at the rate of a copy in the same process,
-and 2 · parameters · rows operations a step, at the rate of square products in the same precision. ``of_limit`` is that
-time over the time it took. vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed``
-shows what packing gives, with which they cannot.
+no side stops before the limit, so all draw the same number of tokens; with lengths ``ends`` our rows end one
+after the other, and draw together as many. Sides take turns, each time in a process of its
+own; what is timed is one draw after a short one that warms up, and what handing over the weights takes. The limit of
+the new tokens is, a step, the larger of two times: all weights and the cache read once, at the rate of a copy, and
+2 · parameters · rows operations, at the rate of square products in the same precision, both measured in the same
+process after the draw. ``of_limit`` is that time over the time of the whole draw, ``of_limit_with_prompts`` has the
+prompts' 2 · parameters · tokens operations beside it. vLLM runs as RTO runs it: in process, with weights that can be
+replaced; ``vllm-packed`` shows what packing gives, with which they cannot.
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,10 @@ from typing import Any
 
 import torch
 
+from rto.rollout.samplers.transformers import cache_bytes
+
+EOS = 49_151
+"""A token that nobody draws in a vocabulary of 49,152: here it ends a row where it is put in."""
 SIDES = ("ours", "generate", "continuous", "vllm", "vllm-packed")
 
 
@@ -45,28 +53,73 @@ def best(work: Callable[[], Any], times: int = 5) -> float:
     return min(once() for _ in range(times))
 
 
-def limit(parameters: int, rows: int, steps: int, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds that the new tokens cannot go below, and what they were computed from."""
+def fastest_products(dtype: torch.dtype) -> float:
+    """Operations per second of square products: torch's own, or oneDNN's with packed weights where that is faster."""
+    n = 1024
+    x, weight = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    seconds = [best(lambda: x @ weight)]
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, n)
+        seconds.append(best(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")))
+    return 2 * n**3 / min(seconds)
+
+
+def limit(model: Any, prompts: list[list[int]], steps: int) -> dict[str, float]:
+    """Seconds that the new tokens cannot go below, those of the prompts, and what they were computed from."""
+    dtype, rows, read = model.dtype, len(prompts), sum(map(len, prompts))
+    parameters = sum(p.numel() for p in model.parameters())
     source = torch.ones(2**27 // dtype.itemsize, dtype=dtype)
     target = torch.empty_like(source)
     copy = 2**28 / best(lambda: target.copy_(source))  # bytes read and written
-    n = 1024
-    a = torch.randn(n, n).to(dtype)
-    products = 2 * n**3 / best(lambda: a @ a)
-    bytes_read = parameters * dtype.itemsize / copy
+    products = fastest_products(dtype)
+    cache = cache_bytes(model) * (read + rows * steps / 2)  # of a step in the middle
+    moved = (parameters * dtype.itemsize + cache) / copy
     operations = 2 * parameters * rows / products
-    return {"copy": copy, "products": products, "seconds": steps * max(bytes_read, operations)}
+    return {
+        "copy": copy,
+        "products": products,
+        "moved": moved,
+        "operations": operations,
+        "seconds": steps * max(moved, operations),
+        "prompts": 2 * parameters * read / products,
+    }
 
 
-def ours(model: Any, tokens: int, way: str) -> Callable[[list[list[int]]], Any]:
-    """Our sampler, kept to one of its ways."""
+def ours(model: Any, tokens: int, eos: int = -1) -> Callable[[list[list[int]]], Any]:
+    """Our sampler, on its own cache."""
     from rto.rollout.samplers import transformers
     from rto.rollout.samplers.base import SamplingConfig
 
-    transformers.WAYS = tuple(w for w in transformers.WAYS if w.name == way)
+    transformers.WAYS = tuple(w for w in transformers.WAYS if w.name == "own cache")
     config = SamplingConfig(max_completion_length=tokens)
-    sampler = transformers.TransformersSampler(config=config, eos_ids=(-1,), pad_id=0)
+    sampler = transformers.TransformersSampler(config=config, eos_ids=(eos,), pad_id=0)
     return lambda prompts: sampler(model, prompts, 0)
+
+
+def ending(ends: Any) -> None:
+    """Make our sampler end its rows, shortest prompts first, after these numbers of tokens."""
+    from rto.rollout.samplers import transformers
+
+    class Ending(transformers._Drawing):
+        def __call__(self, logits: Any, rows: Any, step: int) -> Any:
+            return super().__call__(logits, rows, step).masked_fill(ends[rows] == step + 1, EOS)
+
+    transformers._Drawing = Ending  # type: ignore[misc]
+
+
+def generate(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
+    """The library's own loop, prompts padded on the left."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=0)
+
+    def draw(prompts: list[list[int]]) -> Any:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts])
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts])
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+    return draw
 
 
 def continuous(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
@@ -96,30 +149,37 @@ def vllm(
     return draw, lambda: engine.load(model)
 
 
-def side(job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, in this process."""
+def side(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """One measurement for each kind of lengths, in this process."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
     dtype = getattr(torch, job["dtype"])
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype).eval()
-    prompts = prompts_of(job["prompts"], job["ragged"], model.config.vocab_size)
-    found: dict[str, Any] = {"sync": 0.0}
+    sync = 0.0
     if job["side"].startswith("vllm"):
-        draw, sync = vllm(model, job["tokens"], job["prompts"], job["side"] == "vllm-packed")
-        found["sync"] = best(sync, 2)
+        draw, load = vllm(model, job["tokens"], job["prompts"], job["side"] == "vllm-packed")
+        sync = best(load, 2)
     elif job["side"] == "continuous":
         draw = continuous(model, job["tokens"])
+    elif job["side"] == "generate":
+        draw = generate(model, job["tokens"])
     else:
-        draw = ours(model, job["tokens"], "own cache" if job["side"] == "ours" else "generate")
+        draw = ours(model, job["tokens"])
+    rows, longest = [], 2 * job["tokens"] - 8
     with torch.no_grad():
-        draw(prompts[:2])
-        start, cpu = time.perf_counter(), time.process_time()
-        draw(prompts)
-        found |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    parameters = sum(p.numel() for p in model.parameters())
-    found["limit"] = limit(parameters, job["prompts"], job["tokens"], dtype)
-    return found
+        draw(prompts_of(2, False, model.config.vocab_size))
+        for lengths in job["lengths"]:
+            if lengths == "ends":
+                draw = ours(model, longest, EOS)
+                ending(torch.linspace(8, longest, job["prompts"]).round().int())
+            prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
+            start, cpu = time.perf_counter(), time.process_time()
+            draw(prompts)
+            took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+            found = limit(model, prompts, job["tokens"])
+            rows.append({"lengths": lengths, "sync": sync, "limit": found, "load": os.getloadavg()[0], **took})
+    return rows
 
 
 def main() -> None:
@@ -130,47 +190,73 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[32])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
+    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged", "ends"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seconds", type=float, default=240, help="that one side may take, its start included")
+    parser.add_argument("--vllm_python", default=sys.executable, help="of an environment that has vLLM")
+    parser.add_argument("--output", type=Path, help="a JSON file; rows are added to those that it has")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.job:
         print(json.dumps(side(json.loads(flags.job))))
         return
-    rows = []
-    shapes = [(d, p, t, r) for d in flags.dtype for p in flags.prompts for t in flags.tokens for r in flags.lengths]
-    for dtype, prompts, tokens, lengths in shapes:
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.sides}
+    for dtype, prompts, tokens in itertools.product(flags.dtype, flags.prompts, flags.tokens):
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         job = {"folder": flags.folder, "dtype": dtype, "prompts": prompts, "tokens": tokens, "threads": flags.threads}
-        for _ in range(flags.rounds):
-            for name in flags.sides:
-                asked = json.dumps(job | {"side": name, "ragged": lengths == "ragged"})
-                done = subprocess.run(
-                    [sys.executable, __file__, flags.folder, "--job", asked], capture_output=True, text=True
-                )
-                if done.returncode:
-                    print(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                    continue
-                runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-        for name, found in runs.items():
-            if not found:
-                continue
-            seconds = statistics.median(x["seconds"] for x in found)
-            row = {"dtype": dtype, "prompts": prompts, "tokens": tokens, "lengths": lengths, "side": name}
-            row |= {"tokens_per_second": prompts * tokens / seconds, "runs": found}
-            row["of_limit"] = statistics.median(x["limit"]["seconds"] for x in found) / seconds
-            row["cpu"] = statistics.median(x["cpu"] for x in found)
-            row["sync"] = statistics.median(x["sync"] for x in found)
-            rows.append(row)
+        for _, name in itertools.product(range(flags.rounds), flags.sides):
+            for found in measured(job | {"side": name, "lengths": flags.lengths}, flags):
+                runs.setdefault((name, found.pop("lengths")), []).append(found)
+        rows = [
+            {"dtype": dtype, "prompts": prompts, "tokens": tokens, "side": name, "lengths": lengths}
+            | summary(found, prompts * tokens)
+            for (name, lengths), found in runs.items()
+        ]
+        for row in rows:
             print(
-                f"| {dtype} | {prompts} × {tokens} {lengths} | {name} | {row['tokens_per_second']:.0f} | "
-                f"{row['of_limit']:.0%} | {row['cpu']:.1f} | {row['sync']:.2f} |",
+                "| {dtype} | {prompts} × {tokens} {lengths} | {side} | {tokens_per_second:.0f} | {of_limit:.0%} | "
+                "{of_limit_with_prompts:.0%} | {sync:.2f} | {load:.1f} |".format(**row),
                 flush=True,
             )
-    if flags.output:
-        flags.output.write_text(json.dumps({"arguments": {**vars(flags), "output": None}, "rows": rows}, indent=1))
+        if flags.output:
+            before = json.loads(flags.output.read_text()) if flags.output.exists() else []
+            flags.output.write_text(json.dumps(before + rows, indent=1) + "\n")
+
+
+def measured(job: dict[str, Any], flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a process of its own says; nothing where it fails or takes too long."""
+    python = flags.vllm_python if job["side"].startswith("vllm") else sys.executable
+    line = [python, __file__, flags.folder, "--job", json.dumps(job)]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=flags.seconds)
+    except subprocess.TimeoutExpired:
+        print(f"{job['side']} took more than {flags.seconds:.0f} s", file=sys.stderr)
+        return []
+    if done.returncode:
+        print(f"{job['side']} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return []
+    rows: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return rows
+
+
+def summary(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Medians over the rounds."""
+
+    def median(value: Callable[[dict[str, Any]], float]) -> float:
+        return round(statistics.median(map(value, found)), 4)
+
+    return {
+        "rounds": len(found),
+        "tokens_per_second": median(lambda x: tokens / x["seconds"]),
+        "of_limit": median(lambda x: x["limit"]["seconds"] / x["seconds"]),
+        "of_limit_with_prompts": median(lambda x: (x["limit"]["seconds"] + x["limit"]["prompts"]) / x["seconds"]),
+        "seconds": median(lambda x: x["seconds"]),
+        "cpu": median(lambda x: x["cpu"]),
+        "sync": median(lambda x: x["sync"]),
+        "load": median(lambda x: x["load"]),
+        "copy": round(statistics.median(x["limit"]["copy"] for x in found)),
+        "products": round(statistics.median(x["limit"]["products"] for x in found)),
+    }
 
 
 if __name__ == "__main__":

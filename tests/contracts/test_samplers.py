@@ -1,9 +1,12 @@
 """What every sampler promises: a seed a row, log-probabilities of what was drawn from, engines that follow."""
 
 import copy
+import functools
 import http.server
 import json
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from rto.rollout.samplers import randomness, transformers, vllm_server, weights
 from rto.rollout.samplers.base import Sampler, SamplerError, SamplingConfig, as_sampler
 from rto.rollout.samplers.engines import Drawn, EngineSampler
 from rto.rollout.samplers.transformers import WAYS, TransformersSampler
-from rto.rollout.samplers.vllm import ADAPTER, Server
+from rto.rollout.samplers.vllm import ADAPTER, Colocated, Server
 
 EOS = tuple(range(2, 97, 9))
 
@@ -269,9 +272,46 @@ def test_named_weights_are_those_of_the_merged_model(tiny_model):
     for name, expected in merged.items():
         torch.testing.assert_close(found[name], expected)
     assert dict(weights.named_weights(tiny_model())).keys() == merged.keys()
+    base = dict(weights.named_weights(policy, merged=False))
+    for name, expected in tiny_model().named_parameters():
+        assert torch.equal(base[name], expected)
+
+
+# --- vLLM in this process
+
+
+class Recorder:
+    """What vLLM's engine is asked to do, by name."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.asked.append((name, args[0] if args else kwargs.get("level")))
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_an_engine_sleeps_from_a_draw_to_the_next_weights(tiny_model, monkeypatch, sleep):
+    """Weights are loaded into an engine that is awake, and caches of older weights are forgotten."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "")
+    engine, asked = Colocated(sleep=sleep), Recorder()
+    monkeypatch.setattr(engine, "_start", lambda policy: asked)
+    for _ in range(2):
+        engine.load(tiny_model())
+        engine.rest()
+    load = [("collective_rpc", "reload_weights"), ("reset_prefix_cache", None)]
+    nap = [("sleep", 2)] if sleep else []
+    assert asked.asked == [*load, *nap, *([("wake_up", None)] if sleep else []), *load, *nap]
 
 
 # --- a server, over HTTP
+
+
+def loaded(model, weights):
+    model.load_state_dict(weights, strict=False)
+    return model
 
 
 class Replies(http.server.BaseHTTPRequestHandler):
@@ -296,8 +336,9 @@ class Replies(http.server.BaseHTTPRequestHandler):
 
             state["model"] = PeftModel.from_pretrained(state["base"](), body["lora_path"]).eval()
         elif self.path == "/collective_rpc":
+            weights = load_file(body["args"][0])
+            state["base"] = lambda: loaded(state["other"](), weights)
             state["model"] = state["base"]()
-            state["model"].load_state_dict(load_file(body["args"][0]), strict=False)
         elif self.path == "/inference/v1/generate":
             how = body["sampling_params"]
             config = SamplingConfig(max_completion_length=how["max_tokens"], temperature=how["temperature"])
@@ -317,7 +358,15 @@ class Replies(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tiny_model):
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replies)
-    made.state = {"asked": [], "model": None, "base": tiny_model, "lock": threading.Lock(), "refuses": False}
+    other = functools.partial(tiny_model, seed=7)  # what another run has left
+    made.state = {
+        "asked": [],
+        "model": None,
+        "base": other,
+        "other": other,
+        "lock": threading.Lock(),
+        "refuses": False,
+    }
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield made
@@ -344,11 +393,12 @@ def test_a_server_gets_weights_and_gives_tokens(tiny_model, prompts, server, wra
     assert sorted(body["sampling_params"]["seed"] for body in asked) == list(range(8))
     routes = [path for path, _ in server.state["asked"] if "generate" not in path]
     if adapted:
-        assert routes == ["/v1/load_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+        base, adapter = ["/collective_rpc", "/reset_prefix_cache"], "/v1/load_lora_adapter"
+        assert routes == [*base, adapter, adapter, "/v1/unload_lora_adapter"]
     else:
         assert routes == ["/collective_rpc", "/reset_prefix_cache"] * 2
     sent = [body for path, body in server.state["asked"] if path in ("/v1/load_lora_adapter", "/collective_rpc")]
-    assert len({body["lora_path"] if adapted else body["args"][0] for body in sent}) == 2
+    assert len({body.get("lora_path") or body["args"][0] for body in sent}) == len(sent) == 2 + adapted
     assert len(list(tmp_path.glob("*/*"))) == adapted  # an adapter may be read again while it is in use
 
 

@@ -342,7 +342,8 @@ def shapes(monkeypatch):
     original = sampling._Decoder.__init__
 
     def spy(self, model, prompt_mask, length):
-        made.append((len(prompt_mask), length))
+        if length > prompt_mask.shape[1]:  # else it only reads prompts of like length
+            made.append((len(prompt_mask), length))
         original(self, model, prompt_mask, length)
 
     monkeypatch.setattr(sampling._Decoder, "__init__", spy)
@@ -430,6 +431,26 @@ def test_the_check_is_made_once_for_each_model(tiny_model, prompts, monkeypatch)
     assert len(calls) == 1
     draws(tiny_model(seed=1), prompts(model.config.vocab_size), seed=0)
     assert len(calls) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_long_and_short_prompts_are_read_apart(tiny_model, implementation, monkeypatch):
+    """Prompts of 1 to 24 tokens in no order: the same logits and the same next steps as in one part."""
+    model = tiny_model(attn_implementation=implementation)
+    lengths = [3, 24, 1, 10, 24, 2, 9]
+    exists = torch.arange(24) >= 24 - torch.tensor(lengths)[:, None]
+    tokens = torch.randint(3, 90, (7, 30), generator=torch.Generator().manual_seed(0))
+    tokens[:, :24][~exists] = 0
+    found = []
+    for enough in (10**6, 4):
+        monkeypatch.setattr(sampling, "ENOUGH", enough)
+        decoder = sampling._Decoder(model, exists, 30)
+        steps = [decoder.read(tokens[:, :24]), *(decoder.step(tokens[:, t : t + 1]) for t in range(24, 30))]
+        found.append(torch.stack(steps, dim=1))
+    assert [lengths[i] for part in sampling.alike(lengths) for i in part] == sorted(lengths)
+    assert len(sampling.alike(lengths)) == 4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

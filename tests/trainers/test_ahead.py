@@ -235,6 +235,26 @@ def test_the_second_process_answers_with_what_the_policy_draws(tiny_model: Calla
         torch.testing.assert_close(found.tensors()[name], tensor, equal_nan=True)
 
 
+def test_a_second_process_draws_what_the_policy_draws_and_its_end_is_one_line(tiny_model: Callable) -> None:
+    """A process of its own, weights that change, and a kill."""
+    policy, prompts, seeds = tiny_model(), [[5, 6, 7], [8]], [1, 2]
+    sampler = EngineSampler(SecondProcess(0), SamplingConfig(max_completion_length=T), EOS, 0)
+    ours = TransformersSampler(config=sampler.config, eos_ids=EOS, pad_id=0)
+    for version in range(2):
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.mul_(1.1)
+        for one in (sampler, ours):
+            one.sync(policy, version)
+        found, expected = (one.draw(prompts, seeds) for one in (sampler, ours))
+        assert found.version == version
+        for name, tensor in expected.tensors().items():
+            torch.testing.assert_close(found.tensors()[name], tensor, equal_nan=True)
+    sampler.engine._process.kill()
+    with pytest.raises(SamplerError, match=r"^the process that draws has ended .* last checkpoint$"):
+        sampler.draw(prompts, seeds)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "lora"])
 def test_three_iterations_with_a_second_process(trainer: Callable[..., RTOTrainer], kind: str) -> None:

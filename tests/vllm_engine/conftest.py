@@ -29,7 +29,7 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
-KINDS = {"lora": LORA, "whole": {}}  # adapters first: a server then still has the weights they were made on
+KINDS = {"lora": LORA, "whole": {}}
 START = 900
 """Seconds that a server may take to be there, on a machine that has other things to do."""
 

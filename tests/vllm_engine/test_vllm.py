@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.model_executor.layers import utils
+from vllm.platforms import current_platform
 
 from rto.models.actor import policy_logprobs
 from rto.rollout.samplers import vllm
@@ -14,7 +15,7 @@ from rto.rollout.samplers.base import SamplerError, SamplingConfig
 from rto.rollout.samplers.engines import EngineSampler
 from rto.rollout.samplers.transformers import TransformersSampler
 
-MODES, KINDS = ("colocate", "server"), ("whole", "lora")
+MODES, KINDS = ("colocate", "server"), ("whole", "lora")  # an adapter goes to a server that a whole policy has left
 PACKED = utils.dispatch_cpu_unquantized_gemm
 WITHIN = 1e-3
 """Nats, in fp32."""
@@ -47,10 +48,6 @@ def watched(trainer: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_iterations(run, mode, kind):
-    if kind == "lora" and mode["vllm_mode"] == "server":
-        with pytest.raises(SamplerError, match="stale: it was given other weights"):
-            run(kind, **mode).train()
-        pytest.xfail("an adapter in vLLM's server on a processor is nats off, and the check stops the run")
     trainer = run(kind, **mode)
     seen = watched(trainer)
     trainer.train()
@@ -85,6 +82,17 @@ def test_three_iterations(run, mode, kind):
     for row in draws:
         assert torch.equal(row.stopped == 1, row.ended)
         assert ((row.stopped == 0) == (row.mask.sum(1) == 12) & ~row.ended).all()
+
+
+def test_a_platform_that_cannot_sleep_stays_awake_and_says_so(run, caplog):
+    """vLLM's own answer on processors, to which its engine would not start, is that there is no sleep mode."""
+    assert not current_platform.is_sleep_mode_available()
+    trainer = run("whole", vllm_enable_sleep_mode=True, total_episodes=16)
+    seen = watched(trainer)
+    trainer.train()
+    assert "vLLM cannot sleep on this platform" in caplog.text
+    for row in seen:
+        assert (row["samples"].sampler_logp - row["logp"])[row["samples"].mask].abs().max() < WITHIN
 
 
 def test_packed_weights_stop_the_run(run, monkeypatch):

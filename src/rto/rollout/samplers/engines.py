@@ -167,7 +167,7 @@ class EngineSampler(Sampler):
 
 REMEDY = (
     "On processors vLLM packs weights once and for all: start it with `python -m rto.rollout.samplers.vllm_server`, "
-    "which keeps them plain"
+    "which keeps them plain and takes the base of an adapter"
 )
 
 

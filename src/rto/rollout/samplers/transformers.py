@@ -29,6 +29,7 @@ from rto.models.actor import vocab_size
 from rto.models.loading import check_special_tokens, eos_ids, max_positions, pad_id, unwrap_peft
 from rto.models.roles import acting
 from rto.rollout.samplers.base import Sampler, SamplingConfig, samples_of
+from rto.rollout.samplers.packed import packed
 from rto.rollout.samplers.randomness import uniforms
 
 CACHE_BYTES = 2**33
@@ -105,14 +106,15 @@ class TransformersSampler(Sampler):
             budget = self.max_cache_tokens or CACHE_BYTES // cache_bytes(model)
             most = min((n for n in (self.max_rows, way.max_rows) if n), default=None)
             cuts = side_by_side(lengths, room=limit, padded=way.padded, max_tokens=budget, max_rows=most)
-            for rows in cuts:
-                batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=self.pad_id, device=device)
-                choose = _Drawing(self.config, uniforms([seeds[i] for i in rows], limit, device))
-                for i, response in zip(rows, way.complete(model, batch, choose, settings)):
-                    responses[i] = response
-                logp[rows] = choose.logp
-                if choose.lost:
-                    raise _not_finite(model, prompts, responses, rows)
+            with packed(model):
+                for rows in cuts:
+                    batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=self.pad_id, device=device)
+                    choose = _Drawing(self.config, uniforms([seeds[i] for i in rows], limit, device))
+                    for i, response in zip(rows, way.complete(model, batch, choose, settings)):
+                        responses[i] = response
+                    logp[rows] = choose.logp
+                    if choose.lost:
+                        raise _not_finite(model, prompts, responses, rows)
         finally:
             model.train(was_training)
         return samples_of(
@@ -195,6 +197,22 @@ def side_by_side(
             rows = []
         rows.append(i)
     yield rows
+
+
+ALIKE, ENOUGH = 0.8, 256
+"""Prompts of this share of the longest's length are read with it; others, too, until there are so many tokens."""
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in parts of like length, the shortest first, each part's longest last."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        part = parts[-1] if parts else []
+        if part and (lengths[part[0]] >= ALIKE * lengths[i] or len(part) * lengths[part[-1]] < ENOUGH):
+            part.append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 def cache_bytes(model: nn.Module) -> int:
@@ -292,9 +310,9 @@ def _on_own_cache(model: nn.Module, batch: Sequences, choose: Choose, settings: 
     lengths = torch.full((rows,), limit, dtype=torch.long, device=device)
     live = torch.arange(rows, device=device)  # rows still in the batch
     done = torch.zeros(rows, dtype=torch.bool, device=device)
-    tokens = batch.tokens[:, :width]
+    logits = decoder.read(batch.tokens[:, :width])
     for t in range(limit):
-        tokens = choose(decoder.step(tokens), live, t)
+        tokens = choose(logits, live, t)
         out[live, t] = tokens  # of rows that are done, too: they are cut at their length
         ends = ~done & torch.isin(tokens, eos)
         lengths[live] = torch.where(ends, t + 1, lengths[live])
@@ -302,11 +320,14 @@ def _on_own_cache(model: nn.Module, batch: Sequences, choose: Choose, settings: 
         running = int((~done).sum())  # the one wait for the device in a step
         if running == 0:
             break
-        if running <= 0.75 * len(live):  # shrinking copies the cache, so not for every row
+        if running <= 0.9 * len(live):  # rows that stay take the places of those that leave
             keep = (~done).nonzero().squeeze(1)
-            decoder.keep(keep)
-            live, done, tokens = live[keep], done[keep], tokens[keep]
-        tokens = tokens[:, None]
+            order = torch.arange(running, device=device)
+            order[done[:running]] = keep[keep >= running]
+            decoder.keep(order)
+            live, done, tokens = live[order], done[order], tokens[order]
+        if t + 1 < limit:
+            logits = decoder.step(tokens[:, None])
     return [row[:n] for row, n in zip(out.tolist(), lengths.tolist())]
 
 
@@ -423,7 +444,8 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
     for rows in side_by_side(list(map(len, prompts)), room=steps, padded=way.padded, max_rows=way.max_rows):
         given = _Given(completions[rows])
         batch = collate([prompts[i] for i in rows], [[] for _ in rows], pad=pad_id, device=device)
-        way.complete(model, batch, given, settings)
+        with packed(model):
+            way.complete(model, batch, given, settings)
         ours = torch.stack(given.seen[:steps], dim=1).log_softmax(-1)
         for i, decoded in zip(rows, ours):
             whole = torch.tensor([prompts[i] + completions[i].tolist()], device=device)
@@ -503,13 +525,26 @@ class _Filled(StaticLayer):
         self.values[:, :, start : self.filled] = value_states
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
+    def take(self, other: "_Filled", rows: Int[Tensor, " K"], of: int, stop: int) -> None:
+        """Another layer's columns as those of some rows of a batch of so many, up to column ``stop``."""
+        if not self.is_initialized:
+            self.lazy_initialization(*(x[:1].expand(of, -1, -1, -1) for x in (other.keys, other.values)))
+        self.filled = stop
+        self.keys[rows, :, stop - other.filled : stop] = other.keys[:, :, : other.filled]
+        self.values[rows, :, stop - other.filled : stop] = other.values[:, :, : other.filled]
+
     def get_seq_length(self) -> int:
         """Columns written."""
         return self.filled
 
     def batch_select_indices(self, indices: Int[Tensor, " K"]) -> None:
-        """Keep these rows."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        """Keep these rows, in this order; nothing is copied of those that stay in their places."""
+        places = torch.arange(len(indices), device=indices.device)
+        moves = indices != places
+        to, source = places[moves], indices[moves]
+        for x in (self.keys, self.values):
+            x[to, :, : self.filled] = x[source, :, : self.filled]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
         self.batch_size = len(indices)
 
 
@@ -540,6 +575,26 @@ class _Decoder:
         if self.full:
             self.cache = StaticCache(config=config, max_cache_len=length)
             self.cache.layers = [_Filled(max_cache_len=length) for _ in self.cache.layers]
+
+    def read(self, prompts: Int[Tensor, "B P"]) -> Float[Tensor, "B V"]:
+        """Feed the prompts, return the logits that follow them; long ones and short ones apart (`alike`)."""
+        width = prompts.shape[1]
+        lengths = self.visible.sum(1).tolist()
+        parts = alike(lengths) if self.full else []
+        if len(parts) < 2:
+            return self.step(prompts)
+        logits: list[Tensor] = []
+        for part in parts:
+            rows = torch.tensor(part, device=prompts.device)
+            start = width - lengths[part[-1]]
+            short = _Decoder(self.model, self.visible[rows, start:width], width - start)
+            logits.append(short.step(prompts[rows, start:]))
+            for mine, theirs in zip(self.cache.layers, short.cache.layers):
+                assert isinstance(mine, _Filled)
+                assert isinstance(theirs, _Filled)
+                mine.take(theirs, rows, len(prompts), width)
+        self.filled = width
+        return torch.cat(logits)[torch.tensor([i for part in parts for i in part]).argsort().to(prompts.device)]
 
     def step(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B V"]:
         """Feed S tokens a row, return the logits that follow the last one."""
@@ -612,13 +667,14 @@ BLOCK = 256
 
 
 def invert(weights: Float[Tensor, "B V"], uniform: Float[Tensor, "B 1"]) -> Int[Tensor, " B"]:
-    """The first token whose cumulative weight exceeds ``uniform`` · total: sampling by inversion, sums in float64.
+    """The first token whose cumulative weight exceeds ``uniform`` · total: inversion, with sums in float64.
 
     It takes one random number a row, where `torch.multinomial` draws one for every entry. Sums go by blocks of the
-    vocabulary, then within one block, so no B × V tensor of float64 is made. A weight of 0 is never drawn.
+    vocabulary, then within one block, so no B × V tensor of float64 is made; a block's own sum is in the weights'
+    precision. A weight of 0 is never drawn.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1, dtype=torch.float64)
+    sums = blocks.sum(-1).double()  # a sum of float32 in float64 is made from a copy in float64
     point = uniform * sums.sum(-1, keepdim=True)
     block, rest = _first_above(sums, point)
     row = torch.arange(len(weights), device=weights.device)

@@ -2,19 +2,21 @@
 
 Neither loads weights from the policy's folder twice. In this process the engine starts with random ones, and every
 `load` hands over tensors, adapters merged into them. A server gets a file of all weights through our worker extension
-(`rto.rollout.samplers.vllm_worker`), or a LoRA policy's adapter alone through vLLM's own route.
+(`rto.rollout.samplers.vllm_worker`); of a LoRA policy the base goes once, then the adapter alone, through vLLM's own
+route.
 """
 
 import http.client
 import json
+import logging
 import os
 import random
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +25,7 @@ import numpy as np
 import psutil
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rto.models.loading import max_positions, unwrap_peft
 from rto.rollout.samplers.base import SamplerError, SamplingConfig
@@ -32,8 +34,10 @@ from rto.rollout.samplers.plain import keep_weights_plain
 from rto.rollout.samplers.transformers import cache_bytes
 from rto.rollout.samplers.weights import is_adapted, named_weights, write_adapter
 
+logger = logging.getLogger(__name__)
 INSTALL = (
-    "vLLM is not installed: `pip install vllm` where there is a GPU (on processors: docs/vllm.md), or use_vllm=False"
+    "vLLM is not installed: `pip install vllm` where there is a GPU (docs/samplers.md has processors), or "
+    "use_vllm=False"
 )
 
 
@@ -126,7 +130,9 @@ class Colocated:
         from vllm.platforms import current_platform
 
         settings = self._on_processors(policy) if current_platform.is_cpu() else {}
-        self.sleep = self.sleep and current_platform.is_sleep_mode_available()
+        if self.sleep and not current_platform.is_sleep_mode_available():
+            logger.warning("vllm_enable_sleep_mode: vLLM cannot sleep on this platform and keeps its memory")
+            self.sleep = False
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's own threads stay as they are
         keep_weights_plain()
         folder = tempfile.mkdtemp(prefix="rto-vllm-")
@@ -206,6 +212,10 @@ CONNECTIONS = 64
 """Requests that are under way at a time; the server makes its batches of them."""
 
 
+class RefusedError(SamplerError):
+    """A server is there, and answers with an error."""
+
+
 class Server:
     """`vllm serve`, started by ``python -m rto.rollout.samplers.vllm_server`` or with what that sets.
 
@@ -228,6 +238,7 @@ class Server:
         self._folder = Path(tempfile.mkdtemp(prefix="rto-vllm-", dir=folder))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._loads = 0
+        self._has_base = False
         self._model: str = self._ask("GET", "/v1/models")["data"][0]["id"]
         self._base = self._model
 
@@ -236,14 +247,32 @@ class Server:
         self._loads += 1  # names and paths that were not used before: nothing that older weights left is used again
         at = self._folder / str(self._loads)
         if is_adapted(policy):
+            self._send_base(policy)
             by_main(lambda: self._send_adapter(policy, at))
             self._model = f"{ADAPTER}-{self._loads}"
         else:
-            by_main(self._send_weights(policy, at))
+            by_main(self._send_weights(named_weights(policy), at))
             self._model = self._base
         for older in self._folder.iterdir():
             if older != at or not is_adapted(policy):
                 shutil.rmtree(older, ignore_errors=True)
+
+    def _send_base(self, policy: nn.Module) -> None:
+        """What an adapter is added to, once: the server may have another run's weights.
+
+        A server without our extension keeps what it started with; the first sync's check says whether that is right.
+        """
+        if self._has_base:
+            return
+        self._has_base = True
+        at = self._folder / "base"
+        send = self._send_weights(named_weights(policy, merged=False), at)
+
+        def try_to() -> None:
+            with suppress(RefusedError):
+                send()
+
+        by_main(try_to)
 
     def _send_adapter(self, policy: nn.Module, at: Path) -> None:
         """The server may read the folder again as long as the adapter is in use."""
@@ -253,9 +282,9 @@ class Server:
         if self._model != self._base:
             self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": self._model}, remedy=ADAPTERS)
 
-    def _send_weights(self, policy: nn.Module, at: Path) -> Callable[[], None]:
+    def _send_weights(self, named: Iterable[tuple[str, Tensor]], at: Path) -> Callable[[], None]:
         weights = {}
-        for name, x in named_weights(policy):  # a sharded policy is gathered, which takes all processes
+        for name, x in named:  # a sharded policy is gathered, which takes all processes
             if is_main():
                 weights[name] = x.cpu().contiguous()
 
@@ -315,7 +344,7 @@ class Server:
             connection.close()
         if response.status != 200:
             said = " ".join(text.split())[:300]
-            raise SamplerError(f"{self.name} answers {response.status} to {route}: {said}{remedy}")
+            raise RefusedError(f"{self.name} answers {response.status} to {route}: {said}{remedy}")
         try:
             return json.loads(text)
         except ValueError:

@@ -12,10 +12,11 @@ from rto.models.loading import unwrap_peft
 from rto.models.roles import acting, save_adapter
 
 
-def named_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under the name that the base's checkpoint has for it, the adapter that is active merged into it.
+def named_weights(policy: Any, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under the name that the base's checkpoint has for it.
 
-    A weight that is cut over processes is gathered, so all of them iterate.
+    The adapter that is active is merged into them, or (``merged=False``) left out. A weight that is cut over processes
+    is gathered, so all of them iterate.
 
     Raises:
         ValueError: the base is quantized; there is nothing an adapter could be merged into.
@@ -28,7 +29,8 @@ def named_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
             if not parameter.is_floating_point():
                 raise ValueError(f"weights of type {parameter.dtype} (model.{name}) cannot be handed to an engine")
             if is_base and owner in layers:
-                yield f"{owner}.{leaf}", _merged(layers[owner], leaf, _whole(parameter.detach()))
+                weight = _whole(parameter.detach())
+                yield f"{owner}.{leaf}", _merged(layers[owner], leaf, weight) if merged else weight
             elif not any(name.startswith(f"{layer}.") for layer in layers):
                 yield name, _whole(parameter.detach())
 
