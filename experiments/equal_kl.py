@@ -51,7 +51,7 @@ RECIPE = ROOT / "recipes" / "embedded" / "frontiers.yaml"
 OUT = ROOT / "docs" / "results" / "equal_kl_embedded.json"
 TUNING_SEED, BASELINE = 1000, "reward model (PPO)"
 LEVELS = (0.25, 0.5, 1.0, 1.5)
-PROMPTS, COMPLETIONS = 64, 24
+PROMPTS, COMPLETIONS = 48, 16
 CLIP = 1.0
 
 
