@@ -1,4 +1,4 @@
-"""recipes/paper and recipes/rewards: each is run, stage by stage, with tiny random models of its architecture in the hub's place."""
+"""recipes/paper, recipes/rewards: each is run, stage by stage, with tiny random models in the hub's place."""
 
 import json
 from collections.abc import Callable
