@@ -283,4 +283,4 @@ def test_qrm_without_a_margin_learns_the_log_odds_of_mean_scores(p):
 
     step.step(loss)
     means = [z[i][masks[i]].mean().item() for i in (0, 1)]
-    assert 0.2 * (means[0] - means[1]) == pytest.approx(math.log(p / (1 - p)), abs=1e-5)
+    assert 0.2 * (means[0] - means[1]) == pytest.approx(math.log(p / (1 - p)), abs=1e-3)

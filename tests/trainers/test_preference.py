@@ -194,7 +194,6 @@ def test_swapped_pairs_are_the_other_sides_preferred(
     ours, theirs = trainer(loss=loss, swap_pairs=True), trainer(loss=loss, data=turned)
     assert [e.completions for e in ours.train_dataset] == [e.completions for e in theirs.train_dataset]
     assert torch.equal(gradient(ours), gradient(theirs))
-    assert ours.evaluate() == theirs.evaluate()
 
 
 def test_swapped_labels_are_the_other_ones(trainer: Callable[..., PreferenceTrainer], labelled: Dataset) -> None:
