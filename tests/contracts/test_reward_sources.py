@@ -16,7 +16,16 @@ from transformers import (
 
 from rto.models.actor import score_logprobs
 from rto.rollout.rewards import Completed, FunctionReward, RewardModel, reward_source
-from rto.rollout.token_rewards import Ensemble, MeanLogProb, TokenFunction, TokenReward, token_source
+from rto.rollout.token_rewards import (
+    TOKEN_REWARDS,
+    Ensemble,
+    MeanLogProb,
+    PowerDifference,
+    QValue,
+    TokenFunction,
+    TokenReward,
+    token_source,
+)
 
 PROMPTS = ["Say hello.", "ab", "Tell me a story about a dog."]
 COMPLETIONS = [" Hello!", " b", " Once there was a dog"]
@@ -254,6 +263,49 @@ def test_simpos_reward_needs_no_reference_and_adds_up_to_the_mean_log_probabilit
             expected = -model(input_ids=ids, labels=labels).loss.item()
         assert row.sum().item() == pytest.approx(expected, rel=1e-4)
         assert (row[len(y) :] == 0).all()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 5.0])
+def test_the_power_transform_is_bounded_and_has_the_log_ratios_sign(dpo_models, ragged, batch, power):
+    dpo, ref, _ = dpo_models
+    x = batch(dpo.config.vocab_size, left=2, right=2)
+    found = PowerDifference(dpo, ref, power=power, max_tokens=40)(x)
+    for row, p, y in zip(found, *ragged(dpo.config.vocab_size)):
+        ids = torch.tensor([[*p, *y]])
+        with torch.no_grad():
+            own, theirs = (
+                m(input_ids=ids).logits[0].double().softmax(-1)[torch.arange(len(p) - 1, ids.shape[1] - 1), y]
+                for m in (dpo, ref)
+            )
+        expected = ((own**power - theirs**power) / power).tolist()
+        assert row[: len(y)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert (row[len(y) :] == 0).all()
+    assert found.abs().max() <= 1 / power
+    ratio = TokenReward(dpo, ref, max_tokens=40)(x)
+    assert (found.sign() == ratio.sign()).all()
+    limit = PowerDifference(dpo, ref, power=1e-4, max_tokens=40)(x)
+    torch.testing.assert_close(limit, ratio, rtol=2e-2, atol=2e-3)  # differences of numbers near 1, in fp32
+    with pytest.raises(ValueError, match="power must be a positive number"):
+        PowerDifference(dpo, ref, power=0.0)
+
+
+def test_a_q_value_is_the_head_on_the_state_after_each_token(tiny_folder, batch, ragged):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    found = QValue(model, max_tokens=40)(batch(model.config.vocab_size, left=1, right=2))
+    for row, p, y in zip(found, *ragged(model.config.vocab_size)):
+        with torch.no_grad():
+            states = model.model(input_ids=torch.tensor([[*p, *y]])).last_hidden_state[0]
+        assert row[: len(y)].tolist() == pytest.approx(model.score(states)[len(p) :, 0].tolist(), abs=1e-4)
+        assert (row[len(y) :] == 0).all()
+    with pytest.raises(ValueError, match="no trained scalar head"):
+        QValue(str(tiny_folder))
+
+
+def test_every_kind_of_token_reward_says_what_it_reads():
+    for kind in TOKEN_REWARDS.values():
+        assert {type(x) for x in (kind.compares, kind.scalar, kind.settings)} == {bool, tuple}
+        assert not (kind.compares and kind.scalar)
 
 
 class Fixed:

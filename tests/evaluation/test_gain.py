@@ -99,7 +99,7 @@ def test_what_never_varies_foretells_nothing() -> None:
     assert math.isnan(foretell(np.ones((5, 3)), gold).slope.value)
     assert np.isnan(tilted_gain(np.ones((5, 3)), gold, [0.1])).all()
     assert np.isnan(tilted_gain(gold, gold, [math.log(3) + 0.1])).all()  # more than K completions can part with
-    for shapes in (((5, 1), (5, 1)), ((5, 3), (5, 2)), ((0, 2), (0, 2))):
+    for shapes in (((5, 1), (5, 1)), ((0, 2), (0, 2))):
         with pytest.raises(ValueError, match="at least two completions a prompt"):
             foretell(*map(np.ones, shapes))
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rto.inspection.stacking import stack
+from rto.inspection.stacking import compare_fresh, stack
 
 
 def pairs_of(token_weight: float, score_weight: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,3 +67,20 @@ def test_separable_and_constant_margins_are_finite() -> None:
 
 def test_few_pairs_are_not_stacked() -> None:
     assert stack(np.ones(19), np.ones(19)) is None
+
+
+def test_the_room_of_fresh_labels_is_what_is_known_of_them_less() -> None:
+    """Of labels by known weights both know ln 2 less their entropy; of coin flips nothing."""
+    d, s = pairs_of(0.5, 1.0, 4000, seed=4)
+    p = 1 / (1 + np.exp(-(0.5 * d + s)))  # of the chosen side: its entropy is the same for either sign
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
+    held_out, flips = stack(d, s), stack(*pairs_of(0.0, 0.0, 4000, seed=5))
+    assert held_out is not None
+    assert flips is not None
+    assert held_out.knows.low <= math.log(2) - entropy <= held_out.knows.high
+    found = compare_fresh(held_out, flips)
+    assert found.room.low <= math.log(2) - entropy <= found.room.high
+    assert found.room.low > 0
+    same = compare_fresh(held_out, held_out)
+    assert same.room.value == 0
+    assert same.room.high == pytest.approx(math.sqrt(2) * (held_out.knows.high - held_out.knows.value))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rto.functional.advantages import GAE, ReinforcePlusPlus, discounted_sum
+from rto.functional.advantages import GAE, QAdvantage, ReinforcePlusPlus, discounted_sum
 from rto.functional.ppo import policy_loss
 from rto.functional.rewards import RTOReward
+from rto.theory.instances import random_mdp
+from rto.theory.mdp import soft_optimal
 
 
 @pytest.fixture
@@ -198,3 +200,39 @@ def test_the_expected_update_is_the_exact_policy_gradient(placement, estimator, 
     (ours,) = torch.autograd.grad(mdp.estimate(anchors, estimator, values), mdp.theta)
     assert exact.abs().max() > 0.05
     torch.testing.assert_close(ours, -exact, rtol=1e-10, atol=1e-12)
+
+
+def test_q_advantages_are_the_rewards_less_a_share_of_the_baseline(rollouts):
+    rewards, values, mask = rollouts
+    credit = QAdvantage(value_coef=0.3)(rewards, values, mask)
+    for b, t in itertools.product(*map(range, mask.shape)):
+        r, v = (x[b, t].item() if mask[b, t] else 0.0 for x in (rewards, values))
+        assert credit.advantages[b, t].item() == pytest.approx(r - 0.3 * v)
+        assert credit.returns[b, t].item() == pytest.approx(r)
+    with pytest.raises(ValueError, match="need the critic's values"):
+        QAdvantage()(rewards, None, mask)
+
+
+@pytest.mark.parametrize("baseline", ["none", "value", "noise"])
+def test_a_policy_paid_q_star_by_the_token_stands_still_at_the_soft_optimum(baseline):
+    """On a solved token MDP, by every state's sum over actions: Σ_a π A ∇log π = 0 at π*, and nowhere near π_ref."""
+    mdp = random_mdp(3, 3, beta=0.4, seed=0)
+    best = soft_optimal(mdp)
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(best.value.shape, generator=g, dtype=torch.float64)
+    values = {"none": torch.zeros_like(noise), "value": best.value, "noise": noise}[baseline]
+
+    open_states = ~mdp.tree.ended
+
+    def slope(logp):
+        logits = logp[:, open_states].flatten(0, 1).clone().requires_grad_()
+        q, ref = (x[:, open_states].flatten(0, 1) for x in (best.q, mdp.ref_logp))
+        v = values[:, open_states].flatten()[:, None].expand_as(q)
+        own = logits.log_softmax(-1)
+        paid = q - mdp.beta * (own - ref).detach()
+        advantages = QAdvantage(value_coef=1.0)(paid, v, torch.ones_like(paid, dtype=torch.bool)).advantages
+        (own.exp().detach() * advantages * own).sum().backward()
+        return logits.grad.abs().max().item()
+
+    assert slope(best.logp) < 1e-12
+    assert slope(mdp.ref_logp) > 1e-3

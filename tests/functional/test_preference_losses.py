@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rto.functional.preference import DPO, IPO, KTO, RDPO, TDPO, TDPO1, Completions, SimPO
+from rto.functional.preference import DPO, IPO, KTO, QRM, RDPO, TDPO, TDPO1, Completions, SimPO
 
 
 def side(*per_token: float, padding: float = math.nan) -> Completions:
@@ -250,3 +250,37 @@ def test_the_population_optimum_is_the_soft_optimal_policy(alpha, beta):
     assert population_gradient(loss, optimum, ref).abs().max() < 1e-12
     for other in (ref, ref + (REWARDS + (alpha + 0.1) * lengths) / beta):
         assert population_gradient(loss, other, ref).abs().max() > 0.01
+
+
+def test_qrm_by_hand():
+    """Scores 1, 3 against −1: means 2 and −1, β · 3 = 0.6, less the margin γ."""
+    z = [
+        Completions(logp=torch.tensor([x]), ref_logp=None, mask=torch.tensor([m]))
+        for x, m in (
+            ([1.0, 3.0, math.nan], [True, True, False]),
+            ([-1.0, math.nan, math.nan], [True, False, False]),
+        )
+    ]
+    found = QRM(beta=0.2, gamma=2.0)(*z)
+    assert found.loss.item() == pytest.approx(math.log(1 + math.exp(2.0 - 0.6)), rel=1e-6)
+    assert found.chosen_reward.item() == pytest.approx(0.4)
+    assert found.rejected_reward.item() == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.9])
+def test_qrm_without_a_margin_learns_the_log_odds_of_mean_scores(p):
+    """The minimiser of p · loss(a ≻ b) + (1 − p) · loss(b ≻ a) has β (z̄_a − z̄_b) = ln p/(1 − p), for any lengths."""
+    z = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    masks = torch.tensor([[True, True, True], [True, False, False]])
+    step = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def loss():
+        step.zero_grad()
+        a, b = (Completions(logp=z[i : i + 1], ref_logp=None, mask=masks[i : i + 1]) for i in (0, 1))
+        both = p * QRM(beta=0.2, gamma=0.0)(a, b).loss + (1 - p) * QRM(beta=0.2, gamma=0.0)(b, a).loss
+        both.sum().backward()
+        return both.sum()
+
+    step.step(loss)
+    means = [z[i][masks[i]].mean().item() for i in (0, 1)]
+    assert 0.2 * (means[0] - means[1]) == pytest.approx(math.log(p / (1 - p)), abs=1e-3)

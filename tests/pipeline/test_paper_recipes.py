@@ -1,4 +1,4 @@
-"""recipes/paper: each is run, stage by stage, with tiny random models of its architecture in the hub's place."""
+"""recipes/paper, recipes/rewards: each is run, stage by stage, with tiny random models in the hub's place."""
 
 import json
 from collections.abc import Callable
@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+)
 
 from rto.pipeline import Pipeline
 from rto.recipe import folder_of, load_recipe
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
-QUICK = ("rto", "simpo", "rto-pessimistic")
+QUICK = ("rto", "simpo", "rto-pessimistic", "reverse-reference", "q")
 SMALL: dict[str, Any] = {
     "completion_length": 16,
     "prefer.per_device_train_batch_size": 4,
@@ -80,10 +86,10 @@ def models(
     "path",
     [
         pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in sorted(PAPER.glob("*.yaml"))
+        for path in sorted([*PAPER.glob("*.yaml"), *PAPER.with_name("rewards").glob("*.yaml")])
     ],
 )
-def test_paper_recipe_takes_two_steps(
+def test_every_recipe_takes_two_steps(
     path: Path, rows: dict[str, Path], models: dict[str, str], tmp_path: Path
 ) -> None:
     model = models["pythia" if "pythia" in path.stem else "llama"]
@@ -102,7 +108,11 @@ def test_paper_recipe_takes_two_steps(
         pipeline.train(name)
     started = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").state_dict()
     for name in [*recipe.learners, *recipe.methods]:
-        trained = AutoModelForCausalLM.from_pretrained(tmp_path / folder_of(name)).state_dict()
+        scores = name in recipe.learners and recipe.has_scalar_head(name)
+        load = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        trained = load.from_pretrained(tmp_path / folder_of(name)).state_dict()
+        if scores:
+            trained = {key: weight for key, weight in trained.items() if key in started}  # its head is new
         assert any(not torch.equal(trained[key], started[key]) for key in trained), name
     for name in recipe.methods:
         (row,) = [

@@ -186,6 +186,21 @@ def test_every_loss_learns_the_pairs(trainer: Callable[..., PreferenceTrainer], 
     assert after["eval_pairs"] == len(run.eval_dataset)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_swapped_pairs_are_the_other_sides_preferred(
+    trainer: Callable[..., PreferenceTrainer], pairs: Dataset, loss: str
+) -> None:
+    turned = Dataset.from_list([{**p, "chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs])
+    ours, theirs = trainer(loss=loss, swap_pairs=True), trainer(loss=loss, data=turned)
+    assert [e.completions for e in ours.train_dataset] == [e.completions for e in theirs.train_dataset]
+    assert torch.equal(gradient(ours), gradient(theirs))
+
+
+def test_swapped_labels_are_the_other_ones(trainer: Callable[..., PreferenceTrainer], labelled: Dataset) -> None:
+    ours, theirs = (trainer(loss="kto", data=labelled, swap_pairs=swap) for swap in (True, False))
+    assert [e.labels for e in ours.train_dataset] == [tuple(not x for x in e.labels) for e in theirs.train_dataset]
+
+
 def test_kto_learns_from_labels_one_by_one(trainer: Callable[..., PreferenceTrainer], labelled: Dataset) -> None:
     run = trainer(loss="kto", data=labelled, num_train_epochs=8)
     before = run.evaluate()

@@ -17,7 +17,7 @@ from rto.evaluation.statistics.estimates import Estimate, Z
 from rto.files import plain, write_atomically
 from rto.inspection import figures
 from rto.inspection.reading import Inspection, Shown
-from rto.inspection.stacking import Stacked, Weight
+from rto.inspection.stacking import Fresh, Stacked, Weight
 from rto.inspection.statistics import (
     Agreement,
     Calibration,
@@ -131,6 +131,7 @@ def drawn(completion: Rewarded) -> list[str]:
 def sections(inspection: Inspection) -> list[Section]:
     """Every number, by what it is about."""
     found = [] if inspection.pairs is None else _of_pairs(inspection.pairs)
+    found += [] if inspection.fresh is None else [_fresh(inspection.fresh)]
     return found if inspection.credit is None else [*found, _credit(inspection.credit)]
 
 
@@ -318,6 +319,20 @@ def _stacked(stacked: Stacked) -> Section:
         ),
     ]
     return Section(title="What does each source add to the other?", findings=findings)
+
+
+def _fresh(fresh: Fresh) -> Section:
+    """What is left of that on pairs from a trained policy."""
+    found, room = fresh.stacked, fresh.room
+    told = "there is room" if room.low > 0 else "no room is seen" if room.high > 0 else "fresh labels are known better"
+    findings = [
+        _weight("weight of the token reward", found.token_weight, _earns(found.token_weight, "a larger β₁")),
+        _weight("weight of the score", found.score_weight, _earns(found.score_weight, "a larger β₃")),
+        Finding(name="β₁ : β₃", value=significant(found.ratio), reading=_ratio(found)),
+        _weight("both know", found.knows, f"nats a pair, of ln 2 = 0.693; {found.pairs:,} fresh pairs"),
+        _weight("known less than of the held-out ones", room, f"the room that fresh labels have: {told}"),
+    ]
+    return Section(title="What is left of it where a trained policy is?", findings=findings)
 
 
 def _weight(name: str, weight: Weight, reading: str) -> Finding:

@@ -26,6 +26,7 @@ from rto.data.chat import (
 from rto.data.formats import DataError, Pair, Prompt, Skipped, load_rows, normalized, read_pairs
 from rto.data.pieces import pieces
 from rto.errors import users_code
+from rto.inspection.stacking import Fresh, compare_fresh
 from rto.inspection.statistics import (
     CreditReport,
     PairReport,
@@ -70,6 +71,8 @@ class InspectArguments:
         dpo_model: π_dpo, or several models or functions (module:function), which count as their mean.
         ref_model: π_ref; not needed for an adapter (its base is taken), a function, or ``mean_logprob``.
         dataset_name: held-out pairs: a local file or folder, or a hub name.
+        fresh_dataset_name: pairs drawn from a *trained* policy and labelled anew, by a gold, a judge or people: what
+            both rewards know of them less than of the held-out ones is the room that fresh labels have.
         prompt: look at one prompt instead, with ``completion`` or completions sampled from π_dpo.
         completions: look at a file of completions instead: rows with prompt and completion, or chosen and rejected.
     """
@@ -77,6 +80,10 @@ class InspectArguments:
     dpo_model: list[str] = field(metadata={"help": "π_dpo: folder, hub id, adapter or function; several: their mean."})
     ref_model: str | None = field(default=None, metadata={"help": "π_ref, the model that π_dpo started from."})
     dataset_name: str | None = field(default=None, metadata={"help": "Held-out pairs: file, folder or hub name."})
+    fresh_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Pairs drawn from a trained policy, labelled anew: what is still known of them?"},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
     dataset_test_split: str = field(default="test", metadata={"help": "Its split."})
     rows: int | None = field(default=None, metadata={"help": "Look at the first so many rows only."})
@@ -138,7 +145,13 @@ class InspectArguments:
                 "say what to look at by one of --dataset_name (held-out pairs), --prompt and --completions; "
                 f"given: {', '.join(looked_at) or 'none'}"
             )
-        for name, needs in (("completion", "prompt"), ("credit", "dataset_name")):
+        needed = (
+            ("completion", "prompt"),
+            ("credit", "dataset_name"),
+            ("fresh_dataset_name", "dataset_name"),
+            ("fresh_dataset_name", "reward_model"),
+        )
+        for name, needs in needed:
             if getattr(self, name) is not None and getattr(self, needs) is None:
                 raise ValueError(f"--{name} needs --{needs}")
 
@@ -163,11 +176,12 @@ class Inspection:
     pairs: PairReport | None
     credit: CreditReport | None
     shown: list[Shown]
+    fresh: Fresh | None = None
 
     def to_json(self) -> str:
         """Numbers as JSON; the text that is shown is not repeated."""
         numbers = {"source": self.source, "data": self.data}
-        parts = {"pairs": self.pairs, "credit": self.credit}
+        parts = {"pairs": self.pairs, "credit": self.credit, "fresh": self.fresh}
         found = numbers | {name: asdict(x) for name, x in parts.items() if x is not None}
         return json.dumps(_json(found), indent=1, allow_nan=False)
 
@@ -213,12 +227,16 @@ def inspect(args: InspectArguments) -> Inspection:
         _check_some_are_left(rows_to_show, skipped, _what(args))
         data = skipped.report(_what(args)) if skipped.counts else _what(args)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(rows_to_show))
-    rows = _head(_load(args, args.dataset_name), args.rows)
-    pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=args.dataset_name)
+    read = [_pairs_of(args, name, tokenizer, context) for name in (args.dataset_name, args.fresh_dataset_name) if name]
     inspector = _inspector(args, models, functions, score, tokenizer)
-    rewarded = inspector.pairs(inspector.readable(pairs, rows, skipped), rows)
-    _check_some_are_left(rewarded, skipped, args.dataset_name)
+    (rewarded, skipped), *fresh_pairs = [inspector.of_rows(name, *some) for name, *some in read]
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
+    fresh = None
+    for pairs, _ in fresh_pairs:
+        anew = report_on_pairs(pairs, beta=args.beta, clip=args.token_reward_clip).stacked
+        if report.stacked is None or anew is None:
+            raise DataError("held-out or fresh pairs are too few to be compared: at least 20 of each are needed")
+        fresh = compare_fresh(report.stacked, anew)
     shown = [
         Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})
         for pair in rewarded[: args.show]
@@ -230,6 +248,7 @@ def inspect(args: InspectArguments) -> Inspection:
         pairs=report,
         credit=None if credit is None else credit_report(rewarded, credit),
         shown=shown,
+        fresh=fresh,
     )
 
 
@@ -288,6 +307,18 @@ class Inspector:
             if why is not None:
                 return why
         return None
+
+    def of_rows(
+        self, what: str, rows: Dataset, pairs: Sequence[Pair], skipped: Skipped
+    ) -> tuple[list[RewardedPair], Skipped]:
+        """A data set's pairs that can be read, rewarded.
+
+        Raises:
+            DataError: there is none.
+        """
+        rewarded = self.pairs(self.readable(pairs, rows, skipped), rows)
+        _check_some_are_left(rewarded, skipped, what)
+        return rewarded, skipped
 
     def pairs(self, pairs: Sequence[Pair], rows: Dataset) -> list[RewardedPair]:
         """Token rewards of both sides of each pair; ``rows`` is the data set that the pairs were read from."""
@@ -439,6 +470,15 @@ def base_of_adapter(source: str) -> str | None:
 
 def _load(args: InspectArguments, path: str) -> Dataset:
     return load_rows(path, name=args.dataset_config, split=args.dataset_test_split)
+
+
+def _pairs_of(
+    args: InspectArguments, name: str, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[str, Dataset, list[Pair], Skipped]:
+    """A data set of pairs: its name, its rows, what can be read of them, and what cannot."""
+    rows = _head(_load(args, name), args.rows)
+    pairs, skipped = read_pairs(rows, tokenizer, max_length=args.max_length, context=context, what=name)
+    return name, rows, pairs, skipped
 
 
 def _head(dataset: Dataset, rows: int | None) -> Dataset:

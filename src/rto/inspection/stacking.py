@@ -44,7 +44,25 @@ class Stacked:
     """Log loss of the score alone less that of both, a pair: what the token reward adds (paired interval)."""
     score_adds: Weight
     """Log loss of the token reward alone less that of both: what the score adds."""
+    knows: Weight
+    """ln 2 less the log loss of both, nats a pair: what the two know of these labels."""
     pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """The same on pairs drawn from a trained policy and labelled anew, beside the held-out pairs of the start."""
+
+    stacked: Stacked
+    room: Weight
+    """What both know of held-out labels less what they know of fresh ones: the room that fresh labels have."""
+
+
+def compare_fresh(held_out: Stacked, fresh: Stacked) -> Fresh:
+    """The drop from one set of pairs to the other, whose errors are independent."""
+    a, b = held_out.knows, fresh.knows
+    se = math.hypot(a.high - a.value, b.high - b.value) / Z
+    return Fresh(stacked=fresh, room=_weight(a.value - b.value, se))
 
 
 def stack(token: Float[np.ndarray, " n"], score: Float[np.ndarray, " n"], *, folds: int = FOLDS) -> Stacked | None:
@@ -72,6 +90,7 @@ def stack(token: Float[np.ndarray, " n"], score: Float[np.ndarray, " n"], *, fol
         log_loss={name: float(x.mean()) for name, x in loss.items()},
         token_adds=_mean(loss["score"] - loss["both"]),
         score_adds=_mean(loss["token"] - loss["both"]),
+        knows=_mean(math.log(2) - loss["both"]),
         pairs=n,
     )
 

@@ -142,8 +142,8 @@ class TokenScorer(Actor):
     What a loss with ``needs_scalar_head`` trains; its numbers stand where a policy's log-probabilities would.
     """
 
-    def forward(
-        self, tokens: Int[Tensor, "B L"], prompt_mask: Bool[Tensor, "B P"], mask: Bool[Tensor, "B T"], **_: Any
+    def forward(  # type: ignore[override]  # it has one thing to say
+        self, tokens: Int[Tensor, "B L"], prompt_mask: Bool[Tensor, "B P"], mask: Bool[Tensor, "B T"]
     ) -> TokenOutputs:
         """Score every response token."""
         sequences = Sequences(tokens=tokens, prompt_mask=prompt_mask, mask=mask)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import nn
 
 from rto.batches import Samples, collate
 from rto.data.formats import Prompt, read_prompts
@@ -124,7 +125,11 @@ def _paid(recipe: Recipe, folder: Path, method: str, drawn: _Drawn) -> list[floa
     tokenizer = reading.read_tokenizer(start, None)
     scoring = named.load(args, tokenizer, reading, needs_values=False).scoring
     device = processes().device
-    scoring.lay_out(device, lambda model: model.to(device) and None)
+
+    def put(model: nn.Module) -> None:
+        model.to(device)
+
+    scoring.lay_out(device, put)
     reward = args.credit().reward
     repeated = [p for p in drawn.prompts for _ in range(len(drawn.ids) // len(drawn.prompts))]
     paid: list[float] = []

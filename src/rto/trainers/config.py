@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from rto.credit import Credit
-from rto.functional.advantages import GAE, QAdvantage, ReinforcePlusPlus
+from rto.functional.advantages import GAE, Estimator, QAdvantage, ReinforcePlusPlus
 from rto.functional.rewards import PLACEMENTS, AdaptiveKL, RTOReward
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, Range, check_arguments, is_finite
 from rto.rollout.samplers.base import SamplingConfig
@@ -219,6 +219,11 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
     def credit(self) -> Credit:
         """Credit assignment with these settings, at its beginning."""
         target, horizon = self.kl_target, self.kl_horizon
+        estimators: dict[str, Estimator] = {
+            "gae": GAE(gamma=self.gamma, lam=self.lam),
+            "reinforce++": ReinforcePlusPlus(gamma=self.gamma),
+            "q": QAdvantage(value_coef=self.value_coef),
+        }
         return Credit(
             reward=RTOReward(
                 dpo_coef=self.dpo_coef,
@@ -229,11 +234,7 @@ class RTOConfig(VLLMArguments, TokenTrainingArguments):
                 missing_eos_penalty=self.missing_eos_penalty,
             ),
             placement=self.reward_placement,
-            estimator={
-                "gae": GAE(gamma=self.gamma, lam=self.lam),
-                "reinforce++": ReinforcePlusPlus(gamma=self.gamma),
-                "q": QAdvantage(value_coef=self.value_coef),
-            }[self.advantage_estimator],
+            estimator=estimators[self.advantage_estimator],
             whiten_rewards=self.whiten_rewards,
             whiten_advantages=self.whiten_advantages,
             normalize_scores=self.normalize_scores,

@@ -1,0 +1,168 @@
+"""Methods at equal KL, each with the β₂ that is best there; and gains foretold beside gains measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import optimize, stats
+
+from rto.evaluation.statistics.estimates import holm
+from rto.recipe import Recipe, RecipeError, load_recipe
+from rto.studies.foretold import FORETOLD
+from rto.studies.replicates import paired
+from rto.studies.report import FIGURES, Study, write_study
+from rto.studies.reproduce import Job, of_frontier, plan, reproduce, with_frontier
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recipe:
+    monkeypatch.setenv("RTO_START", str(tmp_path))
+    return load_recipe(ROOT / "recipes" / "embedded" / "frontiers.yaml")
+
+
+# --- plan
+
+
+def test_every_method_gets_the_same_values_of_beta_2(recipe: Recipe) -> None:
+    full = with_frontier(recipe, list(recipe.policies))
+    for name, own in recipe.methods.items():
+        points = [n for n, method in of_frontier(full).items() if method == name]
+        values = {full.methods[n]["kl_coef"] for n in points} | {recipe.train["kl_coef"]}
+        assert values == {0.05, 0.2}
+        assert all({**full.methods[n], "kl_coef": 0} == {**own, "kl_coef": 0} for n in points)
+    assert with_frontier(recipe, ["PPO"]).methods.keys() - recipe.methods.keys() == {"PPO β₂ 0.2"}
+
+
+def test_points_are_chosen_on_validation_prompts_and_reported_on_test_prompts(recipe: Recipe) -> None:
+    full = with_frontier(recipe, list(recipe.policies))
+    jobs = {str(job.policy): job for job in plan(full, Path("s"), list(full.policies), "test_prompts")}
+    assert {name for name, job in jobs.items() if job.validated} == {"start", *full.methods}
+    assert {name for name, job in jobs.items() if job.foretold} == set(recipe.methods)
+    assert all(job._measured_on == ["test_prompts", "validation_prompts"] for job in jobs.values() if job.validated)
+
+
+def test_a_method_needs_the_learner_it_is_compared_with(recipe: Recipe) -> None:
+    methods = {"PPO": {"dpo_coef": 0.0}, "reverse": {"dpo_coef": 0.1, "dpo_ref_model": "reverse DPO"}}
+    other = load_recipe(
+        ROOT / "recipes/embedded/frontiers.yaml", {"methods": methods, "study.comparisons": {}, "study.frontier": None}
+    )
+    (job,) = [job for job in plan(other, Path("s"), ["reverse"], "test_prompts") if job.policy == "reverse"]
+    assert job.needs == {Path("s/reward"), Path("s/dpo"), Path("s/reverse-dpo")}
+    assert list(other.policies) == ["start", "DPO", "PPO", "reverse"]  # nobody uses a reverse model as a policy
+    with pytest.raises(RecipeError, match=r"methods\.reverse\.dpo_ref_model: no learner 'reverse DPOO'; did you mean"):
+        load_recipe(ROOT / "recipes/embedded/frontiers.yaml", {"methods.reverse.dpo_ref_model": "reverse DPOO"})
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("q", "dpo"), ("logratio", "qrm"), ("power", "qrm")])
+def test_a_learner_is_read_as_what_it_is(recipe: Recipe, kind: str, loss: str) -> None:
+    changes = {"learners": {"L": {"loss": loss}}, "methods": {"M": {"dpo_coef": 0.1, "token_reward": kind}}}
+    with pytest.raises(RecipeError, match=f"methods.M: token_reward is {kind}, and L"):
+        load_recipe(
+            ROOT / "recipes/embedded/frontiers.yaml", {**changes, "study.comparisons": {}, "study.baseline": "M"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study.frontier.methods": ["PPOO"]}, r"study\.frontier\.methods: no method 'PPOO'"),
+        ({"data.validation_prompts": None}, r"study\.frontier reads data\.validation_prompts"),
+        ({"data.validation_prompts": None, "study.frontier": None}, r"study\.foretell reads data\.validation_prompts"),
+        ({"study.foretell.completions": 1}, r"completions.*greater than or equal to 2|at least 2"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(ROOT / "recipes" / "embedded" / "frontiers.yaml", changes)
+
+
+# --- report
+
+
+SEEDS = range(10, 14)
+
+
+def numbers(policy: str, seed: int, prompts: str) -> tuple[float, float]:
+    """Gold and KL of a policy, drawn by its name."""
+    rng = np.random.default_rng([seed, len(prompts), *policy.encode()])
+    far = {"start": 0.0}.get(policy, 1.0)
+    return float(rng.normal() + far), far * float(rng.exponential(2.0))
+
+
+@pytest.fixture
+def results(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study whose jobs write numbers drawn by hand."""
+
+    def run(job: Job, console: Console) -> None:
+        job.path.mkdir(parents=True, exist_ok=True)
+        (job.path / "done.json").write_text('{"seconds": 1}')
+        for prompts in job._measured_on:
+            gold, kl = numbers(str(job.policy), job.recipe.seed, prompts)
+            found = {"gold": [gold], "kl": [kl], "length": [1], "ended": [True], "logged": {}, "shown": []}
+            (job.path / f"{prompts}.json").write_text(json.dumps(found))
+        if job.foretold:
+            slope = {"PPO": 0.5, "RTO": 1.0, "RTO (stacked)": 2.0}[str(job.policy)]
+            told = {key: {"value": slope, "low": 0.0, "high": 3.0} for key in ("correlation", "slope")}
+            (job.path / FORETOLD).write_text(json.dumps({"start": told, "trained": told}))
+
+    monkeypatch.setattr(Job, "run", run)
+    monkeypatch.setattr("rto.studies.reproduce.Pipeline.check", lambda self: None)
+    return reproduce(recipe, tmp_path / "out", seeds=len(SEEDS), console=Console(quiet=True))
+
+
+def best_on_validation(method: str, seed: int, level: float) -> tuple[float, float]:
+    """Test gold and KL of the best mixture, by a linear program."""
+    names = ["start", method, f"{method} β₂ 0.2"]
+    gold, kl = np.array([numbers(name, seed, "validation_prompts") for name in names]).T
+    ones = np.ones((1, 3))
+    shares = optimize.linprog(-gold, A_ub=kl[None], b_ub=[level], A_eq=ones, b_eq=[1.0]).x
+    gold, kl = np.array([numbers(name, seed, "test_prompts") for name in names]).T
+    return float(shares @ gold), float(shares @ kl)
+
+
+def test_the_table_at_equal_kl_is_that_of_the_best_mixtures(results: Path) -> None:
+    study = Study(json.loads(results.read_text()))
+    assert study.compared == ["PPO", "RTO", "RTO (stacked)"]
+    tests = []
+    for method in study.compared:
+        for level in (0.5, 1.0, 2.0):
+            ours, theirs = (
+                np.array([best_on_validation(name, seed, level) for seed in SEEDS]) for name in (method, "PPO")
+            )
+            found = study.at_equal_kl(method, level)
+            np.testing.assert_allclose(found["gold"], ours[:, 0], atol=1e-7)
+            np.testing.assert_allclose(found["kl"], ours[:, 1], atol=1e-7)
+            tests += [paired(ours[:, 0], theirs[:, 0]).p] if method != "PPO" else []
+    text = write_study(results).read_text()
+    (section,) = [part for part in text.split("### ") if part.startswith("At equal KL")]
+    rows = [line.split("|")[1:-1] for line in section.split("\n") if line.startswith("| RTO")]
+    written = [float(row[column]) for row in rows for column in (3, 6, 9)]
+    assert written == pytest.approx(holm(tests).tolist(), rel=0.01)
+
+
+def test_the_foretold_gain_stands_beside_the_measured_one(results: Path) -> None:
+    study = Study(json.loads(results.read_text()))
+    ranks = []
+    for seed in SEEDS:
+        told, had = [], []
+        for method, slope in (("PPO", 0.5), ("RTO", 1.0), ("RTO (stacked)", 2.0)):
+            gold, kl = numbers(method, seed, "test_prompts")
+            told.append(slope * (2 * kl) ** 0.5)
+            had.append(gold - numbers("start", seed, "test_prompts")[0])
+        ranks.append(stats.spearmanr(told, had).statistic)
+    text = write_study(results).read_text()
+    (section,) = [part for part in text.split("### ") if part.startswith("Foretold and measured")]
+    row = next(line for line in section.split("\n") if line.startswith("| rank correlation"))
+    assert float(row.split("|")[6].split("±")[0].replace("−", "-")) == pytest.approx(np.mean(ranks), abs=0.051)
+    assert study.foretold == ["PPO", "RTO", "RTO (stacked)"]
+
+
+def test_figures_are_drawn_where_there_is_something_to_draw(results: Path) -> None:
+    write_study(results)
+    drawn = {path.stem for path in results.parent.glob("*.svg")}
+    assert {"equal-kl", "foretold"} <= drawn <= set(FIGURES)
