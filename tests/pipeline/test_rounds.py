@@ -4,9 +4,10 @@ import itertools
 import json
 import math
 import random
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,20 @@ from rto.report.table import results_cells
 from rto.report.watch import Watched
 from rto.studies.report import family
 from rto.studies.reproduce import in_rounds, of_seed, plan
+from rto.terminal import Terminal
 
 sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
-from judge_server import Handler, JudgeServer, completion  # noqa: E402
+from judge_server import Handler, JudgeServer, completion
 
 PROGRAM = Path(__file__).with_name("rounds_task.py")
 SOURCES = ("gold", "judge", "person")
 
 
 def tree(model: Path, **more: Any) -> dict[str, Any]:
-    """Two rounds in seconds: 8 pairs and 16 prompts in each."""
+    """Two rounds in seconds: 8 pairs and 8 prompts in each."""
     function = "rounds_task:words"
-    data = {"pair_prompts": 16, "prompts": 32, "test_prompts": 4}
-    step = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1}
+    data = {"pair_prompts": 16, "prompts": 16, "test_prompts": 4}
+    step = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 0.5}
     return {
         "model": str(model),
         "gold": "rounds_task:gold",
@@ -65,7 +67,7 @@ def tree(model: Path, **more: Any) -> dict[str, Any]:
         "data": {name: {"path": function, "split": name, "rows": n} for name, n in data.items()},
         "prefer": step,
         "reward": step,
-        "train": {**step, "per_device_train_batch_size": 8, "num_mini_batches": 2, "save_steps": 1},
+        "train": {**step, "per_device_train_batch_size": 4, "num_mini_batches": 1},
         "methods": {"RTO": {"dpo_coef": 0.1}},
         **more,
     }
@@ -225,7 +227,7 @@ def test_gold_labels_are_draws_of_bradley_terry() -> None:
 
 def answers(body: dict[str, Any]) -> tuple[str, str]:
     """The two answers in a judge's prompt, between their fences."""
-    lines = body["messages"][-1]["content"].split("\n")
+    lines = next(m for m in body["messages"] if m["role"] == "user")["content"].split("\n")
     starts = [i for i, line in enumerate(lines) if " answer " in line and line.startswith("[") and "end" not in line]
     ends = [i for i, line in enumerate(lines) if "end of answer" in line and line.startswith("[")]
     first, second = ("\n".join(lines[a + 1 : b]) for a, b in zip(starts, ends))
@@ -344,7 +346,7 @@ def test_a_damaged_file_is_refused(end: bytes, tmp_path: Path) -> None:
     write_questions(PEOPLE, path)
     fill(path, lambda a, b: "a")
     path.write_bytes(path.read_bytes() + end)
-    with pytest.raises(DataError, match="round-1.jsonl"):
+    with pytest.raises(DataError, match=r"round-1\.jsonl"):
         by_person(PEOPLE, path)
 
 
@@ -352,7 +354,7 @@ def test_a_damaged_file_is_refused(end: bytes, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Any]]]:
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """Two rounds by gold labels, and the on-line trainers as they began."""
     folder, began = tmp_path_factory.mktemp("rounds"), []
 
@@ -366,7 +368,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "RTOTrainer", Seen)
         pipeline.run(recipe_of(tiny_folder, folder), folder / "run")
-    yield folder / "run", began
+    return folder / "run", began
 
 
 def test_the_union_is_all_pairs_so_far(finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_the_union_is_all_pairs_so_far(finished: tuple[Path, list[Any]], tiny_fo
     assert {row["policy"] for row in later} == {"DPO", "RTO"}
     asked = [{row["prompt"] for row in rows} for rows in (first, later)]
     assert asked[0].isdisjoint(asked[1])
-    found = pipeline.Pipeline(recipe_of(tiny_folder, tmp_path), run, None)._pairs(2)
+    found = pipeline.Pipeline(recipe_of(tiny_folder, tmp_path), run, Terminal())._pairs(2)
     assert [dict(row) for row in found] == first + later
     for stage in ("dpo", "reward"):
         for where, rows in (("", first), ("round-2", first + later)):
@@ -406,7 +408,7 @@ def test_costs_are_told_beside_results(finished: tuple[Path, list[Any]]) -> None
     assert list(methods) == ["start", "DPO, round 1", "DPO", "RTO, round 1", "RTO"]
     labels = [json.loads((run / w / "pairs" / "counts.json").read_text())["labels"] for w in ("", "round-2")]
     assert [m["labels"] for m in methods.values()] == [0, labels[0], sum(labels), labels[0], sum(labels)]
-    assert [m["prompts_used"] for m in methods.values()] == [0, 0, 0, 16, 32]
+    assert [m["prompts_used"] for m in methods.values()] == [0, 0, 0, 8, 16]
     headings, cells = results_cells({"methods": methods})
     assert "labels" in headings
     assert "prompts used" in headings
@@ -419,7 +421,7 @@ def test_one_report_of_all_rounds(finished: tuple[Path, list[Any]]) -> None:
     assert list(run.online) == ["RTO"]
     episodes = [row["episodes"] for row in run.online["RTO"] if "kl" in row]
     assert episodes == sorted(episodes)
-    assert episodes[-1] == 32
+    assert episodes == [4, 8, 12, 16]
     assert {"DPO, round 1", "DPO"} <= set(run.offline)
     page = render(run)
     assert "Gold against labels used" in page
@@ -437,7 +439,8 @@ def test_a_dry_run_tells_what_the_rounds_did(
     run, _ = finished
     recipe = recipe_of(tiny_folder, tmp_path)
     planned = {x.stage: x for x in dry_run(recipe, run)}
-    assert list(planned)[:4] == ["pairs, round 1", "DPO, round 1", "pairs, round 2", "DPO, round 2"] or True
+    stages = [f"{name}, round {k}" for k in (1, 2) for name in ("pairs", "DPO", "reward", "RTO")]
+    assert list(planned) == [*stages, "evaluation"]
     assert all(x.done for x in planned.values())
     for k, where in ((1, ""), (2, "round-2")):
         for name in ("DPO", "RTO"):
@@ -448,9 +451,8 @@ def test_a_dry_run_tells_what_the_rounds_did(
         assert planned[f"RTO, round {k}"].updates == about["steps"]
 
 
-def test_a_second_run_does_nothing_and_a_lost_stage_is_redone(
-    finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_second_run_does_nothing(finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path) -> None:
     run, _ = finished
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "report.html"}
     pipeline.run(recipe_of(tiny_folder, tmp_path), run)
@@ -469,12 +471,12 @@ METHODS = {
 
 def go_on(folder: Path, out: Path, *, processes: int = 1, kill: int | None = None) -> Any:
     more = [] if kill is None else ["--kill", str(kill)]
-    return warm.run(PROGRAM, str(folder / "rounds.yaml"), str(out), *more, processes=processes, timeout=300)
+    return warm.run(PROGRAM, str(folder / "rounds.yaml"), str(out), *more, processes=processes, timeout=200)
 
 
 def to_the_end(folder: Path, out: Path, *, processes: int = 1, kill: int | None = None) -> int:
-    """Run, kill, fill files as they are asked for, and run again; how often it was begun."""
-    for attempt in range(1, 40):
+    """Run, be killed once, fill files as they are asked for, and run again; how often it was begun."""
+    for attempt in range(1, 6):
         done = go_on(folder, out, processes=processes, kill=kill)
         if done.returncode == 0:
             return attempt
@@ -484,7 +486,8 @@ def to_the_end(folder: Path, out: Path, *, processes: int = 1, kill: int | None 
             fill(path, by_length)
         else:
             assert kill is not None, done.stderr[-3000:]
-            kill += 17  # further on, so that it ends
+            assert done.returncode == -signal.SIGKILL
+            kill = None
     raise AssertionError("it did not end")
 
 
@@ -601,9 +604,8 @@ def test_a_plan_can_be_run_in_its_order(gold: str | None, rounds: int) -> None:
         for job in jobs:
             assert job.needs <= done
             done.add(job.path)
-            measured += [recipe.policy(job.policy, job.k) if job.policy != recipe.start else job.policy] * bool(
-                job.prompts
-            )
+            if job.prompts:
+                measured.append(job.policy if job.stage == "sft" else recipe.policy(job.policy, job.k))
             if gold is None and job.prompts:
                 assert Path("s", "reward" if rounds == 1 else f"round-{rounds}/reward") in done
         assert sorted(measured) == sorted(asked)
@@ -652,8 +654,8 @@ def test_a_study_compares_rounds_at_equal_labels(tiny_folder: Path, tmp_path: Pa
     for once, twice in zip(runs["RTO"], runs["RTO in 2 rounds"]):
         assert once["labels"] <= 16
         assert twice["labels"] <= 16
-        assert once["prompts_used"] == twice["prompts_used"] == 32
-        assert twice["curve"]["episodes"] == [8, 16, 24, 32]
+        assert once["prompts_used"] == twice["prompts_used"] == 16
+        assert twice["curve"]["episodes"] == [4, 8, 12, 16]
     again = reproduce(recipe, tmp_path / "study", console=Console(quiet=True))
     assert again == out
     text = write_study(out).read_text()

@@ -175,9 +175,9 @@ def gold_against_labels(run: Run, colours: Mapping[str, str]) -> Panel | None:
         figure, ax = axes(LARGE, "labels used")
         ends = {}
         for name, path in paths.items():
-            at, gold, errors = (np.array(column) for column in zip(*path))
-            ax.errorbar(at, gold, errors, color=colours[name], marker="o", markersize=4, elinewidth=0.9, linewidth=1.1)
-            ends[name] = float(gold[-1])
+            xs, ys, errors = (np.array(column) for column in zip(*path))
+            ax.errorbar(xs, ys, errors, color=colours[name], marker="o", markersize=4, elinewidth=0.9, linewidth=1.1)
+            ends[name] = float(ys[-1])
         ax.margins(x=0.05, y=0.12)
         _name_lines(ax, ends, colours)
         said = [

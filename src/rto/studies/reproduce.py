@@ -176,11 +176,11 @@ def reproduce(
             tuned, trials = tune(recipe, recipe.study.tune, folder / "tune", policies, jobs, console)
         final = with_fractions(tuned, policies)
         names = [name for name in variants(final) if _is_measured(name, final, policies)]
-        final_seeds = range(recipe.seed, recipe.seed + count)
-        _share_the_start(folder, final_seeds, {variants(final)[name][0].rounds for name in names} - {recipe.rounds})
-        run_jobs([job for seed in final_seeds for job in of_seed(final, folder, seed, names)], jobs, console)
+        every = range(recipe.seed, recipe.seed + count)
+        _share_the_start(folder, every, {variants(final)[name][0].rounds for name in names} - {recipe.rounds})
+        run_jobs([job for seed in every for job in of_seed(final, folder, seed, names)], jobs, console)
         path = folder / "results.json"
-        rows = collect(final, folder, names, final_seeds)
+        rows = collect(final, folder, names, every)
         write_atomically(path, json.dumps({**rows, "tuning": _as_json(trials)}, ensure_ascii=False) + "\n")
     return path
 
