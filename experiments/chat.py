@@ -3,7 +3,7 @@
     RTO_DATA=../shared/data python experiments/chat.py rows     runs/chat/rows: pairs, held_out, prompts, ...
     rto run experiments/chat.yaml --output_dir runs/chat/run
     python experiments/chat.py read start RTO                   what two policies say, side by side in a blind order
-    python experiments/chat.py read start RTO --said 12-2…      the same, with what a reader preferred: 1, 2, - for none
+    python experiments/chat.py read start RTO --said 12-2…      what a reader preferred is counted: 1, 2, - for none
 
 Pairs are those of LLMBar, PandaLM and the ranked trees of Open Assistant that people labelled. A prompt stands on one
 side of the split alone: PandaLM asks each of its instructions several times.

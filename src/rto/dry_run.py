@@ -329,8 +329,8 @@ def show(found: list[Planned], console: Console) -> None:
     left = [x.seconds for x in found if not x.done and x.seconds is not None]
     console.print(
         f"Tokens are an upper bound: completions of full length. Memory is that of models and their work, not of "
-        f"libraries. Time is a lower bound, arithmetic at the rate of a matrix product on this machine; training alone "
-        f"{_time(sum(left))}. Nothing was trained.",
+        f"libraries. Time is a lower bound, arithmetic at the rate of a matrix product on this machine; training "
+        f"alone {_time(sum(left))}. Nothing was trained.",
         highlight=False,
     )
 
