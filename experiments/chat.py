@@ -1,7 +1,9 @@
 """The rows of docs/chat.md: short human preference pairs and instructions, for a chat model of 135 million weights.
 
-    RTO_DATA=../shared/data python experiments/chat.py rows            runs/chat/rows: pairs, held_out, prompts, ...
-    python experiments/chat.py read runs/chat --methods start RTO      completions of two policies, in a blind order
+    RTO_DATA=../shared/data python experiments/chat.py rows     runs/chat/rows: pairs, held_out, prompts, ...
+    rto run experiments/chat.yaml --output_dir runs/chat/run
+    python experiments/chat.py read start RTO                   what two policies say, side by side in a blind order
+    python experiments/chat.py read start RTO --said 12-2…      what a reader preferred is counted: 1, 2, - for none
 
 Pairs are those of LLMBar, PandaLM and the ranked trees of Open Assistant that people labelled. A prompt stands on one
 side of the split alone: PandaLM asks each of its instructions several times.
@@ -100,14 +102,41 @@ def rows(model: str, longest: int) -> None:
     print(f"held out: the longer side is preferred in {sum(longer) / len(longer):.3f} of {len(longer)} pairs")
 
 
+def read(run: Path, methods: list[str], said: str) -> None:
+    """Print completions of two policies to the same prompts, or count a reader's verdicts on them.
+
+    Args:
+        run: the folder of the run.
+        methods: the two.
+        said: a character for each prompt; "" prints the completions.
+    """
+    lines = (run / "evaluation" / "completions.jsonl").read_text(encoding="utf-8").split("\n")
+    asked = [json.loads(line) for line in lines if line][: len(said) or None]
+    coin = random.Random(4)
+    first = [coin.random() < 0.5 for _ in asked]
+    for i, (row, straight) in enumerate(zip(asked, first)):
+        sides = [row["completions"][name] for name in (methods if straight else methods[::-1])]
+        if not said:
+            print(f"--- {i}: {row['prompt']}\n[1] {sides[0]}\n[2] {sides[1]}")
+    if said:
+        wins = [("12" if straight else "21").find(verdict) for verdict, straight in zip(said, first)]
+        print({name: wins.count(i) for i, name in enumerate(methods)} | {"none": wins.count(-1)})
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rows"])
+    parser.add_argument("what", choices=["rows", "read"])
+    parser.add_argument("methods", nargs="*", help="two policies to read side by side")
+    parser.add_argument("--said", default="", help="a reader's verdicts in the order of the prompts")
+    parser.add_argument("--run", type=Path, default=RUNS / "run", help="the run to read")
     parser.add_argument("--model", default=MODEL, help="whose tokenizer counts")
     parser.add_argument("--longest", type=int, default=120, help="tokens of a prompt and its longer side")
     given = parser.parse_args()
-    rows(given.model, given.longest)
+    if given.what == "rows":
+        rows(given.model, given.longest)
+    else:
+        read(given.run, given.methods, given.said)
 
 
 if __name__ == "__main__":

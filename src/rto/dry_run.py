@@ -346,8 +346,9 @@ def show(found: list[Planned], console: Console) -> None:
     console.print(table)
     left = [x.seconds for x in found if not x.done and x.seconds is not None]
     console.print(
-        f"Tokens, memory and time are upper bounds of sorts: completions of full length, arithmetic at the rate of a "
-        f"matrix product on this machine; training alone {_time(sum(left))}. Nothing was trained.",
+        f"Tokens are an upper bound: completions of full length. Memory is that of models and their work, not of "
+        f"libraries. Time is a lower bound, arithmetic at the rate of a matrix product on this machine; training "
+        f"alone {_time(sum(left))}. Nothing was trained.",
         highlight=False,
     )
 

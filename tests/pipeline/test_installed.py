@@ -38,6 +38,18 @@ def test_every_recipe_is_found_by_name_and_by_the_path_of_a_checkout(monkeypatch
         load_recipe("mine.yaml")
 
 
+@pytest.mark.parametrize("path", ["chat", ROOT / "experiments" / "chat.yaml"])
+def test_the_chat_recipes_are_sound(path: str | Path) -> None:
+    """The packaged one, and the one of docs/chat.md, which differs in its rows, its precision and its size alone."""
+    ours, packaged_one = load_recipe(path), load_recipe("chat")
+    for name in ("model", "seed", "peft", "methods", "learners", "sft", "evaluate_temperature"):
+        assert getattr(ours, name) == getattr(packaged_one, name)
+    for stage in ("prefer", "reward", "train"):
+        rates = [key for key in getattr(packaged_one, stage) if "learning_rate" in key or key.endswith("coef")]
+        assert rates
+        assert all(getattr(ours, stage)[key] == getattr(packaged_one, stage)[key] for key in rates)
+
+
 def test_a_copy_is_the_recipe_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Comments stay, values change, and a recipe on a base finds it from anywhere."""
     (tmp_path / "chat.yaml").write_text(copied("chat", {"model": "./mine", "data.pairs.path": "p: q.jsonl"}))

@@ -1,6 +1,7 @@
 """Nothing is lost: killed runs resume bit for bit, damaged checkpoints are named, processes agree."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ import safetensors.torch
 import torch
 from killable import build
 from preferring import prefer
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 import warm
 from rto.trainers.checkpoints import SEAL, CheckpointError, check_seal, last_checkpoint
@@ -164,3 +167,15 @@ def test_two_processes_prefer_as_one_does(tiny_folder: Path, tmp_path: Path) -> 
         assert max(float((one[name] - x).abs().max()) for name, x in before.items()) > 1e-3
         together = json.loads((tmp_path / "two" / loss / "evaluation.json").read_text())
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def test_a_share_of_training_is_no_mismatch_when_a_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """The library compares ``save_steps=0.25`` with the updates that it made of it; other differences stay."""
+    state = TrainerState(train_batch_size=8, logging_steps=1, save_steps=2)
+    args = TrainingArguments(output_dir="x", logging_steps=1, save_steps=0.25, use_cpu=True)
+    with caplog.at_level(logging.WARNING, logger="transformers.trainer_utils"):
+        compare_trainer_and_checkpoint_args(args, state)
+        assert not caplog.records
+        args.logging_steps = 3
+        compare_trainer_and_checkpoint_args(args, state)
+    assert "logging_steps: 3 (from args) != 1" in caplog.text

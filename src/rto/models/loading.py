@@ -194,7 +194,7 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
         )
     head = getattr(model, "score", getattr(model, "classifier", None))
     if missing and isinstance(head, nn.Linear):  # an encoder's head of several layers starts small and random
-        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.float().weight)  # trained, whatever the precision of the backbone
     return model
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,16 @@ from rto.rollout.rewards import Completed
 from rto.trainers.alarms import AlarmCallback
 
 logger = logging.getLogger(__name__)
+
+
+def _says_more_than_a_fraction(record: logging.LogRecord) -> bool:
+    """False for the library's warning that steps given as a share of training are no number of updates."""
+    first, *rest = record.getMessage().split("\n")
+    told = "do not match the ones in the `trainer_state.json`" in first and rest
+    return not told or not all(re.match(r"\s*(logging|eval|save)_steps: 0\.\d+ \(from args\)", line) for line in rest)
+
+
+logging.getLogger("transformers.trainer_utils").addFilter(_says_more_than_a_fraction)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
