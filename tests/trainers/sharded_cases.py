@@ -78,8 +78,8 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     if args.dpo_coef:
         own["dpo_model"] = dpo
     prompts = [{"prompt": word * (1 + i % 3)} for i, word in enumerate(WORDS)]
-    trainer = RTOTrainer(policy, args, reward_funcs=reward, train_dataset=Dataset.from_list(prompts), **own)
-    trainer.eval_dataset = trainer.train_dataset[:5]
+    own |= {"train_dataset": Dataset.from_list(prompts), "eval_dataset": Dataset.from_list(prompts[:5])}
+    trainer = RTOTrainer(policy, args, reward_funcs=reward, **own)
     # Greedy: not by which process a prompt is on. A third of the vocabulary ends a completion, so that lengths differ.
     config = SamplingConfig(max_completion_length=9, temperature=0.0)
     decoder = TransformersSampler(config=config, eos_ids=tuple(range(2, 260, 3)), pad_id=trainer.sampler.pad_id)
