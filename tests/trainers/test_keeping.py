@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rto import PreferenceConfig, PreferenceTrainer, signals
 from rto.data.errors import DataError
-from rto.files import alone
+from rto.files import alone, write_atomically
 from rto.trainers.checkpoints import (
     SEAL,
     CheckpointError,
@@ -137,6 +138,23 @@ def test_losses_and_time_are_of_all_attempts(tiny_folder: Path, tmp_path: Path) 
     again = prefer(str(tiny_folder), tmp_path / "cut")
     assert again.train("last").metrics["train_runtime"] > 1000
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_of_several_writers_one_comes_last_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
+    path, texts = tmp_path / "x.json", [c * 100_000 for c in "abcd"]
+
+    def write(text: str) -> None:
+        for _ in range(20):
+            write_atomically(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    whole = path.read_text()
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_one_process_a_folder(tmp_path: Path) -> None:
