@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rto.data.chat import TEMPLATE_COLUMNS
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.data.pieces import drawn
-from rto.errors import make_folder, users_code
+from rto.errors import make_folder, users_code, writing
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, write_atomically
 from rto.inspection.reading import spoken
@@ -176,8 +176,9 @@ class Pipeline:
                 start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
                 if processes().is_main_process:
-                    start.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
+                    with writing(folder):
+                        start.save_pretrained(folder)
+                        tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
             rows = recipe.data.demonstrations.load(recipe.seed)
@@ -202,8 +203,9 @@ class Pipeline:
             if trainer.args.should_save:
                 merged = merged.merge_and_unload()
                 stop_at_eos(merged, tokenizer)
-                merged.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                with writing(folder):
+                    merged.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
 
     def pairs(self) -> None:
         """Preference pairs: two completions of the starting policy for each prompt, labelled by the gold reward."""

@@ -1,5 +1,6 @@
 """Checkpoints know their bytes and their run; a folder has one process; signals save; logs survive damage."""
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from datasets import Dataset
 from killable import WORDS, build
 from preferring import ROWS
+from safetensors import SafetensorError
 from transformers.trainer_utils import IntervalStrategy
 
 from rto import PreferenceConfig, PreferenceTrainer, signals
@@ -155,6 +157,28 @@ def test_of_several_writers_one_comes_last_and_a_failed_one_leaves_nothing(tmp_p
         write_atomically(path, "\ud800")
     assert path.read_text() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error: No space left")]
+)
+def test_a_disk_that_is_full_at_the_end_is_told_with_the_path(
+    error: Exception, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prefer(str(tiny_folder), tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "_save", full)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written .*No space left.*make room"):
+        run.save_model()
+    monkeypatch.setattr(os, "fsync", full)
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_atomically(tmp_path / "x.json", "{}")
+        assert caught.value.filename == str(tmp_path / "x.json")
+        assert not list(tmp_path.glob("x.json*"))
 
 
 def test_one_process_a_folder(tmp_path: Path) -> None:
