@@ -44,6 +44,23 @@ def told(error: Exception) -> str | None:
     return veil(" ".join(str(error).split()))
 
 
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Around the writing of a model: a full disk is told with the path, whichever library met it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(
+            f"{what} cannot be written ({' '.join(str(error).split())[:200]}): make room, or name another folder"
+        ) from error
+
+
 def make_folder(path: str | Path, what: str) -> Path:
     """A folder that can be written, made where it is not there yet.
 

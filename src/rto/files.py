@@ -42,8 +42,10 @@ def write_atomically(path: Path, text: str, *, errors: str = "strict") -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
         raise
 
 
@@ -263,9 +265,13 @@ class Journal:
             raise DataError(f"{self.path}: another process is writing here: wait for it, or choose another output")
 
     def _write(self, data: bytes) -> None:
-        while data:  # a write may be short where the disk is nearly full
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        try:
+            while data:  # a write may be short where the disk is nearly full
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def _take_up(self, settings: Row) -> None:
         data = self.path.read_bytes()

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from rto.data.formats import DataError, Prompt, load_rows, read_prompts
 from rto.data.pieces import drawn
-from rto.errors import make_folder, users_code
+from rto.errors import make_folder, users_code, writing
 from rto.evaluation.policies import Answers, answer, summary
 from rto.files import alone, read_rows, read_whole, write_atomically
 from rto.inspection.reading import spoken
@@ -199,8 +199,9 @@ class Pipeline:
                 start: Any = load_policy(model, **self._trust)
                 _check_policy(start, tokenizer)
                 if processes().is_main_process:
-                    start.save_pretrained(folder)
-                    tokenizer.save_pretrained(folder)
+                    with writing(folder):
+                        start.save_pretrained(folder)
+                        tokenizer.save_pretrained(folder)
                 return
             assert recipe.data.demonstrations is not None
             rows = recipe.data.demonstrations.load(recipe.seed)
@@ -217,7 +218,8 @@ class Pipeline:
             if recipe.peft is None:
                 trainer.save_model()
             else:  # a whole model: the base that the adapters of all later stages share
-                trainer.save_merged(folder)
+                with writing(folder):
+                    trainer.save_merged(folder)
 
     def pairs(self, k: int = 1) -> None:
         """Preference pairs: two completions of a policy for each prompt, and the label of who is asked.

@@ -230,7 +230,7 @@ class Study:
     foretell: Foretelling | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """One run of the whole method.
 
@@ -388,6 +388,10 @@ class Recipe:
         from peft import LoraConfig
 
         return LoraConfig(task_type=task, **self.peft)
+
+    def __repr__(self) -> str:
+        """As of a dataclass, environment variables by their names: tracebacks and logs show it."""
+        return f"Recipe({', '.join(f'{key}={value!r}' for key, value in self.tree().items())})"
 
     def tree(self, *, resolved: bool = False) -> dict[str, Any]:
         """The recipe as a mapping, with what it does not say; environment variables by their names or ``resolved``."""

@@ -57,8 +57,9 @@ def kill(names: list[str], given: argparse.Namespace, base: Path, models: dict[s
             world = World(base / name, models, url, base / "asked")
             now, rest = time.monotonic(), len(names) - i
             count = (given.kills - total) // rest
+            share = SUBJECTS[name].weight / sum(SUBJECTS[other].weight for other in names[i:])
             found = Campaign(name, SUBJECTS[name], world, random.Random(f"{given.seed} {name}")).run(
-                count, now + max(deadline - now, 0) / rest
+                count, now + max(deadline - now, 0) * share
             )
             total += found["tried"]
             ends = {kind: found.pop(kind, 0) for kind in ("tried", "ended", "lost", "stuck", "unsaid")}

@@ -53,6 +53,7 @@ class Subject:
         parts: what is hit: the whole group of processes, the parent alone, one of its workers.
         judged: it asks the judge, and must not ask for what it was told already.
         before: is called in the command's process first.
+        weight: of its share of the time.
     """
 
     args: Callable[[World, Path], list[str]]
@@ -60,6 +61,7 @@ class Subject:
     parts: tuple[str, ...] = ("group",)
     judged: bool = False
     before: Callable[[], None] | None = None
+    weight: float = 1.0
 
 
 # --- subjects
@@ -210,6 +212,7 @@ SUBJECTS: dict[str, Subject] = {
     "study-spawned": Subject(
         lambda world, out: _study(world, out, "DPO", "R-DPO", "--seeds", "1", "--jobs", "2"),
         parts=("group", "parent", "worker"),
+        weight=4.0,  # its workers begin by importing, after every kill
     ),
     "generate-alpaca": _generate("alpaca"),
     "generate-arena": _generate("arena"),

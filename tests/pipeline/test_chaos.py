@@ -48,7 +48,7 @@ def test_whatever_a_judge_answers_is_a_game_or_a_failure() -> None:
                 game = protocol.read([reply])
                 assert (game.preference is None) == (game.reason is not None)
                 assert game.preference is None or 1 <= game.preference <= 2
-            Prices(1.0, 2.0).of(reply.prompt_tokens or 0, reply.completion_tokens or 0)
+            Prices(prompt=1.0, completion=2.0).of(reply.prompt_tokens or 0, reply.completion_tokens or 0)
         else:
             assert "not a chat completion" in reply
 

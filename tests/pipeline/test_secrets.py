@@ -64,6 +64,10 @@ def test_what_a_reference_stands_for_is_used_and_never_written(recipe: Path, tmp
         config = stage_config(read, stage, tmp_path)
         assert config.hub_token == SECRET
         assert SECRET not in "".join(strings(config.to_dict())), "what loggers are told"
+        assert SECRET not in repr(config)
+        assert SECRET not in str(config)
+    assert SECRET not in repr(read), "what a traceback shows"
+    assert "${RTO_SECRET}" in repr(read)
     assert stage_config(read, "RTO", tmp_path).per_device_train_batch_size == 8
     out = tmp_path / "out"
     run_recipe(read, out)

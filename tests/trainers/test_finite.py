@@ -11,10 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
 from rto.finite import NotFiniteError, check_files
 from rto.functional.preference import LOSSES
+from rto.models.scalars import check_critic
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers.supervised import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -124,6 +126,15 @@ def test_what_is_read_is_named(tiny_folder: Path, tokenizer: Any, tmp_path: Path
     huge = {"reward_funcs": lambda completions: [0.0, 1e39, 0.0, 0.0][: len(completions)]}  # inf in float32
     with pytest.raises(NotFiniteError, match=r"score of <lambda> \(as float32\) is not finite in row 1"):
         on_line(str(tiny_folder), tmp_path / "c", **huge).train()
+
+
+def test_a_critic_of_weights_that_are_not_finite_is_called_that(tiny_model: Callable) -> None:
+    critic = LlamaForSequenceClassification(tiny_model(num_labels=1).config)
+    check_critic(critic)
+    with torch.no_grad():
+        critic.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="its hidden states are not finite"):
+        check_critic(critic)
 
 
 # --- ranges

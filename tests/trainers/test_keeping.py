@@ -1,11 +1,13 @@
 """Checkpoints know their bytes and their run; a folder has one process; signals save; logs survive damage."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import torch
 from datasets import Dataset
 from killable import WORDS, build
 from preferring import ROWS
+from safetensors import SafetensorError
 from transformers.trainer_utils import IntervalStrategy
 
 from rto import PreferenceConfig, PreferenceTrainer, signals
 from rto.data.errors import DataError
-from rto.files import alone
+from rto.files import alone, write_atomically
 from rto.trainers.checkpoints import (
     SEAL,
     CheckpointError,
@@ -137,6 +140,45 @@ def test_losses_and_time_are_of_all_attempts(tiny_folder: Path, tmp_path: Path) 
     again = prefer(str(tiny_folder), tmp_path / "cut")
     assert again.train("last").metrics["train_runtime"] > 1000
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_of_several_writers_one_comes_last_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
+    path, texts = tmp_path / "x.json", [c * 100_000 for c in "abcd"]
+
+    def write(text: str) -> None:
+        for _ in range(20):
+            write_atomically(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    whole = path.read_text()
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error: No space left")]
+)
+def test_a_disk_that_is_full_at_the_end_is_told_with_the_path(
+    error: Exception, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prefer(str(tiny_folder), tmp_path)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "_save", full)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written .*No space left.*make room"):
+        run.save_model()
+    monkeypatch.setattr(os, "fsync", full)
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_atomically(tmp_path / "x.json", "{}")
+        assert caught.value.filename == str(tmp_path / "x.json")
+        assert not list(tmp_path.glob("x.json*"))
 
 
 def test_one_process_a_folder(tmp_path: Path) -> None:

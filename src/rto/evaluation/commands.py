@@ -173,6 +173,7 @@ def judge(args: list[str]) -> int:
     kind = match.benchmark.name
     folder = flags.output or match.benchmark.folder(flags.answers)
     judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, match, folder)
+    make_folder(folder, "--output")
     name = safe_name(flags.annotator or (flags.judge_model if kind == "arena_hard" and endpoint else judging.name))
     path = match.benchmark.judgments_file(folder, name, match.model)
     check_judged(path, match, judging.identity)
@@ -299,6 +300,7 @@ def compare(args: list[str]) -> int:
 
     settings = Settings(**flags)
     entries, notes = read_sources(sources)
+    make_folder(folder, "--output_dir")
     comparison = run(entries, settings, notes)
     console = Terminal()
     show(comparison, console)

@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from rto.errors import writing
 from rto.files import alone
 from rto.models.loading import (
     Source,
@@ -496,10 +497,11 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
         merged = model.merge_and_unload()
         if tokenizer is not None:
             stop_at_eos(merged, tokenizer)
-        merged.save_pretrained(whole)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(whole)
-        whole.replace(target)
+        with writing(target):
+            merged.save_pretrained(whole)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(whole)
+            whole.replace(target)
     shutil.rmtree(partial, ignore_errors=True)
     return target
 

@@ -134,6 +134,8 @@ def why_no_critic(model: nn.Module) -> str | None:
     finally:
         hook.remove()
         model.train(training)
+    if not states.isfinite().all():
+        return "its hidden states are not finite: look at its weights"
     if len(seen) != 1 or seen[0].shape != states.shape or not _close(seen[0], states):
         return "its head does not read the last hidden state of each token"
     if not _close(changed[:, :-1], states[:, :-1]):

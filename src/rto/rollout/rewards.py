@@ -18,6 +18,7 @@ from rto.batches import collate, micro_batches
 from rto.data.chat import template_options, whole_ids
 from rto.data.formats import Prompt
 from rto.errors import users_code
+from rto.files import shown
 from rto.models.loading import (
     freeze,
     load_scalar,
@@ -314,7 +315,8 @@ def finite(who: str, scores: Sequence[float | None], completions: Sequence[Any])
     for i, score in enumerate(scores):
         if score is None or not is_finite(score):
             raise ValueError(
-                f"{who} returned {score} for completion {i} ({completions[i]!r:.200}): scores must be finite numbers"
+                f"{who} returned {shown(score)} for completion {i} ({completions[i]!r:.200}): scores must be finite "
+                "numbers"
             )
     return [float(score) for score in scores]  # type: ignore[arg-type]
 

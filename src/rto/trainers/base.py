@@ -36,7 +36,7 @@ _Part = TypeVar("_Part")
 VALUE_MODEL = "value_model"
 
 
-@dataclass
+@dataclass(repr=False)
 class TokenTrainingArguments(AlarmArguments, PrecisionArguments, TrainingArguments):
     """Arguments that every trainer here has, on top of those of `transformers.TrainingArguments`.
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rto import signals
+from rto.errors import writing
 from rto.files import alone, digest, write_atomically
 from rto.finite import Watch, check_weights, together
 from rto.models.roles import save_part
@@ -141,6 +142,10 @@ class SealedCheckpoints(Trainer):
             NotFiniteError: a weight is NaN or infinite; nothing is written.
         """
         check_weights(self.accelerator, cast(nn.Module, self.model), self.state.global_step)
+        with nullcontext() if _internal_call else writing(output_dir or str(self.args.output_dir)):
+            self._write_model(output_dir, _internal_call)
+
+    def _write_model(self, output_dir: str | None, _internal_call: bool) -> None:
         if not (self.engine.sharded or self.engine.deepspeed):
             super().save_model(output_dir, _internal_call)
             return

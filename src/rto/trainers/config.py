@@ -19,7 +19,7 @@ ESTIMATORS = ("gae", "reinforce++", "q")
 
 
 @by_trl_names(ONLINE)
-@dataclass
+@dataclass(repr=False)
 class RTOConfig(VLLMArguments, TokenTrainingArguments):
     """Configuration of `RTOTrainer`. Names follow TRL's ``PPOConfig`` and ``GRPOConfig`` where they exist there.
 

@@ -80,6 +80,12 @@ class PrecisionArguments:
         """As the library's, for logs and pages: environment variables by their names."""
         return put_back(super().to_dict(), self.references, always=True)  # type: ignore[misc]
 
+    def __repr__(self) -> str:
+        """As of a dataclass, tokens hidden and environment variables by their names: tracebacks and logs show it."""
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """``model_init_kwargs`` as a dictionary, with ``trust_remote_code``."""

@@ -56,7 +56,7 @@ from rto.values import check_choice, json_mapping, typed
 
 
 @by_trl_names(PREFERENCE)
-@dataclass
+@dataclass(repr=False)
 class PreferenceConfig(TokenTrainingArguments):
     """Configuration of `PreferenceTrainer`; names and defaults follow TRL's ``DPOConfig`` where they exist there.
 

@@ -57,7 +57,7 @@ from rto.trainers.trl import FromTRL
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class StageDefaults(AlarmArguments, PrecisionArguments):
     """Where the supervised stages differ from TRL's defaults, to train as the other stages do.
 
@@ -72,7 +72,7 @@ class StageDefaults(AlarmArguments, PrecisionArguments):
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
     """`trl.SFTConfig` with the defaults of the other stages."""
 
@@ -83,7 +83,7 @@ class SFTConfig(StageDefaults, TRLSFTConfig):  # type: ignore[misc]
         super().__post_init__()
 
 
-@dataclass
+@dataclass(repr=False)
 class RewardConfig(StageDefaults, TRLRewardConfig):  # type: ignore[misc]
     """`trl.RewardConfig` with the defaults of the other stages."""
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 VLLM_MODES = ("colocate", "server")
 
 
-@dataclass
+@dataclass(repr=False)
 class VLLMArguments:
     """Arguments of on-line training that say who draws; names are those of TRL's ``GRPOConfig``.
 
