@@ -293,3 +293,6 @@ def test_the_critic_learns_before_the_policy_moves(trainer: Callable[..., RTOTra
     assert same == [True] * 4 + [False] * 3
     assert not any(all(torch.equal(a[1][name], b[1][name]) for name in a[1]) for a, b in itertools.pairwise(seen))
     assert logged(run, "kl")[1] == pytest.approx(0, abs=1e-5)
+    learned = logged(run, "explained_variance")
+    assert len(learned) == len(logged(run, "kl"))
+    assert all(x <= 1 for x in learned)
