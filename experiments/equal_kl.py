@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "levels": LEVELS,
         "prompts": PROMPTS,
         "completions": COMPLETIONS,
-        "tuning_seed": TUNING_SEED,
+        "tuning": {"seed": TUNING_SEED, "drawn": tuned["gold"].shape},
         "weights": {name: asdict(x) for name, x in weights.items()},
         "sources": {name: [row[name] for row in rows] for name in rows[0]},
     }

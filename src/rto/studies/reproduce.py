@@ -200,7 +200,9 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str) ->
     """
     judged = ["reward"] if recipe.gold is None and recipe.reward is not None else []
     points = of_frontier(recipe)
-    candidates = {recipe.start, *points, *points.values()} if points else set()
+    candidates = set()
+    if recipe.study.frontier is not None:
+        candidates = {recipe.start, *points, *(recipe.study.frontier.methods or recipe.methods)}
 
     def job(stage: str, *needs: str, policy: str | None = None) -> Job:
         measured = prompts if policy in policies or policy == recipe.start else None
