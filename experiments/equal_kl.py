@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "levels": LEVELS,
         "prompts": PROMPTS,
         "completions": COMPLETIONS,
-        "tuning_seed": TUNING_SEED,
+        "tuning": {"seed": TUNING_SEED, "drawn": tuned["gold"].shape},
         "weights": {name: asdict(x) for name, x in weights.items()},
         "sources": {name: [row[name] for row in rows] for name in rows[0]},
     }
@@ -219,14 +219,15 @@ def drawn(found: dict[str, Any]) -> Figure:
         ax = figure.subplots()
         levels = np.array(found["levels"])
         grid = np.linspace(0, levels[-1], 50)
-        shown = [name for name in found["sources"] if name != "short replies"]
+        shown = [name for name in (BASELINE, *TESTED, "the gold itself") if name in found["sources"]]
         for i, name in enumerate(shown):
             runs, colour = found["sources"][name], f"C{i % 10}"
             gains = [interval([run["gain"][j] for run in runs]) for j in range(len(levels))]
-            at = levels * (1 + 0.008 * (i - len(shown) / 2))
-            ax.errorbar(at, [x.mean for x in gains], [x.half for x in gains], fmt="o", ms=3, lw=0.8, color=colour)
+            at = levels + 0.012 * (i - len(shown) // 2)
+            mean, half = zip(*((x.mean, x.half) for x in gains))
+            ax.errorbar(at, mean, half, fmt="o", ms=3, lw=0.8, color=colour, label=name)
             slope = np.mean([run["slope"]["value"] for run in runs])
-            ax.plot(grid, slope * np.sqrt(2 * grid), ":", lw=0.8, color=colour, label=name)
+            ax.plot(grid, slope * np.sqrt(2 * grid), ":", lw=0.8, color=colour)
         ax.set(xlabel="KL from the start (nats a completion)", ylabel="gold gained")
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=6.5)
         return figure

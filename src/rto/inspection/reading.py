@@ -452,7 +452,8 @@ def _check_models(args: InspectArguments, models: list[str]) -> int | None:
         find_config("--dpo_model", model, trust_remote_code=trust)
     reference = _reference(args, models)
     named = [("--dpo_model", model) for model in models] + ([("--ref_model", reference)] if reference else [])
-    context = shared_context(named, lambda _: {"trust_remote_code": trust})
+    scoring = ("--dpo_model",) if TOKEN_REWARDS[args.token_reward].scalar else ()
+    context = shared_context(named, lambda _: {"trust_remote_code": trust}, scoring=scoring)
     if args.reward_model is not None and not is_function(args.reward_model):
         find_config("--reward_model", args.reward_model, trust_remote_code=trust)
     if models:

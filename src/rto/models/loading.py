@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -527,20 +527,26 @@ def positions_of(config: Any) -> int | None:
     return limit - _positions_before_text(config)
 
 
-def shared_context(models: Iterable[tuple[str, Source]], hub: Callable[[Source], dict[str, Any]]) -> int | None:
-    """The longest sequence that all of some language models can read, told before any is loaded.
+def shared_context(
+    models: Iterable[tuple[str, Source]],
+    hub: Callable[[Source], dict[str, Any]],
+    *,
+    scoring: Container[str] = (),
+) -> int | None:
+    """The longest sequence that all of some models can read, told before any is loaded.
 
     Args:
         models: each with its role, for messages.
         hub: ``trust_remote_code`` and ``revision`` of each.
+        scoring: roles whose models score; all others are language models.
 
     Raises:
-        ValueError: there is no such model, or it is one that scores.
+        ValueError: there is no such model, or it is one that scores and should not.
     """
     found = [
         max_positions(model)
         if isinstance(model, nn.Module)
-        else positions_of(config_of_policy(role, model, **hub(model)))
+        else positions_of((find_config if role in scoring else config_of_policy)(role, model, **hub(model)))
         for role, model in models
     ]
     return min((n for n in found if n is not None), default=None)

@@ -241,7 +241,9 @@ def plan(recipe: Recipe, folder: Path, policies: Sequence[str], prompts: str, *,
     late = bool(judged) and recipe.rounds > 1
     asked = {recipe.origins[name][0] for name in policies}
     points = of_frontier(recipe)
-    candidates = {recipe.start, *points, *points.values()} if points else set()
+    candidates: set[str] = set()
+    if recipe.study.frontier is not None:
+        candidates = {recipe.start, *points, *(recipe.study.frontier.methods or recipe.methods)}
     found: list[Job] = []
 
     def job(stage: str, *needs: str, policy: str | None = None, k: int = 1, again: bool = False) -> None:

@@ -38,7 +38,7 @@ from rto.rollout.rewards import RewardFunc
 from rto.rollout.samplers.ahead import Ahead
 from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
 from rto.rollout.scoring import Scored, complete
-from rto.rollout.token_rewards import TokenRewardSpec
+from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec
 from rto.trainers.base import TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
@@ -127,7 +127,8 @@ class RTOTrainer(OnlineTrainer):
         tokenizer = reading.read_tokenizer(model, processing_class)
         readers = named.readers(args, tokenizer, reading)
         self.args, self.processing_class = args, tokenizer
-        self._context = room(args, shared_context(readers, reading.tokenizer))
+        scoring = ("dpo_model",) if TOKEN_REWARDS[args.token_reward].scalar else ()
+        self._context = room(args, shared_context(readers, reading.tokenizer, scoring=scoring))
         prompts, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         fit_batch(args, prompts)
         parts = named.load(args, tokenizer, reading, needs_values=self.credit.needs_values)
