@@ -35,9 +35,7 @@ def run(step: dict[str, Any]) -> None:
             exec(compile(step["text"], step["at"], "exec"), NAMES)
         case "shell":
             words = [os.path.expandvars(word) for word in step["words"]]
-            last = (
-                words.index("&&") if "&&" in words else None
-            )  # what follows goes to another folder, which is not ours
+            last = words.index("&&") if "&&" in words else None  # what follows is done in another folder
             with tempfile.TemporaryDirectory() as apart:
                 subprocess.run(words[:last], check=True, timeout=600, cwd=apart if last else None)
         case "assign":
