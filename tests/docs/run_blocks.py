@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def run(step: dict[str, Any]) -> None:
             exec(compile(step["text"], step["at"], "exec"), NAMES)
         case "shell":
             words = [os.path.expandvars(word) for word in step["words"]]
-            last = words.index("&&") if "&&" in words else None  # what follows goes to another folder
-            subprocess.run(words[:last], check=True, timeout=600)
+            last = words.index("&&") if "&&" in words else None  # what follows is done in another folder
+            with tempfile.TemporaryDirectory() as apart:
+                subprocess.run(words[:last], check=True, timeout=600, cwd=apart if last else None)
         case "assign":
             (line,) = step["words"]
             name = line.partition("=")[0]

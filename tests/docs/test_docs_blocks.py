@@ -41,7 +41,6 @@ CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "pip install"): INSTALL,
     ("docs/chat.md", "RTO_DATA=../shared/data"): HOURS,
     ("docs/chat.md", "rto run experiments/chat.yaml"): HOURS,
-    ("docs/chat.md", "python experiments/chat.py read"): HOURS,
     ("docs/evaluation.md", "hf download"): HUB_DATA,
     ("docs/judging.md", "rto evaluate generate --model rto --benchmark alpaca_eval"): HUB_DATA,
     ("docs/judging.md", "rto evaluate generate --model rto --benchmark arena_hard"): HUB_DATA,
