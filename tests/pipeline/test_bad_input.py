@@ -1,6 +1,7 @@
 """A table of what people get wrong: each is refused before work, by a message that names it and the remedy."""
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -229,6 +230,17 @@ def test_pickled_weights_are_refused(tiny_model: Callable, tokenizer: Any, tmp_p
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", -1, [-1], [None], {"a": 1}])
+def test_architectures_that_are_no_names(named: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    from rto.models.loading import load_policy, load_scalar
+
+    tree = json.loads((tiny_folder / "config.json").read_text())
+    for load, labels in ((load_policy, {}), (load_scalar, {"id2label": {0: "a", 1: "b", 2: "c"}})):
+        (tmp_path / "config.json").write_text(json.dumps({**tree, **labels, "architectures": named}))
+        with pytest.raises(ValueError, match=f"{tmp_path}: architectures in config.json is .*expected a list"):
+            load(str(tmp_path))
 
 
 def test_saved_recipe_is_the_resolved_one(tmp_path: Path) -> None:

@@ -153,8 +153,16 @@ def config_of_policy(role: str, source: str | Path, **hub: Any) -> Any:
 
 def _refuse_scorer(name: str, config: Any) -> None:
     """With tied embeddings no weight of a language model is missing in a reward model's folder."""
-    if any("SequenceClassification" in architecture for architecture in config.architectures or ()):
+    if _is_scorer(name, config):
         raise ValueError(f"{name} is a model that scores completions, not a language model")
+
+
+def _is_scorer(name: str, config: Any) -> bool:
+    """Whether a folder holds a model that scores, by the names of classes in its configuration."""
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(x, str) for x in named):
+        raise ValueError(f"{name}: architectures in config.json is {named!r:.60}, expected a list of names of classes")
+    return any("SequenceClassification" in x for x in named)
 
 
 def _check_type(auto: Any, name: str, config: Any, what: str) -> None:
@@ -184,7 +192,7 @@ def load_scalar(source: Source, *, new_head: bool = True, **init_kwargs: Any) ->
     if is_adapter(source):
         return _load_scalar_adapter(source, new_head, init_kwargs)
     config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
-    if config.num_labels != 1 and any("SequenceClassification" in name for name in config.architectures or ()):
+    if config.num_labels != 1 and _is_scorer(str(source), config):
         raise ValueError(f"a reward or value model has one output, {source} has num_labels={config.num_labels}")
     _check_type(AutoModelForSequenceClassification, str(source), config, "model that scores")
     model, missing = _load_and_report(AutoModelForSequenceClassification, source, {**init_kwargs, "num_labels": 1})
