@@ -207,7 +207,7 @@ class _Plan:
             updates = math.ceil(len(prompts) // batch * config.num_train_epochs) * config.updates_per_rollout
         iterations = math.ceil(updates / config.updates_per_rollout)
         mean = sum(len(p.ids) for p in prompts) / len(prompts)
-        models = ["policy", "critic"] if config.advantage_estimator == "gae" else ["policy"]
+        models = ["policy", "critic"] if config.advantage_estimator != "reinforce++" else ["policy"]
         models += ["reference", *(f"π of {learner}" for learner in recipe.learners_of(name))]
         models += ["reward model"] if "reward" in recipe.rewards(name) else []
         phases: list[Phase] = []

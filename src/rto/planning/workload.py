@@ -129,7 +129,7 @@ def _roles(recipe: Recipe, method: str, shapes: Mapping[str, Shape]) -> list[Rol
     """The models of a method, the policy first."""
     settings = {**recipe.train, **recipe.methods[method]}
     found = [Role(name="policy", shape=shapes["policy"], trained=True, on_base=True)]
-    if settings.get("advantage_estimator", "gae") == "gae":
+    if settings.get("advantage_estimator", "gae") != "reinforce++":
         found.append(Role(name="critic", shape=shapes["critic"], trained=True, speaks=False, on_base=True))
     found.append(Role(name="reference", shape=shapes["reference"], trained=False, on_base=True))
     dpo = Role(name="dpo", shape=shapes["dpo"], trained=False, on_base=True)
