@@ -11,7 +11,7 @@ from pydantic import Field
 
 from rto.data.formats import DataError, load_rows
 from rto.errors import users_code
-from rto.functional.preference import LOSSES
+from rto.functional.preference import LOSSES, needs_scalar_head
 from rto.imports import import_module, taken
 from rto.packaged import find_packaged
 from rto.references import below, put_back, read_unresolved
@@ -350,7 +350,7 @@ class Recipe:
     def has_scalar_head(self, learner: str) -> bool:
         """Whether it is a model that scores tokens, and no language model."""
         loss = {**self.prefer, **self.learners[learner]}.get("loss", "dpo")
-        return loss in LOSSES and LOSSES[loss].needs_scalar_head
+        return loss in LOSSES and needs_scalar_head(LOSSES[loss])
 
     def token_rewards(self, method: str) -> list[str]:
         """The learners whose token rewards a method is paid; none where β₁ = 0."""

@@ -21,7 +21,7 @@ class Completions:
     """One side of a batch, token by token: B completions of up to T tokens."""
 
     logp: Float[Tensor, "B T"]
-    """log π(y_t|x,y_<t), with gradient; for a loss that `needs_scalar_head` what that head says of each token."""
+    """log π(y_t|x,y_<t), with gradient; where `needs_scalar_head` what that head says of each token."""
     ref_logp: Float[Tensor, "B T"] | None
     """log π_ref(y_t|x,y_<t); None for losses that need no reference."""
     mask: Bool[Tensor, "B T"]
@@ -91,7 +91,6 @@ class PreferenceLoss(Protocol):
 
     needs_reference: ClassVar[bool]
     needs_ref_kl: ClassVar[bool]
-    needs_scalar_head: ClassVar[bool]
 
     def __call__(self, chosen: Completions, rejected: Completions) -> PairLoss:
         """Loss for each pair."""
@@ -102,13 +101,17 @@ class UnpairedLoss(ABC):
 
     needs_reference: ClassVar[bool]
     needs_ref_kl: ClassVar[bool]
-    needs_scalar_head: ClassVar[bool]
 
     @abstractmethod
     def __call__(
         self, completions: Completions, desirable: Bool[Tensor, " B"], kl: Float[Tensor, ""]
     ) -> CompletionLoss:
         """Loss for each completion; ``kl`` is the batch's estimate of KL(π ‖ π_ref), nats, without gradient."""
+
+
+def needs_scalar_head(loss: object) -> bool:
+    """Whether a loss trains a head of one number a token and no policy, which an attribute of this name says."""
+    return bool(getattr(loss, "needs_scalar_head", False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,6 @@ class DPO:
     label_smoothing: float = 0.0
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, label_smoothing=Range(low=0, high=0.5, open_high=True))
@@ -156,7 +158,6 @@ class IPO:
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE)
@@ -183,7 +184,6 @@ class SimPO:
     gamma: float = 0.5
     needs_reference: ClassVar[bool] = False
     needs_ref_kl: ClassVar[bool] = False
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, gamma=NOT_NEGATIVE)
@@ -213,7 +213,6 @@ class RDPO:
     alpha: float = 0.001
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
@@ -239,7 +238,6 @@ class TDPO1:
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = True
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE)
@@ -265,7 +263,6 @@ class TDPO:
     alpha: float = 0.5
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = True
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, alpha=NOT_NEGATIVE)
@@ -301,7 +298,6 @@ class KTO(UnpairedLoss):
     undesirable_weight: float = 1.0
     needs_reference: ClassVar[bool] = True
     needs_ref_kl: ClassVar[bool] = False
-    needs_scalar_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(self, beta=POSITIVE, desirable_weight=POSITIVE, undesirable_weight=POSITIVE)

@@ -4,6 +4,7 @@ PyTorch counts allocations on accelerators only. Here every tensor that goes int
 looked at: its storage counts from then until nothing refers to it.
 """
 
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ class LiveTensors(TorchDispatchMode):
         self.peak = self.now
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+            return  # weights packed for a processor: copies that no plan has, and of no storage that could be asked
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
@@ -67,12 +70,17 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
+def _packed_product(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * int(weight[0])
+
+
 def counter() -> FlopCounterMode:
     """`FlopCounterMode` that knows the attention of CPUs, too."""
     ops = torch.ops.aten
     known = {
         ops._scaled_dot_product_flash_attention_for_cpu: _attention,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        torch.ops.mkldnn._linear_pointwise: _packed_product,
     }
     return FlopCounterMode(display=False, custom_mapping=known)
 

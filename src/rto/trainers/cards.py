@@ -17,7 +17,7 @@ from rto import __version__, module_of
 from rto.credit import METHODS, Credit
 from rto.declared import declared
 from rto.files import write_atomically
-from rto.functional.preference import LOSSES
+from rto.functional.preference import LOSSES, needs_scalar_head
 from rto.models.loading import source_name
 from rto.values import write_yaml
 
@@ -93,7 +93,7 @@ def method_of(args: Any) -> Method:
     if "PreferenceConfig" in kinds:
         cites = tuple(key for key in (args.loss.rstrip("1"), "rto") if key in BIBLIOGRAPHY)
         title = {"rdpo": "R-DPO", "simpo": "SimPO", "qrm": "Q-RM"}.get(args.loss, args.loss.upper())
-        if LOSSES[args.loss].needs_scalar_head:
+        if needs_scalar_head(LOSSES[args.loss]):
             does = "Scores every token of a completion; learned from preference pairs. No language model."
             return Method(name=title, does=does, tag=args.loss, task="token-classification", cites=cites)
         does = "Learned from preferences; its log-ratio to the model it started from is a reward for every token."

@@ -15,7 +15,7 @@ from rto.batches import Sequences, collate, micro_batches
 from rto.data.formats import Rows, Skipped, read_sets
 from rto.files import shown
 from rto.functional.logprobs import scatter
-from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss
+from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss, needs_scalar_head
 from rto.models.actor import (
     Actor,
     TokenOutputs,
@@ -169,12 +169,12 @@ class PreferenceTrainer(TokenTrainer):
         readers = [("model", model)] + ([("ref_model", ref_model)] if ref_model is not None else [])
         self._context = shared_context(readers, reading.tokenizer)
         examples, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
-        load = load_scalar if self.loss.needs_scalar_head else load_policy
+        load = load_scalar if needs_scalar_head(self.loss) else load_policy
         policy = load(model, **reading.trained(model, adapted=peft_config is not None))
         check_derivative(source_name(model), policy)
         if ref_model is not None:
             check_same_vocabulary("ref_model", ref_model, tokenizer, policy, **reading.frozen(ref_model))
-        (check_token_scorer if self.loss.needs_scalar_head else check_output_layer)(policy)
+        (check_token_scorer if needs_scalar_head(self.loss) else check_output_layer)(policy)
         self.reference: nn.Module | None = None
         self._new_adapter = peft_config is not None  # its base is π_ref; one that came with the model belongs to π_ref
         if peft_config is not None:
@@ -188,7 +188,7 @@ class PreferenceTrainer(TokenTrainer):
         self._update: list[Example] = []
         self._baseline: Tensor | None = None  # z₀ of the update
         super().__init__(
-            (TokenScorer if self.loss.needs_scalar_head else Actor)(policy),
+            (TokenScorer if needs_scalar_head(self.loss) else Actor)(policy),
             args,
             train_dataset=examples,
             eval_dataset=held_out,

@@ -40,6 +40,9 @@ class Settings:
             raise ValueError(f"--rounds {self.rounds} is too few for 2.5 % tails; use 100 or more")
         if self.gamed is not None and self.difficulty is None:
             raise ValueError("--gamed needs --difficulty too: the official fit uses both files")
+        for path in (self.difficulty, self.gamed):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path}: no such file")
 
     def draw(self, has: Bool[np.ndarray, " U"]) -> Float[np.ndarray, "R U"]:
         """Draw the prompts that ``has`` names, with replacement; equal ``has``, equal draws."""
