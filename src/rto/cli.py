@@ -143,9 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of optional parts whenever it is imported
+    # Rows are padded on the right, where causal attention does not look.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda r: "in an `attention_mask`" not in r.getMessage()
+    )
     _keep_freed_memory()
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # PEFT sets it right by itself
             for library in ("transformers", "trl", "peft"):  # what one deprecates and another uses
                 warnings.filterwarnings("ignore", category=FutureWarning, module=library)
             return COMMANDS[args[0]](args[1:])

@@ -36,6 +36,7 @@ def lay(folder: Path, tiny_model: Callable[..., LlamaForCausalLM], tokenizer: An
     for name, lines in rows.items():
         write_lines(folder / name, lines)
     base = tiny_model(max_position_embeddings=CONTEXT)
+    _save(base, folder / "untaught", tokenizer)
     _teach(base, tokenizer)
     _save(base, folder / "base", tokenizer)
     for seed, name in enumerate(("sft", "dpo", "rto")):

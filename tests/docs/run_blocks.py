@@ -36,8 +36,11 @@ def run(step: dict[str, Any]) -> None:
         case "shell":
             words = [os.path.expandvars(word) for word in step["words"]]
             last = words.index("&&") if "&&" in words else None  # what follows is done in another folder
+            elsewhere = (
+                last is not None or words[0] == "git"
+            )  # a clone called rto beside the desk's model of this name
             with tempfile.TemporaryDirectory() as apart:
-                subprocess.run(words[:last], check=True, timeout=600, cwd=apart if last else None)
+                subprocess.run(words[:last], check=True, timeout=600, cwd=apart if elsewhere else None)
         case "assign":
             (line,) = step["words"]
             name = line.partition("=")[0]

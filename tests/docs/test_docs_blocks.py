@@ -28,6 +28,7 @@ SMALLER = {
         *("--data.demonstrations.rows", "64", "--data.pair_prompts.rows", "32", "--data.prompts.rows", "64"),
         *("--data.test_prompts.rows", "8", "--completion_length", "16"),
     ),
+    "rto run rounds.yaml": ("--model", "untaught"),  # the others say nearly the same at every draw
     "rto theory --output_dir runs/theory": ("--quick", "--only", "search"),
 }
 """Flags for commands that would take minutes or hours without a file that says otherwise: the same work on less."""

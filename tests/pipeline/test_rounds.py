@@ -560,9 +560,12 @@ def test_given_pairs_are_the_first_round(tiny_folder: Path, tmp_path: Path) -> N
     out = pipeline.run(recipe, tmp_path / "run").parent
     assert not (out / "pairs").exists()
     methods = json.loads((out / "evaluation" / "results.json").read_text())["methods"]
-    assert [methods[n]["labels"] for n in ("RTO, round 1", "RTO, round 2", "RTO")] == [8, 16, 24]
+    fresh = [json.loads((out / f"round-{k}" / "pairs" / "counts.json").read_text()) for k in (2, 3)]
+    assert all(told["sampled"] == 8 and told["labels"] + sum(told["not asked"].values()) == 8 for told in fresh)
+    paid = [8, 8 + fresh[0]["labels"], 8 + fresh[0]["labels"] + fresh[1]["labels"]]
+    assert [methods[n]["labels"] for n in ("RTO, round 1", "RTO, round 2", "RTO")] == paid
     about = json.loads((out / "round-3" / "dpo" / "rto_config.json").read_text())["data"]
-    assert about["rows"] + sum(about["left_out"].values()) == 24
+    assert about["rows"] + sum(about["left_out"].values()) == 8 + sum(told["pairs"] for told in fresh)
 
 
 @pytest.mark.slow

@@ -406,6 +406,9 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
             kwargs["dtype"] = stored
         loaded = auto.from_pretrained(str(source), **kwargs)
     model = keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
+    for name, value in vars(model.config).items():
+        if "dropout" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ValueError(f"{source}: {name} in config.json is {value}, expected a probability")
     if stored is not None and target != "auto":
         leave(model, target)
     return loaded

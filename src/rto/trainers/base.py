@@ -148,9 +148,7 @@ class TokenTrainer(SealedCheckpoints):
 
     def __init__(self, model: Actor, args: TokenTrainingArguments, **kwargs: Any) -> None:
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            _disable_dropout(model)
         kwargs.pop("data_collator", None)
         prepare_trained(*model.children())
         super().__init__(model=model, args=args, data_collator=_as_it_is, **kwargs)
@@ -285,6 +283,16 @@ class TokenTrainer(SealedCheckpoints):
         for part, where in ((self.model.policy, folder), (self.model.value_model, folder / VALUE_MODEL)):
             if part is not None:
                 load_weights(part, where)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Dropout as a layer, and as a probability that a layer hands to a function (attention, most often)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
