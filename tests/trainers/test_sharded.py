@@ -472,7 +472,8 @@ def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path
     """Several micro-batches an update; policy and critic are clipped by one norm, so here by none. And it resumes."""
     pytest.importorskip("deepspeed", reason="needs pip install deepspeed, which builds with g++ and ninja")
     free = {"max_grad_norm": 1e9}
-    shared = {"dpo": EQUAL["dpo"] | free, "rto": EQUAL["rto"] | free}
+    slow = {"learning_rate": 3e-3, "value_learning_rate": 1e-3}  # norms of 80 without a clip: rounding would grow
+    shared = {"dpo": EQUAL["dpo"] | free, "rto": EQUAL["rto"] | free | slow}
     cases = [case(models, name, settings | ZERO_2, tmp_path, processes=2) for name, settings in shared.items()]
     saving = {"run": "rto", **SAVING, **ADAM, **ZERO_2}
     cases += [case(models, "straight", saving, tmp_path, processes=2)]
@@ -480,7 +481,7 @@ def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path
     launch([*cases, case(models, "resumed", saving, tmp_path, processes=2)], tmp_path)
     for name, settings in shared.items():
         one, two = by_one(f"{name} unclipped", settings), tmp_path / name
-        assert furthest(one, two) < 1e-5
+        assert furthest(one, two) < 2e-6
         ours, theirs = logged(one, "loss", "kl"), logged(two, "loss", "kl")
         assert all(b == pytest.approx(a, rel=1e-5, abs=1e-5) for a, b in zip(ours, theirs))
     policy, critic = logged(by_one("rto unclipped", shared["rto"]), "grad_norm/policy", "grad_norm/value")
