@@ -101,10 +101,10 @@ def stage_help(command: str) -> str:
         Declared("help-all", "", "", "every flag, with those of transformers and TRL"),
     ]
     parts = {
+        "flags in a file, and all of them": files,
         "models and data": inputs,
         f"{stage.config}": own,
         "of transformers, TRL and PEFT, what most runs set": common,
-        "and": files,
     }
     lines = [f"usage: rto {command} --model_name_or_path MODEL --dataset_name DATA [--NAME VALUE ...]", "", stage.does]
     for title, flags in parts.items():
