@@ -180,10 +180,9 @@ def judge_of(asked: JudgeEndpoint, cache: Path) -> ChatJudge:
 
 def cost_of(judge: ChatJudge) -> Row:
     """What a judge was asked and what it said, in requests and tokens."""
+    told = ("requests", "answered", "cached", "failed", "prompt_tokens", "completion_tokens")
     usage = asdict(judge.endpoint.usage)
-    return {name: usage[name] for name in ("requests", "answered", "cached", "failed")} | {
-        name: usage[name] for name in ("prompt_tokens", "completion_tokens")
-    }
+    return {name: usage[name] for name in told}
 
 
 # --- a person
