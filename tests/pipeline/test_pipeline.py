@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -146,8 +145,13 @@ def test_adapters_on_one_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_shipped_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
+def test_shipped_recipes_are_valid(
+    path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RTO_DATA", str(data_dir))
+    monkeypatch.setenv("RTO_START", str(tiny_folder))
     monkeypatch.chdir(Path(__file__).parents[2])
     recipe = load_recipe(path)
-    assert yaml.safe_load(recipe.to_yaml())["model"] == recipe.model
+    (saved := tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert str(data_dir) not in saved.read_text()  # variables by their names
+    assert load_recipe(saved) == recipe
