@@ -1,22 +1,25 @@
 """What does a reward buy at equal KL, whoever optimises it? Sources of reward from the same pairs, tilted exactly.
 
-    rto run embedded --output_dir runs/start
-    RTO_START=runs/start/sft python experiments/equal_kl.py --seeds 10 11 12 13 14 15 16 17
+    rto run embedded --seed 1000 --output_dir runs/start
+    RTO_START=runs/start/sft python experiments/equal_kl.py
+    RTO_DATA=../shared/data python experiments/equal_kl.py --recipe recipes/stories/frontiers.yaml
 
 For each seed, from one starting policy: pairs sampled and labelled by Bradley-Terry on the gold, and learned from them
-a DPO model, a reverse DPO model (the same pairs, swapped), a reward model and a Q-function. K completions of each of n
-held-out prompts are then drawn from the start and paid by each source. π* ∝ π_ref exp(paid / β₂) on these completions
-is the optimum of Eq. 4.7, so its gold at a KL needs no training and says what the *reward* is worth there.
+a DPO model, a reverse DPO model (the same pairs, swapped) and a reward model. K completions of each of n held-out
+prompts are then drawn from the start and paid by each source. π* ∝ π_ref exp(paid / β₂) on these completions is the
+optimum of Eq. 4.7, so its gold at a KL needs no training and says what the *reward* is worth there.
 
-Weights of the stacked sources (β₁ : β₃) are regressed on pairs of completions of the tuning seed (1000), labelled as
-its training pairs were; that seed is reported nowhere else. What the same weights are worth on the other seeds is then
-a fair test. Differences are paired by seed; p is Holm's over `TESTED` at all levels.
+Everything chosen is chosen on the tuning seed, which is reported nowhere else: the learning rate of every learner and
+of the reward model, half, once or twice the recipe's, by the log loss of labels on pairs of completions that it has
+not seen, and the weights of the stacked sources (β₁ : β₃), regressed on the same labels. Differences are paired by
+seed; p is Holm's over `TESTED` at all levels.
 
-Writes docs/results/equal_kl_embedded.json, equal_kl_embedded.svg beside it, and prints the table of docs/results.md.
+Writes docs/results/equal_kl_TASK.json, equal_kl_TASK.svg beside it, and prints the tables of docs/results.md.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,14 +45,14 @@ from rto.rollout.rewards import reward_source
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 from rto.rollout.scoring import draw
-from rto.rollout.token_rewards import PowerDifference, QValue, TokenReward
+from rto.rollout.token_rewards import PowerDifference, TokenReward
 from rto.studies.replicates import interval, paired
 from rto.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "embedded" / "frontiers.yaml"
-OUT = ROOT / "docs" / "results" / "equal_kl_embedded.json"
 TUNING_SEED, BASELINE = 1000, "reward model (PPO)"
+FACTORS = (0.5, 1.0, 2.0)
 LEVELS = (0.25, 0.5, 1.0)
 PROMPTS, COMPLETIONS = 48, 16
 CLIP = 1.0
@@ -57,43 +60,93 @@ CLIP = 1.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 18)))
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="a recipe with the learners DPO and reverse DPO")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 28)))
     parser.add_argument("--runs", type=Path, default=Path("runs/equal_kl"))
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     if TUNING_SEED in args.seeds:
         parser.error(f"{TUNING_SEED} is the tuning seed: it is not reported")
-    recipe = load_recipe(RECIPE)
-    tuned = measured(recipe, args.runs, TUNING_SEED)
+    recipe, task = load_recipe(args.recipe), args.recipe.resolve().parent.name
+    trials = {x: measured(with_rates(recipe, dict.fromkeys(RATES, x)), args.runs / task, f"x{x}") for x in FACTORS}
+    losses, factors = tuned_rates(trials, recipe.label_temperature)
+    chosen = {name: trials[factors[RATED[name]]][name] for name in RATED}
+    tuned = trials[1.0] | chosen
     weights = stacked_weights(tuned, recipe.label_temperature)
-    rows = [report(measured(recipe, args.runs, seed), weights) for seed in args.seeds]
+    recipe = with_rates(recipe, factors)
+    rows = [report(measured(replace(recipe, seed=seed), args.runs / task), weights) for seed in args.seeds]
     found = {
+        "task": task,
         "seeds": args.seeds,
         "levels": LEVELS,
         "prompts": PROMPTS,
         "completions": COMPLETIONS,
-        "tuning": {"seed": TUNING_SEED, "drawn": tuned["gold"].shape},
+        "tuning": {"seed": TUNING_SEED, "drawn": tuned["gold"].shape, "losses": losses, "factors": factors},
         "weights": {name: asdict(x) for name, x in weights.items()},
         "sources": {name: [row[name] for row in rows] for name in rows[0]},
     }
-    write_atomically(args.out, json.dumps(found, indent=1) + "\n")
+    out = ROOT / "docs" / "results" / f"equal_kl_{task}.json"
+    write_atomically(out, json.dumps(found, indent=1) + "\n")
     figure = drawn(found)
-    with matplotlib.rc_context({"svg.hashsalt": args.out.stem}):
-        figure.savefig(args.out.with_suffix(".svg"), metadata=dict.fromkeys(METADATA))
-    print(table(found))
+    with matplotlib.rc_context({"svg.hashsalt": out.stem}):
+        figure.savefig(out.with_suffix(".svg"), metadata=dict.fromkeys(METADATA))
+    print(tuning_table(found), table(found), sep="\n\n")
+
+
+# --- the tuning seed
+
+RATES = ("DPO", "reverse DPO", "reward")
+RATED = {"dpo": "DPO", "power": "DPO", "reverse": "reverse DPO", "score": "reward"}
+"""What pays, and whose learning rate made it."""
+
+
+def with_rates(recipe: Recipe, factors: dict[str, float]) -> Recipe:
+    """The tuning seed's recipe, learning rates multiplied."""
+    base = recipe.prefer["learning_rate"]
+    learners = {name: own | {"learning_rate": base * factors[name]} for name, own in recipe.learners.items()}
+    assert recipe.reward is not None
+    reward = recipe.reward | {"learning_rate": recipe.reward["learning_rate"] * factors["reward"]}
+    return replace(recipe, seed=TUNING_SEED, learners=learners, reward=reward)
+
+
+def labelled_gaps(found: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
+    """Payment of the chosen completion less the rejected one's: Bradley-Terry labels on pairs of one prompt."""
+    rng = np.random.default_rng(TUNING_SEED)
+    gap = {name: (x[:, 0::2] - x[:, 1::2]).ravel() for name, x in found.items()}
+    first = rng.random(len(gap["gold"])) < 1 / (1 + np.exp(-gap["gold"] / temperature))
+    return {name: np.where(first, x, -x) for name, x in gap.items()}
+
+
+def tuned_rates(
+    trials: dict[float, dict[str, np.ndarray]], temperature: float
+) -> tuple[dict[str, dict[float, float]], dict[str, float]]:
+    """Log loss of the labels by each source alone at each factor, and the best factor."""
+    losses: dict[str, dict[float, float]] = {name: {} for name in RATES}
+    for x, found in trials.items():
+        gaps = labelled_gaps(found, temperature)
+        for source, name in (("dpo", "DPO"), ("reverse", "reverse DPO"), ("score", "reward")):
+            fit = stack(gaps[source], gaps["length"])
+            losses[name][x] = math.inf if fit is None else fit.log_loss["token"]
+    return losses, {name: min(loss, key=loss.__getitem__) for name, loss in losses.items()}
+
+
+def stacked_weights(tuned: dict[str, np.ndarray], temperature: float) -> dict[str, Stacked]:
+    """Each token source beside the score."""
+    gaps = labelled_gaps(tuned, temperature)
+    found = {name: stack(gaps[name], gaps["score"]) for name in SOURCES}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 # --- one seed
 
 
-def measured(recipe: Recipe, runs: Path, seed: int) -> dict[str, np.ndarray]:
+def measured(recipe: Recipe, runs: Path, suffix: str = "") -> dict[str, np.ndarray]:
     """Gold and every source's total of n · K completions by the start; kept in the seed's folder once it is done."""
-    folder = runs / f"seed-{seed}"
+    folder = runs / f"seed-{recipe.seed}{suffix}"
     path = folder / "paid.json"
     if not path.is_file():
         started, spent = time.perf_counter(), time.process_time()
         folder.mkdir(parents=True, exist_ok=True)
-        pipeline = Pipeline(replace(recipe, seed=seed), folder, Terminal())
+        pipeline = Pipeline(recipe, folder, Terminal())
         pipeline.sft()
         pipeline.pairs()
         for learner in recipe.learners:
@@ -101,7 +154,7 @@ def measured(recipe: Recipe, runs: Path, seed: int) -> dict[str, np.ndarray]:
         pipeline.reward()
         write_atomically(path, json.dumps(paid(pipeline.recipe, folder)))
         wall, cpu = time.perf_counter() - started, time.process_time() - spent
-        print(f"seed {seed}: {cpu:.0f} s of a processor, {wall:.0f} s on the clock", flush=True)
+        print(f"{folder.name}: {cpu:.0f} s of a processor, {wall:.0f} s on the clock", flush=True)
     return {name: np.array(x) for name, x in json.loads(path.read_text()).items()}
 
 
@@ -120,8 +173,6 @@ def paid(recipe: Recipe, folder: Path) -> dict[str, list[list[float]]]:
         "reverse": TokenReward(dpo, reverse),
         "power": PowerDifference(dpo, str(start)),
     }
-    if (q := folder / folder_of("Q")).is_dir():
-        tokens["q"] = QValue(str(q))
     score = reward_source(str(folder / "reward"), max_tokens=2**15)
     found: dict[str, list[list[float]]] = {name: [] for name in ("gold", "score", "length", *tokens)}
     for i in range(0, len(asked), 16):
@@ -135,23 +186,10 @@ def paid(recipe: Recipe, folder: Path) -> dict[str, list[list[float]]]:
             "length": sequences.mask.sum(1).tolist(),
         }
         for name, source in tokens.items():
-            raw = source(sequences)
-            mean = name == "q"  # its loss ranks completions by their mean
-            total = raw.sum(1) / sequences.mask.sum(1) if mean else raw.clamp(-CLIP, CLIP).sum(1)
-            numbers[name] = total.tolist()
+            numbers[name] = source(sequences).clamp(-CLIP, CLIP).sum(1).tolist()
         for name, values in numbers.items():
             found[name] += np.asarray(values, dtype=float).reshape(-1, COMPLETIONS).round(5).tolist()
     return found
-
-
-def stacked_weights(tuned: dict[str, np.ndarray], temperature: float) -> dict[str, Stacked]:
-    """Each token source beside the score: labels drawn by Bradley-Terry on pairs of one prompt's completions."""
-    rng = np.random.default_rng(TUNING_SEED)
-    gap = {name: (x[:, 0::2] - x[:, 1::2]).ravel() for name, x in tuned.items()}
-    first = rng.random(len(gap["gold"])) < 1 / (1 + np.exp(-gap["gold"] / temperature))
-    sign = np.where(first, 1.0, -1.0)
-    found = {name: stack(sign * gap[name], sign * gap["score"]) for name in tuned if name in SOURCES}
-    return {name: x for name, x in found.items() if x is not None}
 
 
 TESTED = (
@@ -161,7 +199,7 @@ TESTED = (
     "stacked: score and reverse reference",
     "stacked: score and power transform",
 )
-SOURCES = {"dpo": "DPO", "reverse": "reverse reference", "power": "power transform", "q": "Q-RM"}
+SOURCES = {"dpo": "DPO", "reverse": "reverse reference", "power": "power transform"}
 
 
 def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[str, Any]:
@@ -185,6 +223,15 @@ def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[st
 
 
 # --- all seeds
+
+
+def tuning_table(found: dict[str, Any]) -> str:
+    """Log loss of the tuning seed's labels at each learning rate."""
+    lines = ["| log loss of labels, learning rate × | " + " | ".join(f"{x:g}" for x in FACTORS) + " |"]
+    lines.append("|---" * (1 + len(FACTORS)) + "|")
+    for name, losses in found["tuning"]["losses"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{losses[x]:.4f}" for x in FACTORS) + " |")
+    return "\n".join(lines)
 
 
 def table(found: dict[str, Any]) -> str:

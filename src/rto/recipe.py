@@ -166,12 +166,15 @@ class Tuning:
         max_kl: a trial that ends further from the reference, nats a completion, is not taken; None takes any.
         like: methods that take the factor of another instead of a search of their own: the points of a sweep differ
             from what they are compared with in one thing.
+        learners: search for the learners, too; else they keep the recipe's rates, and with them what weights of their
+            rewards were found for.
     """
 
     factors: list[Positive] = field(default_factory=lambda: [0.5, 1.0, 2.0])
     seed: Seed = 1000
     max_kl: NotNegative | None = None
     like: dict[str, str] = field(default_factory=dict)
+    learners: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,7 +457,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     """Read a recipe, a file or the name of a packaged one (embedded when none is named), and apply dotted overrides.
 
     ``base: other.yaml`` starts from another recipe, found from this one's folder, ``base: NAME`` from a packaged one:
-    mappings are merged key by key, but ``learners`` and ``methods``, which take the place of the other's.
+    mappings are merged key by key, but those of names (`NAMES`), which take the place of the other's.
 
     Raises:
         RecipeError: the file is missing or no mapping, a key is unknown or missing, a value is of the wrong type or
@@ -503,10 +506,14 @@ def _found(path: Path, name: str = "") -> Path:
         raise RecipeError(str(error)) from error
 
 
+NAMES = ("learners", "methods", "comparisons", "like")
+"""Keys whose mappings have names that a recipe chooses, or are about such names."""
+
+
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(under)
     for key, value in over.items():
-        deep = isinstance(value, dict) and isinstance(out.get(key), dict) and key not in ("learners", "methods")
+        deep = isinstance(value, dict) and isinstance(out.get(key), dict) and key not in NAMES
         out[key] = _merged(out[key], value) if deep else value
     return out
 

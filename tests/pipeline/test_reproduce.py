@@ -240,8 +240,9 @@ def test_tuning_takes_the_highest_gold_within_the_kl() -> None:
     assert best(trials, 1.0).factor == 0.5  # none is: the nearest
 
 
-def test_tuning_reads_validation_prompts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that write a gold chosen by hand, another on the test prompts: it must not be seen."""
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that were run, each of which wrote a gold chosen by hand, another on the test prompts."""
     golds = {"DPO × 0.5": 1.0, "DPO × 1": 0.0, "PPO × 0.5": 0.0, "PPO × 1": 1.0, "RTO × 0.5": 2.0, "RTO × 1": 1.0}
     ran: list[Job] = []
 
@@ -254,6 +255,21 @@ def test_tuning_reads_validation_prompts_only(tmp_path: Path, monkeypatch: pytes
             (job.path / f"{job.prompts}.json").write_text(json.dumps({**found, "logged": {}, "shown": []}))
 
     monkeypatch.setattr(Job, "run", run)
+    return ran
+
+
+def test_learners_may_keep_their_rates(tmp_path: Path, ran: list[Job]) -> None:
+    recipe = study(**{"study.tune": {"factors": [0.5, 1.0], "seed": 1000, "learners": False}})
+    path = reproduce(recipe, tmp_path, methods=["DPO", "PPO", "RTO"], seeds=1, console=Console(quiet=True))
+    assert sorted({str(job.policy) for job in ran if job.folder == tmp_path / "tune"}) == [
+        "DPO", "None", "PPO × 0.5", "PPO × 1", "RTO × 0.5", "RTO × 1", "SFT",
+    ]  # fmt: skip
+    final = json.loads(path.read_text())["recipe"]
+    assert final["learners"]["DPO"]["learning_rate"] == recipe.prefer["learning_rate"]
+    assert final["methods"]["RTO"]["learning_rate"] == pytest.approx(recipe.train["learning_rate"] / 2)
+
+
+def test_tuning_reads_validation_prompts_only(tmp_path: Path, ran: list[Job]) -> None:
     tune = {"factors": [0.5, 1.0], "seed": 1000, "like": {"RTO β₁ 0.1": "RTO"}}
     recipe = study(**{"study.tune": tune})
     path = reproduce(recipe, tmp_path, methods=["PPO", "RTO β₁ 0.1"], seeds=1, console=Console(quiet=True))

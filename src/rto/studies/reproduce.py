@@ -492,7 +492,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def tune(
     recipe: Recipe, tuning: Tuning, folder: Path, policies: Sequence[str], jobs: int, console: Console
 ) -> tuple[Recipe, dict[str, list[Trial]]]:
-    """The same search for every learner, then for every method with the learners so chosen.
+    """The same search for every learner, if they are searched for, then for every method with the learners so chosen.
 
     The search is in one round, with all labels at once. Learners that only give token rewards, and are no policies
     to be measured, take the factor of the first one. Methods that are ``like`` another take that one's.
@@ -507,6 +507,8 @@ def tune(
     members = {name for name in rewarding if name not in recipe.policies}
     searched = [n for n in recipe.learners if n not in members and (n in policies or n in rewarding)]
     searched += [first] if members and first not in searched else []
+    if not tuning.learners:
+        searched, members = [], set()
 
     def tried(key: str, names: Sequence[str], base: Recipe) -> dict[str, list[Trial]]:
         own = {trial_name(n, f): _at(base, key, n, f) for n in names for f in tuning.factors}
@@ -517,11 +519,11 @@ def tune(
 
     trials = tried("learners", searched, start)
     factors = {name: best(found, tuning.max_kl).factor for name, found in trials.items()}
-    factors |= dict.fromkeys(members, factors[first])
-    named = {name: trial_name(name, factor) for name, factor in factors.items()}
-    learners = {trial: _at(recipe, "learners", name, factors[name]) for name, trial in named.items()}
+    factors |= {name: factors[first] for name in members}
+    named = {n: trial_name(n, factors[n]) if n in factors else n for n in factors or recipe.learners}
+    learners = {trial: _at(recipe, "learners", name, factors.get(name, 1.0)) for name, trial in named.items()}
     methods = {name: own | _renamed(recipe, name, named) for name, own in recipe.methods.items() if name in policies}
-    on_line = replace(start, learners=learners or recipe.learners, methods=methods)
+    on_line = replace(start, learners=learners, methods=methods)
     found = tried("methods", list(methods), on_line)
     factors |= {name: best(trial, tuning.max_kl).factor for name, trial in found.items()}
     factors |= {name: factors[other] for name, other in tuning.like.items() if other in factors}
