@@ -519,7 +519,7 @@ def tune(
 
     trials = tried("learners", searched, start)
     factors = {name: best(found, tuning.max_kl).factor for name, found in trials.items()}
-    factors |= {name: factors[first] for name in members}
+    factors |= dict.fromkeys(members, factors.get(first, 1.0))
     named = {n: trial_name(n, factors[n]) if n in factors else n for n in factors or recipe.learners}
     learners = {trial: _at(recipe, "learners", name, factors.get(name, 1.0)) for name, trial in named.items()}
     methods = {name: own | _renamed(recipe, name, named) for name, own in recipe.methods.items() if name in policies}
