@@ -10,7 +10,7 @@ prompts are then drawn from the start and paid by each source. π* ∝ π_ref ex
 optimum of Eq. 4.7, so its gold at a KL needs no training and says what the *reward* is worth there.
 
 Everything chosen is chosen on the tuning seed, which is reported nowhere else: the learning rate of every learner and
-of the reward model, half, once or twice the recipe's, by the log loss of labels on pairs of completions that it has
+of the reward model, half to four times the recipe's, by the log loss of labels on pairs of completions that it has
 not seen, and the weights of the stacked sources (β₁ : β₃), regressed on the same labels. Differences are paired by
 seed; p is Holm's over `TESTED` at all levels.
 
@@ -52,7 +52,7 @@ from rto.terminal import Terminal
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "embedded" / "frontiers.yaml"
 TUNING_SEED, BASELINE = 1000, "reward model (PPO)"
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 LEVELS = (0.25, 0.5, 1.0)
 PROMPTS, COMPLETIONS = 48, 16
 CLIP = 1.0
