@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -442,6 +443,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     """Flags and ``--config`` into ``kinds`` and `ModelArguments`, all that can be checked without a model."""
+    if DRY & set(args):
+        raise ValueError(
+            "--dry_run is of recipes: rto init chat writes one, rto run RECIPE.yaml --dry_run tells its plan"
+        )
     from rto.stage_parser import StageParser
     from rto.trainers.base import check_training
     from rto.trainers.checkpoints import CheckpointError, check_seal
@@ -535,9 +540,11 @@ def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
 
 def _finish(trainer: Any, data: DataArguments) -> int:
     from rto.files import alone
+    from rto.trainers.logs import beginning
 
     trainer.data_names = [data.dataset_name]
-
+    folder = trainer.args.output_dir
+    trainer.accelerator.print(plain(f"{folder}: {beginning(trainer)}; to see it: rto watch {shlex.quote(folder)}"))
     with alone(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()
