@@ -47,14 +47,14 @@ def test_a_recipe_is_listed_by_what_it_is_for_and_not_by_how_it_is_run(monkeypat
 
 @pytest.mark.parametrize("path", ["chat", ROOT / "experiments" / "chat.yaml"])
 def test_the_chat_recipes_are_sound(path: str | Path) -> None:
-    """The packaged one, and the one of docs/chat.md, which differs in its rows, its precision and its size alone."""
+    """The packaged one, and the one of docs/chat.md, which differs in its rows, its precision, its size and its β₂ alone."""
     ours, packaged_one = load_recipe(path), load_recipe("chat")
     for name in ("model", "seed", "peft", "methods", "learners", "sft", "evaluate_temperature"):
         assert getattr(ours, name) == getattr(packaged_one, name)
     for stage in ("prefer", "reward", "train"):
         rates = [key for key in getattr(packaged_one, stage) if "learning_rate" in key or key.endswith("coef")]
         assert rates
-        assert all(getattr(ours, stage)[key] == getattr(packaged_one, stage)[key] for key in rates)
+        assert all(getattr(ours, stage)[key] == getattr(packaged_one, stage)[key] for key in rates if key != "kl_coef")
 
 
 def test_a_copy_is_the_recipe_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -28,7 +28,7 @@ def test_every_loss_is_cited(loss: str) -> None:
 
 
 def test_a_loss_is_told_with_the_values_that_nobody_gave() -> None:
-    args = PreferenceConfig(output_dir="x", use_cpu=True, loss="rdpo", loss_kwargs={"alpha": 0.25})
+    args = PreferenceConfig(output_dir="x", use_cpu=True, loss="rdpo", loss_kwargs='{"alpha": 0.25}')
     assert settings(args)["loss_kwargs"] == {"beta": 0.1, "alpha": 0.25}
     text = card(trainer(args=args), "mine")
     assert "| `loss_kwargs` | beta 0.1, alpha 0.25 |" in text

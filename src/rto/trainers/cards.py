@@ -154,7 +154,7 @@ def settings(args: Any) -> dict[str, Any]:
     own = [flag.name for flag in declared(module_of(kind), kind) if flag.name not in PRIVATE] if kind else []
     found = {name: getattr(args, name) for name in dict.fromkeys([*own, *COMMON])}
     if "loss_kwargs" in found:  # with those that were not given: β is one of them
-        found["loss_kwargs"] = asdict(LOSSES[args.loss](**(args.loss_kwargs or {})))
+        found["loss_kwargs"] = asdict(args.make_loss())
     return {name: str(x.value) if hasattr(x, "value") else x for name, x in found.items()}
 
 
