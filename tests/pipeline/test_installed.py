@@ -47,7 +47,7 @@ def test_a_recipe_is_listed_by_what_it_is_for_and_not_by_how_it_is_run(monkeypat
 
 @pytest.mark.parametrize("path", ["chat", ROOT / "experiments" / "chat.yaml"])
 def test_the_chat_recipes_are_sound(path: str | Path) -> None:
-    """The packaged one, and the one of docs/chat.md, which differs in its rows, its precision, its size and its β₂ alone."""
+    """The packaged one, and the one of docs/chat.md, which differs in rows, precision, size and β₂ alone."""
     ours, packaged_one = load_recipe(path), load_recipe("chat")
     for name in ("model", "seed", "peft", "methods", "learners", "sft", "evaluate_temperature"):
         assert getattr(ours, name) == getattr(packaged_one, name)
