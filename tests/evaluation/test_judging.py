@@ -584,6 +584,17 @@ def test_a_function_judges_offline(alpaca: tuple[Path, Path], capsys: pytest.Cap
     assert "--judge test_judging:nothing_here cannot be imported" in capsys.readouterr().err
 
 
+def test_answers_that_are_the_same_are_counted(alpaca: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+    ours, theirs = alpaca
+    judge = ["evaluate", "judge", "--answers", str(ours), "--baseline", str(theirs), "--judge", "test_judging:longer"]
+    rows, others = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    for i in (2, 5):
+        rows[i]["output"] = next(row["output"] for row in others if row["instruction"] == rows[i]["instruction"])
+    ours.write_text(json.dumps(rows))
+    assert main(judge) == 0
+    assert "2 of 20 answers are the same on both sides" in capsys.readouterr().out
+
+
 def test_judgments_of_another_model_are_not_replaced(
     alpaca: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
