@@ -188,9 +188,7 @@ def judge(args: list[str]) -> int:
     reasons = unread(contests)
     say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
     if same := sum(battle.answer == battle.baseline for battle in match.battles):
-        say(
-            f"  {same} of {len(match.battles)} answers are the same on both sides, word for word: draws that say nothing"
-        )
+        say(f"  {same} of {len(match.battles)} answers are the same on both sides: draws that say nothing")
     for reason, count in reasons.most_common():
         say(f"  {count} not read: {reason}")
     if any(reason.startswith("no answer") for reason in reasons):
