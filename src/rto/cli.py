@@ -22,7 +22,7 @@ from rto.flags import OneLine, overrides
 from rto.imports import close_present_folder
 from rto.packaged import copied, listing
 from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
-from rto.terminal import PlainFormatter, Terminal, say
+from rto.terminal import PlainFormatter, Terminal, only_our_bars, say
 from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
 
@@ -168,15 +168,6 @@ def _versions() -> str:
     return f"rto {__version__} (Python {platform.python_version()}, {others})"
 
 
-def _only_our_bars() -> None:
-    """No progress bar of a library for each weight file and each pass over rows; the stages have their own."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    disable_progress_bar()
-
-
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of handing it back to the system.
 
@@ -201,7 +192,7 @@ def run(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(RUN_USAGE, recipe_help(), sep="\n\n")
         return 0
-    _only_our_bars()
+    only_our_bars()
     if "--list" in args:
         print(listing())
         return 0
@@ -264,7 +255,7 @@ def reproduce(args: list[str]) -> int:
     from rto.studies.reproduce import reproduce as run_study
     from rto.studies.reproduce import task_recipe
 
-    _only_our_bars()
+    only_our_bars()
     folder = flags.output_dir or Path("runs") / f"{Path(flags.task).stem}-study"
     if flags.report:
         results = folder / "results.json"
@@ -356,6 +347,7 @@ def export(args: list[str]) -> int:
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([ExportArguments], "rto export").read(args)
+    only_our_bars()
     from rto.models.loading import check_weights, find_config
     from rto.models.roles import export as write
 
@@ -374,7 +366,7 @@ def inspect(args: list[str]) -> int:
 
     (parsed,) = StageParser([InspectArguments], "rto inspect").read(args)
     folder = make_folder(parsed.output_dir, "--output_dir")
-    _only_our_bars()
+    only_our_bars()
     inspection = look(parsed)
     from rto.inspection.page import inspection_text, write_inspection
 
@@ -452,7 +444,7 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
-    _only_our_bars()
+    only_our_bars()
     parser = StageParser([*kinds, ModelArguments], f"rto {command}")
     if {"--help-all", "--help_all"} & set(args):
         print(parser.help_all(stage_help(command), shown_flags(command)))

@@ -616,6 +616,7 @@ def test_judgments_of_a_judge_of_the_same_name_are_not_replaced(
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers.utils.logging import enable_progress_bar
 
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 1}
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
@@ -627,7 +628,10 @@ def test_judgments_of_a_judge_of_the_same_name_are_not_replaced(
         fast.save_pretrained(tmp_path / name / "final")
     ours, theirs = alpaca
     judge = ["evaluate", "judge", "--answers", str(ours), "--baseline", str(theirs), "--judge"]
+    enable_progress_bar()
+    capsys.readouterr()
     assert main([*judge, str(tmp_path / "a" / "final")]) == 0
+    assert "Loading weights" not in capsys.readouterr().err  # no bar of a library
     path = ours.parent / "final" / "annotations.json"
     before = path.read_text()
     assert main([*judge, str(tmp_path / "a" / "final")]) == 0  # again is no other
