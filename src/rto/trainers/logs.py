@@ -73,7 +73,7 @@ def tell_quietly(trainer: Trainer) -> None:
         trainer.add_callback(AlarmCallback(stop=getattr(trainer.args, "stop_on_alarm", False)))
 
 
-def beginning(trainer: Trainer) -> str:
+def beginning(trainer: Any) -> str:
     """What training is about to read and to change, in a line."""
     weights = list(trainer.model.parameters())
     learning, every = (sum(p.numel() for p in weights if p.requires_grad or of) for of in (False, True))
