@@ -9,6 +9,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def about(trainer: Any) -> dict[str, Any]:
         "settings": settings(trainer.args),
         "data": data(trainer),
         "steps": trainer.state.global_step,
-        "versions": versions(),
+        "versions": dict(versions()),
     }
 
 
@@ -173,8 +174,9 @@ def data(trainer: Any) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that are there."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Of Python and the libraries that are there; looked up once, since every checkpoint has a card."""
     found = {"python": platform.python_version()}
     for name in VERSIONS:
         try:
