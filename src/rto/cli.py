@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from rto.flags import OneLine, overrides
 from rto.imports import close_present_folder
 from rto.packaged import copied, listing
 from rto.stage_help import STAGES, recipe_help, shown_flags, stage_help
-from rto.terminal import PlainFormatter, Terminal, say
+from rto.terminal import PlainFormatter, Terminal, only_our_bars, say
 from rto.trl_names import ROWS, by_trl_names
 from rto.values import as_flag, nearest
 
@@ -167,15 +168,6 @@ def _versions() -> str:
     return f"rto {__version__} (Python {platform.python_version()}, {others})"
 
 
-def _only_our_bars() -> None:
-    """No progress bar of a library for each weight file and each pass over rows; the stages have their own."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    disable_progress_bar()
-
-
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of handing it back to the system.
 
@@ -200,7 +192,7 @@ def run(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print(RUN_USAGE, recipe_help(), sep="\n\n")
         return 0
-    _only_our_bars()
+    only_our_bars()
     if "--list" in args:
         print(listing())
         return 0
@@ -263,7 +255,7 @@ def reproduce(args: list[str]) -> int:
     from rto.studies.reproduce import reproduce as run_study
     from rto.studies.reproduce import task_recipe
 
-    _only_our_bars()
+    only_our_bars()
     folder = flags.output_dir or Path("runs") / f"{Path(flags.task).stem}-study"
     if flags.report:
         results = folder / "results.json"
@@ -355,6 +347,7 @@ def export(args: list[str]) -> int:
     from rto.stage_parser import StageParser
 
     (parsed,) = StageParser([ExportArguments], "rto export").read(args)
+    only_our_bars()
     from rto.models.loading import check_weights, find_config
     from rto.models.roles import export as write
 
@@ -373,7 +366,7 @@ def inspect(args: list[str]) -> int:
 
     (parsed,) = StageParser([InspectArguments], "rto inspect").read(args)
     folder = make_folder(parsed.output_dir, "--output_dir")
-    _only_our_bars()
+    only_our_bars()
     inspection = look(parsed)
     from rto.inspection.page import inspection_text, write_inspection
 
@@ -442,12 +435,16 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
     """Flags and ``--config`` into ``kinds`` and `ModelArguments`, all that can be checked without a model."""
+    if DRY & set(args):
+        raise ValueError(
+            "--dry_run is of recipes: rto init chat writes one, rto run RECIPE.yaml --dry_run tells its plan"
+        )
     from rto.stage_parser import StageParser
     from rto.trainers.base import check_training
     from rto.trainers.checkpoints import CheckpointError, check_seal
     from rto.trainers.precision import ModelArguments
 
-    _only_our_bars()
+    only_our_bars()
     parser = StageParser([*kinds, ModelArguments], f"rto {command}")
     if {"--help-all", "--help_all"} & set(args):
         print(parser.help_all(stage_help(command), shown_flags(command)))
@@ -535,9 +532,11 @@ def _peft(model: Any, task: str = "CAUSAL_LM") -> Any:
 
 def _finish(trainer: Any, data: DataArguments) -> int:
     from rto.files import alone
+    from rto.trainers.logs import beginning
 
     trainer.data_names = [data.dataset_name]
-
+    folder = trainer.args.output_dir
+    trainer.accelerator.print(plain(f"{folder}: {beginning(trainer)}; to see it: rto watch {shlex.quote(folder)}"))
     with alone(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model()

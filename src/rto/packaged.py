@@ -4,6 +4,8 @@ They stand in ``recipes/`` at the root of a checkout; the build copies those tha
 package (``setup.py``). ``recipes/paper/rto.yaml`` and ``paper/rto`` name the same one, in a checkout and elsewhere.
 """
 
+import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,16 @@ def listing() -> str:
     """Every packaged recipe with what it is for, in the words of its first comment."""
     known = packaged()
     width = max(map(len, known)) + 2
-    lines = {name: f"  {name:{width}}{_first_comment(path)}" for name, path in known.items()}
+    columns = shutil.get_terminal_size((100, 24)).columns
+    lines = {
+        name: textwrap.fill(
+            _first_comment(path),
+            max(columns, width + 40),
+            initial_indent=f"  {name:{width}}",
+            subsequent_indent=" " * (width + 2),
+        )
+        for name, path in known.items()
+    }
     learners = [name for name in lines if name.startswith(f"{LEARNERS}/")]
     recipes = [line for name, line in lines.items() if name not in learners]
     titles = ("recipes: rto run NAME, rto init NAME", "\nsettings of a learner: rto prefer --config NAME")

@@ -10,6 +10,7 @@ what is done and resumes what is not from its last whole checkpoint.
 import gc
 import json
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -68,6 +69,7 @@ from rto.rollout.token_rewards import TokenReward
 from rto.stages import MODEL_FILES, digest_of, stage
 from rto.terminal import Terminal
 from rto.trainers.engine import processes, shared_out, wait_for_all
+from rto.trainers.logs import beginning
 from rto.trainers.preference import PreferenceTrainer
 from rto.trainers.prompts import with_room
 from rto.trainers.rto import RTOTrainer
@@ -93,6 +95,7 @@ def run(recipe: Recipe, output_dir: str | Path) -> Path:
     with alone(pipeline.folder) if processes().is_main_process else nullcontext():
         pipeline.check()
         pipeline.claim()
+        pipeline.tell_where()
         pipeline.sft()
         for k in range(1, recipe.rounds + 1):
             pipeline.pairs(k)
@@ -178,6 +181,11 @@ class Pipeline:
                 write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
         wait_for_all()
+
+    def tell_where(self) -> None:
+        """Where to look while stages run."""
+        if self._left(["evaluation"]):
+            self.console.print(Text(f"to see it in a browser: rto watch {shlex.quote(str(self.folder))}", "dim"))
 
     # --- stages
 
@@ -634,10 +642,7 @@ class Pipeline:
 
     def _begin(self, trainer: Any) -> None:
         """A line of what a stage is about to do."""
-        weights = list(trainer.model.parameters())
-        trained, every = (sum(p.numel() for p in weights if p.requires_grad or of) for of in (False, True))
-        learns = f"{every:,} weights" if trained == every else f"{trained:,} of {every:,} weights"
-        self.console.print(Text(f"  {len(trainer.train_dataset):,} rows, {learns} learn", "dim"))
+        self.console.print(Text(f"  {beginning(trainer)}", "dim"))
 
     def _inputs(self, name: str) -> dict[str, str | None]:
         """Digests of what a stage is made from: rows, models, and the stages before it."""

@@ -39,3 +39,12 @@ class PlainFormatter(logging.Formatter):
 def say(text: object, to: Any = None) -> None:
     """Print text as `plain` shows it."""
     (to or sys.stdout).write(plain(str(text)) + "\n")
+
+
+def only_our_bars() -> None:
+    """No progress bar of a library for each weight file and each pass over rows; the stages have their own."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    disable_progress_bar()

@@ -584,6 +584,17 @@ def test_a_function_judges_offline(alpaca: tuple[Path, Path], capsys: pytest.Cap
     assert "--judge test_judging:nothing_here cannot be imported" in capsys.readouterr().err
 
 
+def test_answers_that_are_the_same_are_counted(alpaca: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+    ours, theirs = alpaca
+    judge = ["evaluate", "judge", "--answers", str(ours), "--baseline", str(theirs), "--judge", "test_judging:longer"]
+    rows, others = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    for i in (2, 5):
+        rows[i]["output"] = next(row["output"] for row in others if row["instruction"] == rows[i]["instruction"])
+    ours.write_text(json.dumps(rows))
+    assert main(judge) == 0
+    assert "2 of 20 answers are the same on both sides" in capsys.readouterr().out
+
+
 def test_judgments_of_another_model_are_not_replaced(
     alpaca: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -605,6 +616,7 @@ def test_judgments_of_a_judge_of_the_same_name_are_not_replaced(
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers.utils.logging import enable_progress_bar
 
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 1}
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
@@ -616,7 +628,10 @@ def test_judgments_of_a_judge_of_the_same_name_are_not_replaced(
         fast.save_pretrained(tmp_path / name / "final")
     ours, theirs = alpaca
     judge = ["evaluate", "judge", "--answers", str(ours), "--baseline", str(theirs), "--judge"]
+    enable_progress_bar()
+    capsys.readouterr()
     assert main([*judge, str(tmp_path / "a" / "final")]) == 0
+    assert "Loading weights" not in capsys.readouterr().err  # no bar of a library
     path = ours.parent / "final" / "annotations.json"
     before = path.read_text()
     assert main([*judge, str(tmp_path / "a" / "final")]) == 0  # again is no other

@@ -12,6 +12,7 @@ from rto.inspection.page import write_inspection
 from rto.inspection.reading import Inspection, Shown
 from rto.inspection.statistics import Rewarded
 from rto.report.page import write_report
+from rto.report.sheet import Titled, render_sheet
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
 
@@ -97,3 +98,18 @@ def test_text_is_readable_in_light_and_dark(tmp_path: Path) -> None:
         assert paper[0] == "rgb(255, 255, 255)"
         assert paper[1] != paper[0]
         assert page.complaints == []
+
+
+def test_a_wide_table_is_whole_on_paper(tmp_path: Path) -> None:
+    """A page of paper cannot be scrolled: a table of a study with the longest cells that one had."""
+    row = ["RTO (REINFORCE++)", *["−0.000 ± 0.000"] * 5, "0.00673", "1 min 16 s"]
+    names = ["method", "gold", "win rate vs SFT (%)", "KL", "length", "gold − PPO", "p (Holm)", "time a seed"]
+    (tmp_path / "page.html").write_text(
+        render_sheet(title="x", kind="study", tables=[Titled(title="y", rows=[names, row])])
+    )
+    with Browser(tmp_path / "chromium") as page:
+        page.open((tmp_path / "page.html").as_uri(), width=739)  # of US letter, between Chromium's margins
+        page.ask("Emulation.setEmulatedMedia", media="print")
+        assert page.js("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+        assert page.js("document.querySelector('table').scrollWidth <= document.body.clientWidth")
+        assert page.js("document.documentElement.scrollWidth") <= 739

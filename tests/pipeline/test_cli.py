@@ -60,7 +60,7 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
     on_pairs = ["--model_name_or_path", sft, "--dataset_name", pairs, *COMMON]
     held_out = ["--eval_dataset_name", pairs, "--dataset_test_split", "train"]
     rewards = ["--dpo_model", dpo, "--reward_funcs", reward, "killable:score"]
-    codes, _, errors = rto(
+    codes, output, errors = rto(
         ["sft", "--model_name_or_path", str(tiny_folder), "--dataset_name", demos, "--output_dir", sft, *COMMON, *TRL],
         ["prefer", *on_pairs, *held_out, "--output_dir", dpo, "--loss_kwargs", '{"beta": 0.2}'],
         ["reward", *on_pairs, "--output_dir", reward, *TRL],
@@ -71,6 +71,9 @@ def test_four_stages(tiny_folder: Path, tmp_path: Path) -> None:
         ],
     )
     assert codes == [0, 0, 0, 0], errors[-3000:]
+    for folder in (sft, dpo, reward, out):  # what it is about to do, before it is done
+        told = output.index(f"{folder}: {len(WORDS)} rows, ")
+        assert told < output.index(f"weights learn; to see it: rto watch {folder}") < output.index(f"model: {folder}")
     for folder in (sft, dpo, out):
         AutoModelForCausalLM.from_pretrained(folder)
     for folder, method in ((sft, "SFT"), (dpo, "DPO"), (reward, "reward model"), (out, "RTO")):
@@ -135,9 +138,11 @@ def test_bad_input_ends_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:
         ["prefer", *flags, "--dataset_name", "nothere.jsonl"],
         ["train", *flags, "--dataset_name", "x.jsonl", "--dpo_cof", "0.1"],
         ["train", "--help"],
+        ["train", *flags, "--dataset_name", "x.jsonl", "--dry_run"],
     )
-    assert codes == [2, 2, 2, 0]
-    unknown_key, missing_file, unknown_flag, _ = errors.split("--- end of")[:4]
+    assert codes == [2, 2, 2, 0, 2]
+    unknown_key, missing_file, unknown_flag, _, dry = errors.split("--- end of")[:5]
+    assert "rto run RECIPE.yaml --dry_run" in dry
     assert "dpo_cof" in unknown_key
     assert "rto prefer: nothere.jsonl: no such file" in missing_file
     assert "dpo_cof" in unknown_flag

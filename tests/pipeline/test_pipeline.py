@@ -115,6 +115,7 @@ def test_a_stage_that_died_is_done_again_and_no_other(finished: Path, monkeypatc
     assert (finished / "evaluation" / "results.json").read_text() == results
 
 
+@pytest.mark.slow
 def test_same_recipe_same_results(finished: Path, tmp_path: Path) -> None:
     """One seed decides everything: a second folder holds the same numbers but for the clock."""
     run(load_recipe(None, SMALL), tmp_path)
@@ -125,6 +126,7 @@ def test_same_recipe_same_results(finished: Path, tmp_path: Path) -> None:
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.slow
 def test_adapters_on_one_base(tmp_path: Path) -> None:
     """With ``peft``, SFT leaves a whole model and every later stage an adapter on it that PEFT reads."""
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification

@@ -20,7 +20,7 @@ from rto.report import heatmap
 from rto.report.folder import Run, read_run
 from rto.report.heatmap import Scale, heatmap_text
 from rto.report.page import reached, write_report
-from rto.report.plots import curves, palette, smooth
+from rto.report.plots import curves, palette, reward_shares, smooth
 from rto.report.table import duration, results_table
 
 ATTACK = "<script>alert(1)</script>"
@@ -513,7 +513,38 @@ def test_a_stage_alone_has_only_what_it_has(run, tmp_path):
     assert "Σ −0.00100 nats over 3 tokens" in page.text
     assert [t for t in page.attributes("title") if t] == ["+0.00100", "−0.00200", "+0.00000"]
     sft = shutil.copytree(run / "sft", tmp_path / "sft")
-    assert headings(write_report(sft).read_text()) == ["Training"]
+    (sft / "rto_config.json").write_text(json.dumps({"method": ATTACK, "data": {"rows": 1234}, "steps": 9}))
+    html = write_report(sft).read_text()
+    assert headings(html) == ["Training"]
+    assert f"{ATTACK}, 1,234 rows, 9 updates." in Page(html).text
+
+
+@pytest.mark.parametrize(("value", "said"), [(3.6e-06, "4e-6"), (0.25, "0.3"), (-12000, "-12k"), (0, "0")])
+def test_numbers_of_an_axis_are_short_and_have_room(value, said):
+    panel = curves(
+        "KL", "kl", {"PPO": [{"episodes": 1, "kl": value}, {"episodes": 2, "kl": 2 * value}]}, palette(["PPO"])
+    )
+    svg = ElementTree.fromstring(panel.svg.replace("xlink:", ""))
+    labels = [text for text in svg.iter("text") if text.get("style", "").find("text-anchor: end") >= 0]
+    assert said in {text.text.replace("−", "-") for text in labels}
+    for text in labels:
+        assert float(text.get("x") or text.get("transform").split("(")[1].split()[0]) > 3.9 * len(text.text)
+
+
+def test_a_share_stays_between_nothing_and_all():
+    panel = curves(
+        "Clipped", "clip", {"PPO": [{"episodes": 1, "clip": 0.0}]}, palette(["PPO"]), unit="share of tokens"
+    )
+    svg = ElementTree.fromstring(panel.svg.replace("xlink:", ""))
+    numbers = [float(t.text) for t in svg.iter("text") if t.text.replace(".", "").isdecimal()]
+    assert min(numbers) == 0
+    assert max(numbers) == 1
+    assert not any("−" in t.text for t in svg.iter("text"))
+
+
+def test_the_shares_of_one_batch_are_drawn():
+    row = {"episodes": 64, **{f"share/{s}": x for s, x in (("token", 0.5), ("kl", 0.2), ("score", 0.3))}}
+    assert reward_shares("RTO", [row]).svg.count("L ") > 12  # three areas, not three lines of no width
 
 
 def test_control_characters_are_symbols_everywhere(copy):

@@ -27,6 +27,14 @@ def test_every_loss_is_cited(loss: str) -> None:
     assert loss.rstrip("1") in method.cites
 
 
+def test_a_loss_is_told_with_the_values_that_nobody_gave() -> None:
+    args = PreferenceConfig(output_dir="x", use_cpu=True, loss="rdpo", loss_kwargs='{"alpha": 0.25}')
+    assert settings(args)["loss_kwargs"] == {"beta": 0.1, "alpha": 0.25}
+    text = card(trainer(args=args), "mine")
+    assert "| `loss_kwargs` | beta 0.1, alpha 0.25 |" in text
+    assert " None |" not in text
+
+
 def trainer(**given: object) -> SimpleNamespace:
     args = RTOConfig(output_dir="/home/somebody/runs/mine", use_cpu=True, model_init_kwargs={"token": "secret"})
     model = SimpleNamespace(config=SimpleNamespace(_name_or_path="owner/base"))
@@ -44,6 +52,7 @@ def test_a_card_says_what_others_may_know() -> None:
     assert "/home/somebody" not in text
     assert "base_model: owner/base" in text
     assert "datasets:\n- owner/prompts\n" in text
+    assert "Data: owner/prompts, prompts.jsonl, 2 rows." in text
     assert "Left out of train_dataset: 2 without a prompt." in text
     told_of = {line for line in text.splitlines() if line.startswith(("| `score`", "| `kl`", "| `eval_score`"))}
     assert told_of == {"| `kl` | 4 |", "| `score` | 2 |", "| `eval_score` | 5 |"}

@@ -17,7 +17,7 @@ from rto.evaluation.judging.endpoint import Cache, Endpoint, Patience, Prices
 from rto.files import safe_name
 from rto.flags import OneLine, add_split, add_trust
 from rto.ranges import COUNT, NOT_NEGATIVE, POSITIVE, check_ranges
-from rto.terminal import Terminal, say
+from rto.terminal import Terminal, only_our_bars, say
 from rto.values import nearest
 
 USAGE = """usage: rto evaluate COMMAND [options]
@@ -61,6 +61,7 @@ def generate(args: list[str]) -> int:
         raise DataError(f"--name {name!r} becomes part of a file's name: use letters, digits, dot, dash, underscore")
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {flags.batch_size}")
+    only_our_bars()
     from rto.models.loading import check_weights, find_config
 
     trust = {"trust_remote_code": flags.trust_remote_code}
@@ -187,6 +188,8 @@ def judge(args: list[str]) -> int:
     games = sum(len(c.games) for c in contests)
     reasons = unread(contests)
     say(f"{path}: {games - reasons.total()} of {games} games read, {match.model} against {match.baseline}")
+    if same := sum(battle.answer == battle.baseline for battle in match.battles):
+        say(f"  {same} of {len(match.battles)} answers are the same on both sides: draws that say nothing")
     for reason, count in reasons.most_common():
         say(f"  {count} not read: {reason}")
     if any(reason.startswith("no answer") for reason in reasons):
@@ -267,6 +270,7 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
 def _offline_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[Any, None]:
     if flags.judge_model is not None:
         raise ValueError("--judge and --judge_model are two judges: name one")
+    only_our_bars()
     from rto.data.chat import split_special_tokens
     from rto.evaluation.judging.judges import ScoreJudge
     from rto.models.loading import check_weights, find_config

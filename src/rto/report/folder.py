@@ -74,6 +74,7 @@ class Run:
             the stage's name.
         drawn: the newest completions of each on-line method in training.
         stage: the folder is one stage's: its log is its own.
+        made_by: how the stage's model was trained, where the trainer has left it (``rto_config.json``).
         notes: what could not be read.
     """
 
@@ -87,6 +88,7 @@ class Run:
     offline: dict[str, Log] = field(default_factory=dict)
     drawn: dict[str, list[Drawn]] = field(default_factory=dict)
     stage: bool = False
+    made_by: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -169,6 +171,7 @@ def read_run(folder: Path) -> Run:
     run.stage = (folder / "log.jsonl").is_file()
     if run.stage:
         _read_stage(run, folder, "", run.name)
+        run.made_by = _made_by(folder / "rto_config.json")
     for stage in sorted(stages, key=lambda s: order.index(s) if s in order else len(order)):
         _read_stage(run, folder, f"{stage}/", names.get(stage))
     return run
@@ -194,6 +197,17 @@ def continued(before: Log, after: Log) -> Log:
 
 
 COUNTED = ("episodes", "step")
+
+
+def _made_by(about: Path) -> str:
+    """Method, rows and updates in words; empty where they are not told."""
+    try:
+        told = _object(json.loads(about.read_bytes()))
+        rows, steps = number(_object(told.get("data") or {}).get("rows")), number(told.get("steps"))
+    except (OSError, ValueError):
+        return ""
+    counts = [f"{n:,.0f} {what}" for n, what in ((rows, "rows"), (steps, "updates")) if n is not None]
+    return ", ".join([str(told.get("method", "")), *counts])
 
 
 def _read_stage(run: Run, folder: Path, inner: str, name: str | None) -> None:

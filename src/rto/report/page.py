@@ -20,7 +20,14 @@ from rto.report import heatmap, plots
 from rto.report.folder import Run, number, read_run
 from rto.report.table import results_cells
 
-OFFLINE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "logratio/chosen")
+OFFLINE = (
+    # title, key, unit
+    ("loss", "loss", ""),
+    ("loss", "eval_loss", "held-out rows"),
+    ("accuracy", "accuracy", "share of pairs"),
+    ("accuracy", "eval_accuracy", "share of held-out pairs"),
+    ("preferred side", "logratio/chosen", "log π/π_ref, nats a token"),
+)
 """What is drawn of a stage that trained on rows, where it was logged."""
 SHOWN = 6
 """Completions on the page: the first ones of the evaluation, not picked."""
@@ -197,8 +204,8 @@ def _diagnostics(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
 
 def _offline(run: Run, colours: dict[str, str]) -> list[plots.Panel]:
     panels = [
-        plots.curves(f"{stage}: {key}", key, {stage: log}, colours, x=("step", "updates"))
+        plots.curves(f"{stage}: {title}", key, {stage: log}, colours, unit=unit, x=("step", "updates"))
         for stage, log in run.offline.items()
-        for key in OFFLINE
+        for title, key, unit in OFFLINE
     ]
     return [panel for panel in panels if panel]

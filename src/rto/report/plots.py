@@ -119,7 +119,11 @@ def curves(
         for name, level in levels.items():
             ax.axhline(level, color=colours[name], linewidth=0.9, linestyle=(0, (1, 2)))
         _show_flat_lines_flat(ax)
+        if unit.startswith("share"):
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, -0.02), min(high, 1.02))
         ax.set_xlim(left=0)
+        _room_for_numbers(ax)
         if any(name not in title for name in ends):
             _name_lines(ax, {**ends, **levels}, colours)
         said = [f"{name} from {smooth(ys)[0]:.3g} to {ends[name]:.3g}" for name, (_, ys) in drawn.items()]
@@ -197,9 +201,11 @@ def reward_shares(name: str, log: Log) -> Panel | None:
     shares = {label: smooth(series(rows, f"share/{s}")[1]) for s, (label, _) in SOURCES.items()}
     with styled():
         figure, ax = axes(SMALL, "prompts used")
+        if len(xs) == 1:  # a line has no area: one batch is drawn as far as it reaches
+            xs, shares = np.array([0.0, *xs]), {label: share.repeat(2) for label, share in shares.items()}
         ax.stackplot(xs, *shares.values(), colors=[colour for _, colour in SOURCES.values()], linewidth=0)
         ax.set_ylim(0, 1)
-        ax.set_xlim(xs[0], xs[-1] if len(xs) > 1 else xs[0] + 1)
+        ax.set_xlim(xs[0], xs[-1])
         ax.grid(False)
         figure.subplots_adjust(left=0.15, right=0.96)
         said = ", ".join(f"{label} {share[-1]:.0%}" for label, share in shares.items())
@@ -261,10 +267,26 @@ def axes(size: tuple[float, float], xlabel: str) -> tuple[Figure, Axes]:
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:.4g}"))
+        axis.set_major_formatter(FuncFormatter(_tick))
     ax.margins(x=0)
     figure.subplots_adjust(left=0.3 / size[0] + 0.03, bottom=0.37 / size[1], top=0.97, right=0.97)
     return figure, ax
+
+
+def _tick(value: float, at: int | None = None) -> str:
+    """A number as short as can be: 12k, 0.25, 3.6e-6."""
+    if abs(value) >= 1000:
+        return f"{value / 1000:g}k"
+    return re.sub(r"e-0*", "e-", f"{value:.4g}")
+
+
+def _room_for_numbers(ax: Axes) -> None:
+    """A margin on the left that holds the longest number of the axis."""
+    figure: Any = ax.figure
+    low, high = ax.get_ylim()
+    longest = max((len(_tick(y)) for y in ax.get_yticks() if low <= y <= high), default=0)
+    width = figure.get_size_inches()[0] * 72
+    figure.subplots_adjust(left=max(figure.subplotpars.left, (7 + 4.7 * longest) / width))
 
 
 def _show_flat_lines_flat(ax: Axes) -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rto.values import write_yaml
 VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
 COMMON = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type", "seed")
 PRIVATE = {"model_init_kwargs", "ref_cache_dir", "remove_unused_columns", "dataloader_pin_memory", "logging_steps"}
+PRIVATE |= {"stop_on_alarm", "trust_remote_code"}
 METRICS: tuple[str, ...] = (
     "loss",
     "train_loss",
@@ -142,7 +144,7 @@ def about(trainer: Any) -> dict[str, Any]:
         "settings": settings(trainer.args),
         "data": data(trainer),
         "steps": trainer.state.global_step,
-        "versions": versions(),
+        "versions": dict(versions()),
     }
 
 
@@ -152,19 +154,29 @@ def settings(args: Any) -> dict[str, Any]:
     kind = next(ours, None)  # TRL's own configurations serve, too
     own = [flag.name for flag in declared(module_of(kind), kind) if flag.name not in PRIVATE] if kind else []
     found = {name: getattr(args, name) for name in dict.fromkeys([*own, *COMMON])}
+    if "loss_kwargs" in found:  # with those that were not given: β is one of them
+        found["loss_kwargs"] = asdict(args.make_loss())
     return {name: str(x.value) if hasattr(x, "value") else x for name, x in found.items()}
 
 
 def data(trainer: Any) -> dict[str, Any]:
-    """Data sets by name where one is known, rows trained on, and rows left out with why."""
+    """Data sets by name where one is known, files without their folders, rows trained on, and left out with why."""
     rows = trainer.train_dataset
     skipped = {what: dict(x.counts) for what, x in getattr(trainer, "skipped", {}).items() if x.counts}
-    names = [name for name in map(_hub_name, getattr(trainer, "data_names", ())) if name]
-    return {"names": names, "rows": len(rows) if hasattr(rows, "__len__") else None, "left_out": skipped}
+    given = [str(name) for name in getattr(trainer, "data_names", ()) if name]
+    names = [name for name in given if _hub_name(name)]
+    files = [Path(name).name for name in given if not _hub_name(name)]
+    return {
+        "names": names,
+        "files": files,
+        "rows": len(rows) if hasattr(rows, "__len__") else None,
+        "left_out": skipped,
+    }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that are there."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Of Python and the libraries that are there; looked up once, since every checkpoint has a card."""
     found = {"python": platform.python_version()}
     for name in VERSIONS:
         try:
@@ -199,9 +211,10 @@ def card(trainer: Any, name: str) -> str:
     kind = "an adapter" if adapter else "a whole model"
     lines += [f"{method.does} Trained by {method.name} from {origin}, as {kind}, with [rto]({HOME}) {__version__}."]
     lines += ["", "## Use", "", "```python", *_use(method, name, trainer.processing_class), "```"]
-    lines += ["", "## Training", "", *_table("setting", settings(trainer.args))]
+    lines += ["", "## Training", "", *_table("setting", _told(settings(trainer.args)))]
     rows = "" if told["rows"] is None else f"{told['rows']:,} rows"
-    lines += ["", f"Data: {', '.join(filter(None, [*told['names'], rows]))}. {trainer.state.global_step:,} updates."]
+    read = ", ".join(filter(None, [*told["names"], *told["files"], rows]))
+    lines += ["", f"Data: {read}. {trainer.state.global_step:,} updates."]
     lines += [f"Left out of {what}: {n:,} {why}." for what, x in told["left_out"].items() for why, n in x.items()]
     if found := metrics(trainer):
         lines += ["", "## Last metrics", "", *_table("metric", {key: f"{x:.4g}" for key, x in found.items()})]
@@ -226,6 +239,14 @@ def _use(method: Method, name: str, tokenizer: Any) -> Iterator[str]:
         chat = getattr(tokenizer, "chat_template", None) is not None
         prompt = f'[{{"role": "user", "content": "{asked}"}}]' if chat else f'"{asked}"'
         yield f"print(write({prompt}, max_new_tokens=128))"
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say something, mappings as words."""
+    said = {
+        key: ", ".join(f"{k} {x}" for k, x in v.items()) if isinstance(v, Mapping) else v for key, v in values.items()
+    }
+    return {key: value for key, value in said.items() if value not in (None, "")}
 
 
 def _table(what: str, values: Mapping[str, Any]) -> list[str]:

@@ -73,6 +73,14 @@ def tell_quietly(trainer: Trainer) -> None:
         trainer.add_callback(AlarmCallback(stop=getattr(trainer.args, "stop_on_alarm", False)))
 
 
+def beginning(trainer: Any) -> str:
+    """What training is about to read and to change, in a line."""
+    weights = list(trainer.model.parameters())
+    learning, every = (sum(p.numel() for p in weights if p.requires_grad or of) for of in (False, True))
+    learns = f"{every:,} weights" if learning == every else f"{learning:,} of {every:,} weights"
+    return f"{len(trainer.train_dataset):,} rows, {learns} learn"
+
+
 class Phases:
     """Seconds of the phases of an iteration, by name; what was begun on the device is waited for."""
 
