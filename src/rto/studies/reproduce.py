@@ -31,7 +31,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from rto.errors import told
+from rto.errors import make_folder, told
 from rto.files import write_atomically
 from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
@@ -477,7 +477,7 @@ def _log(job: Job) -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One command at a time on a folder: two would write the same stages."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
