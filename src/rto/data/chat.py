@@ -229,8 +229,8 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     at = next((i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare), None)
     if at is None:
         raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path} loses text where it adds special tokens: mend post_processor in "
-            "its tokenizer.json"
+            f"the tokenizer of {tokenizer.name_or_path} loses text where it adds special tokens: mend post_processor "
+            "in its tokenizer.json"
         )
     return full[:at], full[at + len(bare) :]
 

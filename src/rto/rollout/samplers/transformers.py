@@ -452,8 +452,8 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
             expected = model(input_ids=whole, use_cache=False).logits[0, -steps - 1 : -1].float().log_softmax(-1)
             if expected.isnan().any():
                 raise NotFiniteError(
-                    f"the logits of the sampled model {source_name(model)} are not finite: look at its weights, and at "
-                    "rope_parameters in its config.json"
+                    f"the logits of the sampled model {source_name(model)} are not finite: look at its weights, and "
+                    "at rope_parameters in its config.json"
                 )
             spread = expected.std(-1).clamp(min=1e-3)
             gaps.append(((decoded - expected).abs().mean(-1) / spread).mean())
