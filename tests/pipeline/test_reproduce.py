@@ -19,6 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from rto import workers
 from rto.cli import main
 from rto.recipe import Recipe, RecipeError, load_recipe
 from rto.studies import reproduce as module
@@ -191,6 +192,31 @@ def test_a_killed_command_goes_on_with_two_jobs(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert reward.stat().st_mtime_ns == stamp
     assert "### Held-out prompts" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("visible", "there", "taken"),
+    [
+        (None, 3, ["0", "1", "2"]),
+        ("4,6, GPU-8", 3, ["4", "6", "GPU-8"]),
+        (None, 2, ["0", "0", "1"]),
+        ("5", 1, ["5"] * 3),
+        (None, 0, [None] * 3),
+    ],
+)
+def test_each_worker_has_a_device_of_its_own(
+    visible: str | None, there: int, taken: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three spawned workers say what they may see; a machine with devices is made believe in."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: there)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen = "__import__('time').sleep(1) or __import__('os').environ.get('CUDA_VISIBLE_DEVICES')"
+    with workers.pool(module._devices(3)) as pool:
+        jobs = [pool.submit(eval, seen) for _ in range(3)]  # each takes a second, so that no worker has two
+        assert sorted((job.result(60) for job in jobs), key=str) == taken
 
 
 def test_a_job_waits_for_the_worker_of_a_killed_command(tmp_path: Path) -> None:

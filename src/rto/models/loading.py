@@ -407,14 +407,27 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
             kwargs["dtype"] = stored
         loaded = auto.from_pretrained(str(source), **kwargs)
     model = keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
-    for name, value in vars(model.config).items():
-        if "dropout" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ValueError(f"{source}: {name} in config.json is {value}, expected a probability")
-        if name == "num_hidden_layers" and isinstance(value, int) and value < 0:
-            raise ValueError(f"{source}: {name} in config.json is {value}, expected a count")
+    _check_numbers(str(source), model.config)
     if stored is not None and target != "auto":
         leave(model, target)
     return loaded
+
+
+def _check_numbers(source: str, config: Any) -> None:
+    """Refuse numbers of a configuration that the library takes, and that no pass through the model survives."""
+    for name, value in vars(config).items():
+        if not isinstance(value, int | float):
+            continue
+        if "dropout" in name and not 0 <= value <= 1:
+            raise ValueError(f"{source}: {name} in config.json is {value}, expected a probability")
+        if name == "num_hidden_layers" and value < 0:
+            raise ValueError(f"{source}: {name} in config.json is {value}, expected a count")
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for all layers, or one a kind
+        base = part.get("rope_theta")
+        if isinstance(base, int | float) and base <= 0:
+            raise ValueError(f"{source}: rope_theta in config.json is {base}, expected a positive number")
 
 
 @contextmanager
