@@ -35,7 +35,6 @@ def pool(devices: Sequence[str | None]) -> Iterator[ProcessPoolExecutor]:
             yield workers
         except BaseException as error:
             if not isinstance(error, Exception):  # asked to stop: nobody waits for a job's end
-                workers.shutdown(wait=False, cancel_futures=True)
                 for worker in active_children():
                     worker.terminate()
             raise

@@ -32,7 +32,7 @@ WRITERS: dict[str, list[str]] = {
     "sft": [STAGE.replace("{pairs}", "{sft}")],
     "prefer": [STAGE, STAGE.replace("{bad}", "{good} --ref_cache_dir {bad}")],
     "reward": [STAGE],
-    "train": [f"{STAGE} --dpo_model {{model}} --score_coef 0"],
+    "train": [f"{STAGE} --dpo_model {{model}} --score_coef 0 --max_completion_length 4"],
     "export": ["--model_name_or_path {adapter} --output_dir {bad}/whole"],
     "inspect": ["--dpo_model {model} --ref_model {model} --dataset_name {pairs} --output_dir {bad}"],
     "report": ["{bad}"],
@@ -206,6 +206,6 @@ def test_a_signal_ends_a_command_in_one_line(
     if command == "watch":  # it has no other end
         assert (code, said) == (0, [])
     else:
-        assert code == 128 + signum
+        assert code == 128 + signum, said
         assert said[-1] == f"rto: stopped by {signum.name}"
         assert not [line for line in said if "Traceback" in line]
