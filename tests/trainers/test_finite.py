@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
-from rto.finite import NotFiniteError, check_files
+from rto.finite import NotFiniteError, StoppedElsewhereError, check_files, together
 from rto.functional.preference import LOSSES
 from rto.models.scalars import check_critic
 from rto.rollout.samplers.base import SamplingConfig
@@ -190,6 +190,32 @@ def test_a_critic_of_weights_that_are_not_finite_is_called_that(tiny_model: Call
         critic.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="its hidden states are not finite"):
         check_critic(critic)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_all_processes_go_on_or_none(process: int) -> None:
+    """The one that failed says why; the others say which one it was."""
+
+    class Two:
+        num_processes, process_index, device = 2, process, torch.device("cpu")
+
+        def __init__(self, other_failed: bool) -> None:
+            self.other = torch.tensor([float(other_failed)])
+
+        def gather(self, own: torch.Tensor) -> torch.Tensor:
+            return torch.cat([own, self.other] if process == 0 else [self.other, own])
+
+    done = []
+    with together(Two(False)):
+        done.append("both")
+    with pytest.raises(OSError, match="full"), together(Two(False)):
+        raise OSError("full")
+    with (
+        pytest.raises(StoppedElsewhereError, match=f"stopped with process {1 - process}, which says why"),
+        together(Two(True)),
+    ):
+        done.append("here")
+    assert done == ["both", "here"]
 
 
 # --- ranges

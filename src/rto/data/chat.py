@@ -227,7 +227,8 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     bare = _ids("a", tokenizer)
     full = list(tokenizer("a").input_ids)
     at = next((i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare), None)
-    if at is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if at is None or (not full and backend is not None and backend.model.tokenize("a")):
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path} loses text where it adds special tokens: mend post_processor "
             "in its tokenizer.json"
