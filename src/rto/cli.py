@@ -495,6 +495,12 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
                 check_weights(f"--{flag}", source)
     if not is_adapter(start):
         load_tokenizer(start, **reading.tokenizer(start))
+    template = getattr(config, "chat_template_path", None)
+    if template is not None and not Path(template).is_file():  # a tokenizer's, a folder's or a hub id's
+        try:
+            load_tokenizer(template, needs_eos=False, trust_remote_code=config.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(f"--chat_template_path {error}") from error
 
 
 def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:

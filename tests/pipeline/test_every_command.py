@@ -117,9 +117,15 @@ EMBEDDED = "--output_dir {good}/run"
 UNKNOWN: dict[str, list[str]] = {
     "run": [f"{EMBEDDED} --model {NOWHERE}", f"{EMBEDDED} --data.prompts.path {NOWHERE}"],
     "reproduce": [f"embedded {EMBEDDED} --model {NOWHERE}"],
-    "sft": [TRAIN.replace("{model}", NOWHERE), TRAIN.replace("{pairs}", NOWHERE)],
+    "sft": [
+        *(TRAIN.replace("{model}", NOWHERE), TRAIN.replace("{pairs}", NOWHERE)),
+        *(f"{TRAIN} --{name} {NOWHERE}" for name in ("chat_template_path", "eval_dataset_name")),
+    ],
     "prefer": [TRAIN.replace("{model}", NOWHERE), TRAIN.replace("{pairs}", NOWHERE), f"{TRAIN} --ref_model {NOWHERE}"],
-    "reward": [TRAIN.replace("{model}", NOWHERE), TRAIN.replace("{pairs}", NOWHERE)],
+    "reward": [
+        *(TRAIN.replace("{model}", NOWHERE), TRAIN.replace("{pairs}", NOWHERE)),
+        *(f"{TRAIN} --{name} {NOWHERE}" for name in ("chat_template_path", "eval_dataset_name")),
+    ],
     "train": [
         f"{TRAIN} --dpo_model {{model}} --score_coef 0 --{role} {NOWHERE}"
         for role in ("model_name_or_path", "dataset_name", "dpo_model", "dpo_ref_model", "ref_model", "value_model")
