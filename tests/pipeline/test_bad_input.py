@@ -163,6 +163,9 @@ def test_rto_config_refuses(kwargs: dict, says: str, tmp_path: Path) -> None:
 
 
 def test_preference_config_refuses(tmp_path: Path) -> None:
+    for config in (PreferenceConfig, RTOConfig):
+        with pytest.raises(ValueError, match=r"neftune_noise_alpha is for fine-tuning \(rto sft\)"):
+            config(output_dir=str(tmp_path), neftune_noise_alpha=0.0, use_cpu=True)
     with pytest.raises(ValueError, match="choose from dpo"):
         PreferenceConfig(output_dir=str(tmp_path), loss="dpoo", use_cpu=True)
     with pytest.raises(ValueError, match="its fields are beta, label_smoothing"):
