@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rto import __version__, signals
-from rto.errors import make_folder, told
+from rto.errors import make_folder, make_room_for, told
 from rto.files import plain, write_atomically
 from rto.flags import OneLine, overrides
 from rto.imports import close_present_folder
@@ -228,6 +228,7 @@ def init(args: list[str]) -> int:
     text = copied(name, values)
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --output")
+    make_room_for(path, "--output")
     write_atomically(path, text)
     say(f"{path}: look it over, then rto run {path} --dry_run")
     return 0
@@ -261,6 +262,7 @@ def reproduce(args: list[str]) -> int:
         results = folder / "results.json"
         if not results.is_file():
             raise ValueError(f"{results} is not there: run rto reproduce without --report first")
+        make_folder(folder, "--output_dir")
     else:
         recipe = task_recipe(flags.task, overrides(rest, [f.name for f in fields(Recipe)], parser.flags))
         results = run_study(recipe, folder, methods=flags.methods, seeds=flags.seeds, jobs=flags.jobs)
@@ -390,7 +392,10 @@ def report(args: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     from rto.report.page import write_report
 
-    say(write_report(parser.parse_args(args).folder))
+    folder = parser.parse_args(args).folder
+    if folder.is_dir():
+        make_folder(folder, "the page goes into", remedy="make it so, copy the run, or look at it with rto watch")
+    say(write_report(folder))
     return 0
 
 
@@ -462,7 +467,9 @@ def _parse(command: str, args: list[str], *kinds: Any) -> tuple[Any, ...]:
             raise CheckpointError(f"--resume_from_checkpoint {error}") from error
     if model.use_peft and find_spec("peft") is None:
         raise ValueError("--use_peft needs the package peft: pip install peft")
-    make_folder(config.output_dir, "--output_dir")
+    for name in ("output_dir", "ref_cache_dir"):
+        if (folder := getattr(config, name, None)) is not None:
+            make_folder(folder, f"--{name}")
     return (*parsed, config, model)
 
 
@@ -485,6 +492,12 @@ def _check_models(config: Any, model: Any, others: Mapping[str, str | list[str] 
                 check_weights(f"--{flag}", source)
     if not is_adapter(start):
         load_tokenizer(start, **reading.tokenizer(start))
+    template = getattr(config, "chat_template_path", None)
+    if template is not None and not Path(template).is_file():  # a tokenizer's, a folder's or a hub id's
+        try:
+            load_tokenizer(template, needs_eos=False, trust_remote_code=config.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(f"--chat_template_path {error}") from error
 
 
 def _rows(data: DataArguments, config: Any) -> tuple[Any, Any]:

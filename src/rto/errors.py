@@ -61,7 +61,7 @@ def writing(what: str | Path) -> Iterator[None]:
         ) from error
 
 
-def make_folder(path: str | Path, what: str) -> Path:
+def make_folder(path: str | Path, what: str, *, remedy: str = "name another") -> Path:
     """A folder that can be written, made where it is not there yet.
 
     Raises:
@@ -74,5 +74,17 @@ def make_folder(path: str | Path, what: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{what} {folder}: no folder that can be written ({error.strerror}): name another") from error
+        raise ValueError(f"{what} {folder}: no folder that can be written ({error.strerror}): {remedy}") from error
     return folder
+
+
+def make_room_for(path: Path, what: str) -> Path:
+    """A file that can be written, its folder made where it is not there yet; it is not made itself.
+
+    Raises:
+        ValueError: it cannot be had; the message names ``what``, the flag or the key that asks for it.
+    """
+    make_folder(path.parent, what)
+    if path.is_dir():
+        raise ValueError(f"{what} {path} is a folder: name a file")
+    return path

@@ -419,6 +419,9 @@ READERS: dict[str, tuple[str, str, str]] = {
     "prefer --ref_model": ("policy", "prefer", "ref_model"),
     "inspect --dpo_model": ("dpo", "inspect", "dpo_model"),
     "reward": ("policy", "reward", "model"),
+    "prefer, an adapter": ("adapter", "prefer", "model"),
+    "train --dpo_model, an adapter": ("adapter", "train", "dpo_model"),
+    "export": ("adapter", "export", "model"),
 }
 """Who reads a model's folder: which model, by which command, in which role."""
 
@@ -444,6 +447,8 @@ def model_folders(models: dict[str, str]) -> Iterator[Input]:
             if reader == "run":
                 return ["run", "--output_dir", "out", *flags({**SMALL, "model": "bad"})]
             _, command, role = READERS[reader]
+            if command == "export":
+                return ["export", "--model_name_or_path", "bad", "--output_dir", "out"]
             (folder / "rows.jsonl").write_bytes(lines(ROWS[command]))
             return stage(models, command, "rows.jsonl", **{role: "bad"})
 

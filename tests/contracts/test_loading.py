@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from rto.models.actor import token_values
 from rto.models.loading import (
     check_same_vocabulary,
     eos_ids,
+    find_config,
     freeze,
     load_policy,
     load_scalar,
@@ -208,3 +210,49 @@ def test_a_policy_without_its_output_layer_is_none(tiny_folder: Path, tmp_path: 
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not a whole causal language model: it lacks lm_head\.weight"):
         load_policy(str(tmp_path))
+
+
+def spoil(folder: Path, file: str, *place: str, value: object) -> None:
+    """Put a value at a place of a JSON file."""
+    tree = part = json.loads((folder / file).read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    (folder / file).write_text(json.dumps(tree))
+
+
+NO_TEXT = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "says"),
+    [
+        ("tokenizer.json", ("post_processor",), NO_TEXT, "loses text .*post_processor in its tokenizer.json"),
+        ("tokenizer_config.json", ("model_max_length",), "much", "cannot be read: TypeError"),
+        (
+            "generation_config.json",
+            ("eos_token_id",),
+            {},
+            "eos_token_id in generation_config.json is {}, expected ids",
+        ),
+        ("generation_config.json", ("eos_token_id",), ["a"], "eos_token_id in generation_config.json is"),
+        ("config.json", ("num_hidden_layers",), -1, "num_hidden_layers in config.json is -1"),
+        ("config.json", ("rope_parameters", "rope_theta"), 0, "rope_theta in config.json is 0"),
+        ("config.json", ("rope_parameters", "rope_theta"), -1, "rope_theta in config.json is -1"),
+    ],
+)
+def test_what_a_file_says_wrongly_is_refused_with_the_folder(file, place, value, says, folder):
+    """The libraries take each of these, and fail at the first text or the first pass, in a line of their own."""
+    spoil(folder, file, *place, value=value)
+    with pytest.raises(ValueError, match=says) as error:
+        eos_ids(load_policy(folder), load_tokenizer(folder))
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("base", [-1, 1.5, "nowhere/of-this-name"])
+def test_an_adapter_whose_base_is_no_name_is_refused_with_its_folder(base, folder, tmp_path):
+    get_peft_model(load_policy(folder), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    spoil(tmp_path / "adapter", "adapter_config.json", "base_model_name_or_path", value=base)
+    with pytest.raises(ValueError, match="base") as error:
+        find_config("--model", tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(error.value)

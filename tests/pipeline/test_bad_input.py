@@ -88,6 +88,32 @@ def test_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
         Pipeline(load_recipe(None, {"train.learning_rate": 0.1}), tmp_path, Console()).claim()
 
 
+def test_a_folder_of_an_earlier_version_is_this_recipes_own(tmp_path: Path) -> None:
+    """Its recipe does not know the keys that have come since; what they are by default is what it ran with."""
+    from rich.console import Console
+
+    Pipeline(load_recipe(None), tmp_path, Console()).claim()
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    for key in ("rounds", "labels", "label_temperature", "evaluate_temperature"):
+        del saved[key]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    Pipeline(load_recipe(None), tmp_path, Console()).claim()
+    with pytest.raises(RecipeError, match=r"another recipe \(label_temperature is"):
+        Pipeline(load_recipe(None, {"label_temperature": 0.5}), tmp_path, Console()).claim()
+
+
+def test_a_run_has_its_folder_alone(tmp_path: Path) -> None:
+    import fcntl
+
+    from rto.data.errors import DataError
+    from rto.pipeline import run
+
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="is in use by another process"):
+            run(load_recipe(None), tmp_path)
+
+
 def test_command_line_says_it_in_one_line(capsys: pytest.CaptureFixture) -> None:
     assert main(["run", "nothere.yaml"]) == 2
     captured = capsys.readouterr()
@@ -137,6 +163,9 @@ def test_rto_config_refuses(kwargs: dict, says: str, tmp_path: Path) -> None:
 
 
 def test_preference_config_refuses(tmp_path: Path) -> None:
+    for config in (PreferenceConfig, RTOConfig):
+        with pytest.raises(ValueError, match=r"neftune_noise_alpha is for fine-tuning \(rto sft\)"):
+            config(output_dir=str(tmp_path), neftune_noise_alpha=0.0, use_cpu=True)
     with pytest.raises(ValueError, match="choose from dpo"):
         PreferenceConfig(output_dir=str(tmp_path), loss="dpoo", use_cpu=True)
     with pytest.raises(ValueError, match="its fields are beta, label_smoothing"):

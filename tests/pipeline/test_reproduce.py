@@ -11,7 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html import unescape
+from multiprocessing import active_children
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from rto import workers
 from rto.cli import main
 from rto.recipe import Recipe, RecipeError, load_recipe
 from rto.studies import reproduce as module
@@ -191,6 +194,44 @@ def test_a_killed_command_goes_on_with_two_jobs(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert reward.stat().st_mtime_ns == stamp
     assert "### Held-out prompts" in again.stdout
+
+
+def test_each_worker_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spawned workers say what they may see; a machine with devices is made believe in."""
+    for there, given in {0: [None] * 3, 1: [None] * 3, 2: ["0", "1", "0"], 3: ["0", "1", "2"]}.items():
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda there=there: there)
+        assert module._devices(3) == given
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-8,6")  # of the parent: its devices count from 0
+    seen = "__import__('time').sleep(1) or __import__('os').environ['CUDA_VISIBLE_DEVICES']"
+    with workers.pool(["2", "1"]) as pool:
+        jobs = [pool.submit(eval, seen) for _ in range(2)]  # each takes a second, so that no worker has two
+        assert sorted(job.result(60) for job in jobs) == ["6", "GPU-8"]
+
+
+def test_a_pool_that_is_asked_to_stop_waits_for_nobody() -> None:
+    def stopped() -> None:
+        with workers.pool([None]) as pool:
+            pool.submit(time.sleep, 0).result(60)
+            for _ in range(2):
+                pool.submit(time.sleep, 100)
+            raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert time.monotonic() - begun < 60
+    assert not active_children()
+
+
+def test_a_worker_takes_its_device_where_the_parent_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "end_with", lambda parent: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    devices = SimpleQueue[str | None]()
+    for device, seen in (("3", "3"), (None, None)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        devices.put(device)
+        workers.begin_worker(os.getpid(), devices)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_a_job_waits_for_the_worker_of_a_killed_command(tmp_path: Path) -> None:

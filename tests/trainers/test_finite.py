@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, RTOTrainer
-from rto.finite import NotFiniteError, check_files
+from rto.finite import NotFiniteError, StoppedElsewhereError, check_files, together
 from rto.functional.preference import LOSSES
 from rto.models.scalars import check_critic
 from rto.rollout.samplers.base import SamplingConfig
@@ -119,6 +120,60 @@ def spoilt(folder: Path, out: Path, tokenizer: Any, **changes: float) -> str:
     return str(out)
 
 
+def test_models_that_are_not_finite_are_named_before_the_first_step(
+    tiny_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The policy that `train` would sample from, and the reference that `prefer` reads beforehand."""
+    bad = spoilt(tiny_folder, tmp_path / "bad", tokenizer)
+    with pytest.raises(NotFiniteError, match=rf"the logits of the sampled model {bad} are not finite: look at"):
+        on_line(bad, tmp_path / "a").train()
+    args = PreferenceConfig(output_dir=str(tmp_path / "b"), per_device_train_batch_size=1, **SETTINGS)
+    with pytest.raises(
+        NotFiniteError,
+        match=r"before step 1: the log-probability of the reference is not finite in row 0 \(prompt 'ab'",
+    ):
+        PreferenceTrainer(str(tiny_folder), args, ref_model=bad, train_dataset=Dataset.from_list(PAIRS))
+    assert not list((tmp_path / "b").rglob("*.safetensors"))
+
+
+RATES: dict[str, list[str]] = {
+    "sft": ["sft"],
+    "reward": ["reward"],
+    **{f"prefer, {loss}": ["prefer", "--loss", loss] for loss in LOSSES},
+    "train": ["train", "--value_learning_rate", "1e-3"],
+    "train, its critic": ["train", "--learning_rate", "1e-3", "--value_learning_rate", "1e30"],
+}
+
+
+@pytest.mark.parametrize("learner", RATES)
+def test_every_learner_stops_at_a_rate_beyond_all_bounds(
+    learner: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By the command: one line with step, quantity and model, exit code 2, and no model."""
+    from rto.cli import main
+
+    rows = {"sft": DEMOS, "train": [{"prompt": row["prompt"]} for row in DEMOS]}.get(RATES[learner][0], PAIRS * 2)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"train": "--dpo_model {0} --score_coef 0 --max_completion_length 4 --num_mini_batches 2 --value_model {0}"}
+    words = [
+        *("--learning_rate", "1e30", "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--use_cpu", "true"),
+        *RATES[learner][1:],
+        *own.get(RATES[learner][0], "").format(tiny_folder).split(),
+        *("--model_name_or_path", str(tiny_folder), "--dataset_name", str(tmp_path / "rows.jsonl")),
+        *("--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "2", "--num_train_epochs", "3"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"),
+    ]
+    flags = dict(zip(words[::2], words[1::2], strict=True))  # the last one counts
+    assert main([RATES[learner][0], *(word for pair in flags.items() for word in pair)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rto ")]
+    assert len(said) == 1
+    assert re.match(
+        rf"rto {RATES[learner][0]}: step \d+: the .+ of the (policy|model|critic|reference|DPO model)", said[0]
+    )
+    assert "not finite" in said[0]
+    assert not list((tmp_path / "out").rglob("*model.safetensors"))
+
+
 def test_what_is_read_is_named(tiny_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     bad = spoilt(tiny_folder, tmp_path / "bad", tokenizer)
     with pytest.raises(NotFiniteError, match=r"step 1: the token reward of the DPO model is not finite in row 0 \(p"):
@@ -135,6 +190,32 @@ def test_a_critic_of_weights_that_are_not_finite_is_called_that(tiny_model: Call
         critic.model.norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match="its hidden states are not finite"):
         check_critic(critic)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_all_processes_go_on_or_none(process: int) -> None:
+    """The one that failed says why; the others say which one it was."""
+
+    class Two:
+        num_processes, process_index, device = 2, process, torch.device("cpu")
+
+        def __init__(self, other_failed: bool) -> None:
+            self.other = torch.tensor([float(other_failed)])
+
+        def gather(self, own: torch.Tensor) -> torch.Tensor:
+            return torch.cat([own, self.other] if process == 0 else [self.other, own])
+
+    done = []
+    with together(Two(False)):
+        done.append("both")
+    with pytest.raises(OSError, match="full"), together(Two(False)):
+        raise OSError("full")
+    with (
+        pytest.raises(StoppedElsewhereError, match=f"stopped with process {1 - process}, which says why"),
+        together(Two(True)),
+    ):
+        done.append("here")
+    assert done == ["both", "here"]
 
 
 # --- ranges

@@ -342,6 +342,17 @@ def test_evaluation_leaves_training_alone(trainer: Callable[..., RTOTrainer], tm
     assert any("eval_score" in row for row in watched.state.log_history)
 
 
+def test_a_tail_that_fills_no_batch_is_told_and_completions_need_no_reward_function(
+    trainer: Callable[..., RTOTrainer], prompts: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(score_coef=0.0, reward_funcs=None, train_dataset=prompts.select(range(11)), log_completions=3)
+    run.train()
+    assert "each pass over 11 prompts leaves out 3, which fill no batch of 8" in caplog.text
+    lines = (Path(run.args.output_dir) / "completions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert len(lines) == 3
+    assert all(json.loads(line)["completion"] is not None for line in lines)
+
+
 def test_conversations(trainer: Callable[..., RTOTrainer], reward_folder: Path) -> None:
     """Messages go through the chat template; functions and reward models are given messages, as in TRL."""
     seen: list[Any] = []

@@ -219,11 +219,30 @@ def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool = Fa
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer adds before and after text."""
+    """The special tokens that a tokenizer adds before and after text.
+
+    Raises:
+        DataError: it leaves the text itself out.
+    """
     bare = _ids("a", tokenizer)
     full = list(tokenizer("a").input_ids)
-    at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    at = next((i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare), None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if at is None or (not full and backend is not None and backend.model.tokenize("a")):
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path} loses text where it adds special tokens: mend post_processor "
+            "in its tokenizer.json"
+        )
     return full[:at], full[at + len(bare) :]
+
+
+def check_reads(tokenizer: PreTrainedTokenizerBase) -> None:
+    """That a tokenizer reads text at all: a damaged one may raise anything at its first word.
+
+    Raises:
+        DataError: it leaves text out.
+    """
+    _around(tokenizer)
 
 
 def _with_end(completion: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,14 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from rto.data.errors import DataError
-from rto.errors import make_folder
+from rto.errors import make_folder, make_room_for
 from rto.evaluation.benchmarks.formats import BENCHMARKS, Benchmark, Match, benchmark_of, read_match, read_questions
 from rto.evaluation.benchmarks.judgments import check_judged, write_judgments
 from rto.evaluation.benchmarks.types import Question
@@ -31,14 +31,13 @@ rto evaluate COMMAND --help tells the options of a command."""
 
 def main(args: Sequence[str]) -> int:
     """`rto evaluate`."""
-    known = {"generate": generate, "judge": judge, "compare": compare}
-    if not args or args[0] not in known:
+    if not args or args[0] not in COMMANDS:
         wanted = bool(args) and args[0] in ("-h", "--help")
         if args and not wanted:
-            raise ValueError(f"no such command: {args[0]}{nearest(args[0], known)}")
+            raise ValueError(f"no such command: {args[0]}{nearest(args[0], COMMANDS)}")
         say(USAGE)
         return 0 if wanted else 2
-    return known[args[0]](list(args[1:]))
+    return COMMANDS[args[0]](list(args[1:]))
 
 
 # --- generate
@@ -172,9 +171,8 @@ def judge(args: list[str]) -> int:
     from rto.evaluation.judging.judges import hold, unread
 
     kind = match.benchmark.name
-    folder = flags.output or match.benchmark.folder(flags.answers)
+    folder = make_folder(flags.output or match.benchmark.folder(flags.answers), "--output")
     judging, endpoint = (_chat_judge if flags.judge is None else _offline_judge)(flags, match, folder)
-    make_folder(folder, "--output")
     name = safe_name(flags.annotator or (flags.judge_model if kind == "arena_hard" and endpoint else judging.name))
     path = match.benchmark.judgments_file(folder, name, match.model)
     check_judged(path, match, judging.identity)
@@ -259,7 +257,7 @@ def _chat_judge(flags: argparse.Namespace, match: Match, folder: Path) -> tuple[
         flags.base_url,
         flags.judge_model,
         key_variable=flags.key_env,
-        cache=Cache(flags.cache or folder / "judge_cache.jsonl"),
+        cache=Cache(make_room_for(flags.cache or folder / "judge_cache.jsonl", "--cache")),
         patience=Patience(timeout=flags.timeout, retries=flags.retries),
         concurrency=flags.concurrency,
         prices=prices,
@@ -329,3 +327,6 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1000, help="of the bootstrap")
     add("--seed", type=int, default=0, help="of the bootstrap")
     return parser
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"generate": generate, "judge": judge, "compare": compare}

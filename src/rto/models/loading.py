@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from rto.data.chat import stop_ids
+from rto.data.chat import check_reads, stop_ids
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32, leave, note, noted
 from rto.ranges import ADAPTER, check_ranges
 
@@ -302,7 +302,7 @@ def check_adapter(name: str, config: Any) -> None:
 
 def _base_of(source: str | Path, config: Any) -> str:
     base = config.base_model_name_or_path
-    if not base:
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{source}: adapter_config.json names no base model: set base_model_name_or_path in it")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise ValueError(
@@ -352,10 +352,11 @@ def load_tokenizer(
     model which scores needs no EOS: an encoder's ends a text in a way of its own.
 
     Raises:
-        ValueError: there is no tokenizer, or an EOS token is needed and there is none.
+        ValueError: there is no tokenizer, it reads no text, or an EOS token is needed and there is none.
     """
     with told_of(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub(trust_remote_code, revision))
+        check_reads(tokenizer)
     if tokenizer.eos_token is None and needs_eos:
         raise ValueError(f"the tokenizer of {source} has no EOS token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token is None:
@@ -406,12 +407,27 @@ def _load(auto: Any, source: Source, init_kwargs: dict[str, Any]) -> Any:
             kwargs["dtype"] = stored
         loaded = auto.from_pretrained(str(source), **kwargs)
     model = keep_derivative(loaded[0] if kwargs.get("output_loading_info") else loaded)
-    for name, value in vars(model.config).items():
-        if "dropout" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ValueError(f"{source}: {name} in config.json is {value}, expected a probability")
+    _check_numbers(str(source), model.config)
     if stored is not None and target != "auto":
         leave(model, target)
     return loaded
+
+
+def _check_numbers(source: str, config: Any) -> None:
+    """Refuse numbers of a configuration that the library takes, and that no pass through the model survives."""
+    for name, value in vars(config).items():
+        if not isinstance(value, int | float):
+            continue
+        if "dropout" in name and not 0 <= value <= 1:
+            raise ValueError(f"{source}: {name} in config.json is {value}, expected a probability")
+        if name == "num_hidden_layers" and value < 0:
+            raise ValueError(f"{source}: {name} in config.json is {value}, expected a count")
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for all layers, or one a kind
+        base = part.get("rope_theta")
+        if isinstance(base, int | float) and base <= 0:
+            raise ValueError(f"{source}: rope_theta in config.json is {base}, expected a positive number")
 
 
 @contextmanager
@@ -504,10 +520,18 @@ def scalar_head(model: nn.Module) -> Any:
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn."""
+    """Every id that ends a completion: EOS, what the generation config adds to it, and the template's end of turn.
+
+    Raises:
+        ValueError: the generation config names something that is no token.
+    """
     config = getattr(model, "generation_config", None)
     extra = getattr(config, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
+    if not all(isinstance(i, int | None) for i in listed):
+        raise ValueError(
+            f"{source_name(model)}: eos_token_id in generation_config.json is {extra!r:.60}, expected ids of tokens"
+        )
     return tuple(sorted({int(i) for i in [tokenizer.eos_token_id, *listed, *stop_ids(tokenizer)] if i is not None}))
 
 
@@ -652,6 +676,14 @@ def _config_of(source: str | Path, trust_remote_code: bool, revision: str | None
     """The configuration of a folder or hub id; of the base model where it is an adapter."""
     if is_adapter(source):
         config = adapter_config(source)
-        source, revision = _base_of(source, config), config.revision or revision
+        base = _base_of(source, config)
+        try:
+            return _read_config(base, trust_remote_code, config.revision or revision)
+        except LoadingError as error:
+            raise LoadingError(f"{source}: its base {error}") from error
+    return _read_config(source, trust_remote_code, revision)
+
+
+def _read_config(source: str | Path, trust_remote_code: bool, revision: str | None) -> Any:
     with told_of(source):
         return AutoConfig.from_pretrained(source, **_hub(trust_remote_code, revision))

@@ -26,7 +26,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rto.errors import writing
+from rto.errors import make_folder, writing
 from rto.files import alone
 from rto.models.loading import (
     Source,
@@ -487,6 +487,7 @@ def export(source: Source, folder: str | Path, **init_kwargs: Any) -> Path:
         raise ValueError(f"{target} exists already: name a new folder")
     if not (hasattr(source, "merge_and_unload") if isinstance(source, nn.Module) else is_adapter(source)):
         raise ValueError(f"{source_name(source)} is no adapter: it is a whole model already")
+    make_folder(target.parent, "output_dir")
     partial = target.with_name(f"{target.name}.partial")
     with alone(partial):
         model: Any = load_policy(source, **init_kwargs)

@@ -148,7 +148,7 @@ def read_run(folder: Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a run folder")
+        raise NotADirectoryError(f"{folder} is not a run folder: name that of a run or of one stage")
     run = Run(name=folder.resolve().name)
     evaluation = folder / "evaluation"
     if (recipe := folder / "recipe.yaml").is_file():

@@ -132,9 +132,11 @@ class Scoring:
         """Every model that decides the results, by its part."""
         found = {"reference": self.reference}
         for i, source in enumerate(_members(self.token_reward)):
-            model = getattr(source, "dpo_model", getattr(source, "model", None))
-            if isinstance(model, nn.Module):
-                found[f"dpo_model {i}"] = model
+            of_source = {
+                f"dpo_model {i}": getattr(source, "dpo_model", getattr(source, "model", None)),
+                f"dpo_ref_model {i}": getattr(source, "ref_model", None),
+            }
+            found |= {part: model for part, model in of_source.items() if isinstance(model, nn.Module)}
         return found | {f"reward model {i}": s.model for i, s in enumerate(self.reward_models)}
 
     def frozen(self) -> list[nn.Module]:

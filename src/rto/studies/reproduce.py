@@ -15,23 +15,20 @@ import fcntl
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
-from multiprocessing import active_children, get_context
-from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 
-from rto.errors import told
+from rto.errors import make_folder, told
 from rto.files import write_atomically
 from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
@@ -51,7 +48,7 @@ from rto.report.table import REWARD_MODEL
 from rto.rollout.rewards import function_name
 from rto.studies.foretold import FORETOLD, write_foretold
 from rto.terminal import Terminal
-from rto.workers import begin_worker
+from rto.workers import pool as worker_pool
 
 VERSIONS = ("torch", "transformers", "trl", "numpy")
 CURVE = {"episodes": "episodes", "kl": "kl", "learned": "score/reward", "length": "completions/mean_length"}
@@ -408,8 +405,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the workers when they import torch
     pending = {job.path for job in left}
     running: dict[Future[float], Job] = {}
-    context = get_context("spawn")
-    with _pool(workers, context) as pool:
+    with worker_pool(_devices(workers)) as pool:
         while left or running:
             ready = [job for job in left if not job.needs & pending]
             for job in ready[: workers - len(running)]:
@@ -434,23 +430,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> None:
                 console.print(f"{job.path}: {seconds:.0f} s, {len(pending)} jobs left")
 
 
-@contextlib.contextmanager
-def _pool(workers: int, context: SpawnContext) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, each with a device of its own where there are several."""
-    devices = context.Queue()
-    several = torch.accelerator.device_count() > 1
-    for i in range(workers):
-        devices.put(str(i % torch.accelerator.device_count()) if several else None)
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=begin_worker, initargs=(os.getpid(), devices)
-    ) as pool:
-        try:
-            yield pool
-        except BaseException:
-            if not isinstance(sys.exc_info()[1], Exception):  # asked to stop: nobody waits for a job's end
-                for worker in active_children():
-                    worker.terminate()
-            raise
+def _devices(workers: int) -> list[str | None]:
+    """A device for each worker, in turn, where there are several; None is any."""
+    there = torch.accelerator.device_count()
+    return [str(i % there) if there > 1 else None for i in range(workers)]
 
 
 def _work(job: Job, threads: int) -> float:
@@ -477,7 +460,7 @@ def _log(job: Job) -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One command at a time on a folder: two would write the same stages."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,8 +3,7 @@
 Not in `__main__`: a spawned process cannot import from there.
 """
 
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rto.theory.page import Section, render
 from rto.theory.studies import STUDIES
+from rto.workers import pool
 
 LONGEST_FIRST = ("dense", "pessimism", "fitting", "search", "identities")
 
@@ -26,12 +26,9 @@ def run_study(name: str, seed: int, quick: bool) -> Section:
 def run_all(names: tuple[str, ...], seed: int, quick: bool, workers: int, console: Console) -> list[Section]:
     """The named studies, ``workers`` at a time, in the order of the page."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
+    with pool([None] * workers) as processes, Progress(*columns, console=console) as progress:
         jobs: dict[Future[Section], str] = {
-            pool.submit(run_study, name, seed, quick): name for name in LONGEST_FIRST if name in names
+            processes.submit(run_study, name, seed, quick): name for name in LONGEST_FIRST if name in names
         }
         bars = {name: progress.add_task(name, total=1) for name in jobs.values()}
         sections = {}

@@ -74,6 +74,11 @@ class TokenTrainingArguments(AlarmArguments, PrecisionArguments, TrainingArgumen
         check_arguments(self, self.ranges)
         on_this_machine(self)
         check_layout(self)
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha is for fine-tuning (rto sft): with noise in its embeddings a model's "
+                "log-probabilities are no function of its input; leave it out"
+            )
         super().__post_init__()
         _ = self.init_kwargs  # refused here, not when models are loaded
 

@@ -43,6 +43,8 @@ class SealedCheckpoints(Trainer):
     """
 
     create_model_card: Any = cards.create_model_card
+    adapters: Mapping[str, str | None] = {}
+    """Digests of the adapters that training starts from, by part; None for a part that starts from none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,8 +60,8 @@ class SealedCheckpoints(Trainer):
         return {"model": cast(nn.Module, self.model)}
 
     def decide(self) -> dict[str, Any]:
-        """What decides the results besides settings, rows and weights, by its name: objects a user may have given."""
-        return {}
+        """What decides the results besides settings, rows and weights that stay, by its name."""
+        return {f"adapter of {part}": found for part, found in self.adapters.items()}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; True, "true", "last": resume from the last *whole* checkpoint, or start anew.

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -13,6 +14,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rto.models.loading import is_adapter
+from rto.stages import digest_of
+
 FREE = {
     *("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "project", "local_rank"),
     *("max_tokens_per_micro_batch", "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model"),
@@ -20,20 +24,27 @@ FREE = {
     *("use_cpu", "skip_memory_metrics", "prediction_loss_only", "batch_eval_metrics", "full_determinism", "use_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "dataset_num_proc"),
     *("offload_frozen", "gather_once"),
-    "stop_on_alarm",
+    *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_sync_folder"),
+    *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "stop_on_alarm"),
 }
 """Settings that may change when a run is resumed, for they decide nothing."""
 FREE_PREFIXES = (
     *("do_", "logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "ddp_", "torch_compile", "include_", "jit_"),
-    *("activation_", "trackio_", "push_to_", "restore_", "fsdp", "deepspeed", "accelerator_", "parallelism_"),
+    *("activation_", "trackio_", "push_to_", "restore_", "fsdp", "deepspeed", "parallelism_"),
 )
+DECIDES = {"dataloader_drop_last"}
+"""What does decide, though it is called as what does not."""
+
+
+def is_free(name: str) -> bool:
+    """Whether a setting may change when a run is resumed."""
+    return name not in DECIDES and (name in FREE or name.startswith((*FREE_PREFIXES, "_")))
 
 
 def identity(trainer: Any) -> dict[str, Any]:
     """Settings, data, models and processes of a trainer that has not begun."""
     args = trainer.args
-    decide = [f.name for f in fields(args) if f.name not in FREE and not f.name.startswith(FREE_PREFIXES)]
-    settings = {name: getattr(args, name) for name in decide if not name.startswith("_")}
+    settings = {f.name: getattr(args, f.name) for f in fields(args) if not is_free(f.name)}
     settings = {name: x.value if isinstance(x, Enum) else x for name, x in settings.items()}
     rows = trainer.train_dataset
     return {
@@ -81,6 +92,13 @@ def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
         if name in here and here[name] != value:
             return f"{name} is {value!r} there and {here[name]!r} here"
     return None
+
+
+def adapter_digest(source: Any) -> str | None:
+    """A digest of the weights of an adapter's folder, which is trained from there on; None of anything else."""
+    if not isinstance(source, str | Path) or not is_adapter(source):
+        return None
+    return digest_of(source, ("*.safetensors",))
 
 
 def rows_digest(rows: Any) -> str | None:

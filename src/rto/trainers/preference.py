@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rto.batches import Sequences, collate, micro_batches
 from rto.data.formats import Rows, Skipped, read_sets
 from rto.files import shown
+from rto.finite import NotFiniteError
 from rto.functional.logprobs import scatter
 from rto.functional.preference import LOSSES, Completions, PreferenceLoss, UnpairedLoss, needs_scalar_head
 from rto.models.actor import (
@@ -50,6 +51,7 @@ from rto.trainers.examples import (
     sequences_of,
     with_reference,
 )
+from rto.trainers.identity import adapter_digest, weights_digest
 from rto.trainers.precision import Reading
 from rto.trl_names import PREFERENCE, by_trl_names
 from rto.values import check_choice, json_mapping, typed
@@ -185,6 +187,8 @@ class PreferenceTrainer(TokenTrainer):
         if ref_model is not None and self.loss.needs_reference:
             placed = place(self._base, ref_model, "ref_model")
             self.reference = freeze(load_policy(placed, **reading.frozen(ref_model)))
+        self._reference_digest: str | None = None
+        self.adapters = {"model": adapter_digest(model)}
         self._update: list[Example] = []
         self._baseline: Tensor | None = None  # z₀ of the update
         super().__init__(
@@ -200,6 +204,8 @@ class PreferenceTrainer(TokenTrainer):
 
     def _prepare_reference(self) -> None:
         """Read π_ref's numbers beforehand and let it go, or keep it beside the policy."""
+        if self.reference is not None:
+            self._reference_digest = weights_digest(self.reference, self.engine.all_reduce)
         ahead = self.args.precompute_ref_log_probs and not self.loss.needs_ref_kl and not self.sharded
         if self.reference is None and not self._new_adapter and not ahead:
             base, dtype = self._base, self._frozen_dtype
@@ -212,8 +218,8 @@ class PreferenceTrainer(TokenTrainer):
             self.reference = None
 
     def decide(self) -> dict[str, Any]:
-        """The loss."""
-        return {"the loss": self.loss}
+        """The loss, and a reference that was given."""
+        return {**super().decide(), "the loss": self.loss, "weights of ref_model": self._reference_digest}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Gradients of the mean loss over the examples of one update, on all processes."""
@@ -376,7 +382,11 @@ class PreferenceTrainer(TokenTrainer):
             yield reference
 
     def _precomputed(self, examples: Any) -> Any:
-        """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref."""
+        """The examples with π_ref's numbers, found or computed; before training the policy itself may be π_ref.
+
+        Raises:
+            NotFiniteError: one of them is NaN or infinite; on every process, and nothing is kept.
+        """
         if isinstance(examples, dict):
             return {name: self._precomputed(part) for name, part in examples.items()}
         if not examples:
@@ -391,6 +401,13 @@ class PreferenceTrainer(TokenTrainer):
                 assert found is not None
                 return with_reference(examples, found)
             logp = self._read_by_reference(reference, examples)
+        if not logp.isfinite().all():
+            read = enumerate(with_reference(examples, logp))
+            row, bad = next((i, e) for i, e in read if not torch.cat(e.ref_logp).isfinite().all())
+            raise NotFiniteError(
+                f"before step 1: the log-probability of the reference is not finite in row {row} (prompt "
+                f"{shown(self.processing_class.decode(bad.prompt))}): look at that row and at the model"
+            )
         if self.is_world_process_zero():
             save_reference(path, logp)
         return with_reference(examples, logp)

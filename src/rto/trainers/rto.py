@@ -39,8 +39,9 @@ from rto.rollout.samplers.ahead import Ahead
 from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
 from rto.rollout.scoring import Scored, complete
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec
-from rto.trainers.base import TokenTrainer, check_trainer_arguments
+from rto.trainers.base import VALUE_MODEL, TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
+from rto.trainers.identity import adapter_digest
 from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
 from rto.trainers.online import OnlineTrainer
 from rto.trainers.parts import Named, listed
@@ -137,6 +138,7 @@ class RTOTrainer(OnlineTrainer):
         fits = partial(with_room, scorers=self.scoring.reward_models, completion=args.max_completion_length)
         prompts, held_out, _ = read_sets(fits, prompts, held_out)
         fit_batch(args, prompts)
+        self.adapters = {"model": adapter_digest(model), VALUE_MODEL: adapter_digest(value_model)}
         self._targets: Targets | None = None
         self._phase = Phases()
 
@@ -379,11 +381,13 @@ class RTOTrainer(OnlineTrainer):
 
     def models(self) -> dict[str, nn.Module]:
         """Policy, critic, reference, and what token rewards and scores come from."""
-        return {**super().models(), **self.scoring.models()}
+        critic = self.model.value_model
+        own = {} if critic is None else {VALUE_MODEL: critic}  # before the whole of both, so that it is called so
+        return {**own, **super().models(), **self.scoring.models()}
 
     def decide(self) -> dict[str, Any]:
         """Credit assignment, and where scores come from."""
-        return {"credit": self.credit, "reward_funcs": self.scoring.names}
+        return {**super().decide(), "credit": self.credit, "reward_funcs": self.scoring.names}
 
     # --- evaluation
 

@@ -51,6 +51,7 @@ from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
 from rto.trainers.alarms import AlarmArguments
 from rto.trainers.engine import check_layout
+from rto.trainers.identity import adapter_digest
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 from rto.trainers.trl import FromTRL
 
@@ -131,6 +132,7 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.skipped: dict[str, Skipped] = {}
+        self.adapters = {"model": adapter_digest(model)}
         reading = Reading.of(args, model)
         self._tokenizer = reading.read_tokenizer(model, processing_class)
         start = start_from(load_policy, model, reading, peft_config)
@@ -255,6 +257,7 @@ class RewardTrainer(FromTRL, TRLRewardTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        self.adapters = {"model": adapter_digest(model)}
         reading = Reading.of(args, model)
         self._tokenizer = reading.read_tokenizer(model, processing_class)
         self._max_length = args.max_length or 2**31

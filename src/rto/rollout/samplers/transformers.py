@@ -26,7 +26,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from rto.batches import Samples, Sequences, collate
 from rto.finite import NotFiniteError
 from rto.models.actor import vocab_size
-from rto.models.loading import check_special_tokens, eos_ids, max_positions, pad_id, unwrap_peft
+from rto.models.loading import check_special_tokens, eos_ids, max_positions, pad_id, source_name, unwrap_peft
 from rto.models.roles import acting
 from rto.rollout.samplers.base import Sampler, SamplingConfig, samples_of
 from rto.rollout.samplers.packed import packed
@@ -451,7 +451,10 @@ def _gap(way: Way, model: nn.Module, pad_id: int) -> float:
             whole = torch.tensor([prompts[i] + completions[i].tolist()], device=device)
             expected = model(input_ids=whole, use_cache=False).logits[0, -steps - 1 : -1].float().log_softmax(-1)
             if expected.isnan().any():
-                raise NotFiniteError("the logits of the sampled model are not finite: look at its weights")
+                raise NotFiniteError(
+                    f"the logits of the sampled model {source_name(model)} are not finite: look at its weights, and "
+                    "at rope_parameters in its config.json"
+                )
             spread = expected.std(-1).clamp(min=1e-3)
             gaps.append(((decoded - expected).abs().mean(-1) / spread).mean())
     return torch.stack(gaps).max().item()
