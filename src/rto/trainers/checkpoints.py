@@ -130,8 +130,7 @@ class SealedCheckpoints(Trainer):
         """The last number before an update; with it, everything that was noted for this update is looked at."""
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, Tensor) and self.accelerator.scaler is None:  # a scaler skips such updates by itself
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            self.watch.see(whole, "gradient norm of the policy")
+            self.watch.see(self.engine.gather(norm), "gradient norm of the policy")
         self.watch.check(self.state.global_step + 1)
         return norm
 
