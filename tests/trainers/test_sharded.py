@@ -333,10 +333,11 @@ def test_gathered_once_is_gathered_once(models: Any, tmp_path: Path) -> None:
     cases = [case(models, n, settings | {"gather_once": once}, tmp_path, processes=2) for n, once in ways.items()]
     launch(cases, tmp_path)
     once, by_layer = (layouts(at(tmp_path, name))[0] for name in ways)
-    whole = 4 * once["trained"]["all"] / 2  # what a process receives of all fp32 weights
-    assert once["passes"] == by_layer["passes"] > 2 * 3  # more than one of each model in three updates
-    assert once["sent"]["gathered"] == pytest.approx(3 * whole, rel=0.05)  # pieces are filled up to equal sizes
-    assert by_layer["sent"]["gathered"] > by_layer["passes"] / 2 * whole
+    updates = len(logged(at(tmp_path, "once"), "loss")[0])
+    whole = 4 * once["trained"]["all"] / 2  # what a process receives of all fp32 weights of both models
+    assert once["passes"] == by_layer["passes"] > 2 * updates  # more than one of each model
+    assert once["sent"]["gathered"] == pytest.approx(updates * whole, rel=0.05)  # pieces are filled up to equal sizes
+    assert by_layer["sent"]["gathered"] == pytest.approx(by_layer["passes"] * whole, rel=0.1)
     assert once["sent"]["reduced"] == by_layer["sent"]["reduced"]
 
 
