@@ -21,6 +21,8 @@ def main() -> None:
         if engine.processes().is_main_process:
             time.sleep(6)
         engine.wait_for_all()
+        doers = engine.shared_out(range(4), lambda i: engine.processes().process_index)
+        print(f"done by {doers}", file=sys.stderr)
         print(f"process {engine.processes().process_index} goes on", file=sys.stderr)
         return
     pipeline.SIDE_BY_SIDE = 16

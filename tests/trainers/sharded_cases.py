@@ -7,10 +7,12 @@ Each writes into ``output``: the exported model, ``history.json`` (what was logg
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from datasets import Dataset
 from killable import WORDS, arm
 from peft import LoraConfig
@@ -24,7 +26,7 @@ from rto.evaluation.judging.callback import WinRateCallback
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 
-FLOW = ("kill", "resume", "early")
+FLOW = ("kill", "resume", "early", "push")
 SETTINGS = {
     "optim": "sgd",  # a step is the gradient itself
     "lr_scheduler_type": "constant",
@@ -127,14 +129,34 @@ def fuller(completions: list[str], **columns: Any) -> list[float]:
     return [len(set(completion)) + 0.01 * len(completion) for completion in completions]
 
 
+def push(trainer: Any) -> list[list[str]]:
+    """Push to a hub that takes down which files it is sent."""
+    sent: list[list[str]] = []
+
+    def upload_folder(folder_path: str, **kwargs: Any) -> None:
+        sent.append(sorted(path.name for path in Path(folder_path).iterdir() if path.is_file()))
+
+    hub = SimpleNamespace(create_repo=lambda name, **kw: SimpleNamespace(repo_id=name), upload_folder=upload_folder)
+    transformers.trainer.hf_api = lambda: hub
+    trainer.push_to_hub()
+    return sent
+
+
 def finish(
-    trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool | str = False, early: bool = False
+    trainer: Any,
+    output: str,
+    frozen: dict[str, Any],
+    kill: str = "",
+    resume: bool | str = False,
+    early: bool = False,
+    **flow: Any,
 ) -> None:
-    """Train, evaluate (``early``: before that, too), export, and tell."""
+    """Train, push where asked, evaluate (``early``: before that, too), export, and tell."""
     if kill:
         arm(kill, trainer)
     before = trainer.evaluate() if early else {}
     trainer.train(resume_from_checkpoint=resume)
+    pushed = push(trainer) if flow.get("push") else []
     trainer.save_model()
     found = trainer.evaluate()
     folder = Path(output)
@@ -146,7 +168,7 @@ def finish(
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
     facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
     facts |= {name: getattr(trainer, name, []) for name in ("steps", "passes", "sent")} | read(trainer)
-    (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder)}))
+    (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder), "pushed": pushed}))
 
 
 @torch.no_grad()

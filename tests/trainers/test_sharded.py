@@ -326,6 +326,19 @@ def test_more_cases_train_as_a_whole_model(
 
 
 @pytest.mark.slow
+def test_one_process_pushes_a_whole_model(models: Any, tmp_path: Path) -> None:
+    """Also where nobody has saved one yet, and checkpoints are kept in pieces."""
+    launch(
+        [case(models, "pushed", {"run": "prefer", "loss": "dpo", "push": True, **SHARDED}, tmp_path, processes=2)],
+        tmp_path,
+    )
+    first, second = layouts(tmp_path / "pushed")
+    (sent,) = first["pushed"]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(sent)
+    assert second["pushed"] == second["wrote"] == []
+
+
+@pytest.mark.slow
 def test_gathered_once_is_gathered_once(models: Any, tmp_path: Path) -> None:
     """By bytes: policy and critic once an update, where by layer it is twice a pass; gradients go as they did."""
     ways = {"once": True, "by layer": False}

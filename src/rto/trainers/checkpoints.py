@@ -148,7 +148,7 @@ class SealedCheckpoints(Trainer):
         if not (self.engine.sharded or self.engine.deepspeed):
             super().save_model(output_dir, _internal_call)
             return
-        if _internal_call and self.engine.in_pieces:  # a checkpoint has its pieces
+        if _internal_call and output_dir and self.engine.in_pieces:  # a checkpoint has its pieces
             return
         # The library's own writes nothing where checkpoints are kept in pieces, and a tied weight twice.
         with together(self.accelerator):
