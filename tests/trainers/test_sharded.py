@@ -590,7 +590,7 @@ def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path
     saving |= {"resume": str(tmp_path / "straight" / "checkpoint-3")}
     launch([*cases, case(models, "resumed", saving, tmp_path, processes=2)], tmp_path)
     for name, settings in shared.items():
-        one, two = by_one(f"{name} unclipped", settings), tmp_path / name
+        one, two = by_one(f"{name} unclipped", settings), at(tmp_path, name)
         assert furthest(one, two) < 2e-6
         ours, theirs = logged(one, "loss", "kl"), logged(two, "loss", "kl")
         assert all(b == pytest.approx(a, rel=1e-5, abs=1e-5) for a, b in zip(ours, theirs))
