@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 VLLM_VENV ?= .venv-vllm
+ZERO ?= .deepspeed
 
-.PHONY: demo test lint slow chaos docs vllm vllm-test clean
+.PHONY: demo test lint slow chaos docs vllm vllm-test zero2-test clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rto run --output_dir $(RUN) $(DEMO)
@@ -26,6 +27,16 @@ vllm: $(VLLM_VENV)/.installed
 
 vllm-test: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/pytest -o filterwarnings=default tests/vllm_engine
+
+# ZeRO-2, with DeepSpeed in a folder of its own beside the environment: where it is importable, accelerate,
+# transformers and trl import it, too.
+zero2-test: $(ZERO)/.installed
+	PYTHONPATH=$(CURDIR)/$(ZERO) PATH=$(CURDIR)/$(ZERO)/bin:$$PATH \
+	  $(BIN)/pytest -m slow tests/trainers/test_sharded.py -k "zero_2 or DeepSpeed"
+
+$(ZERO)/.installed: $(VENV)/.installed-dev tests/trainers/deepspeed.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(ZERO) --requirement tests/trainers/deepspeed.txt
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -66,4 +77,4 @@ $(VLLM_VENV)/.installed: tests/vllm_engine/requirements.txt constraints.txt pypr
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VLLM_VENV) runs site
+	rm -rf $(VENV) $(VENV)-docs $(VLLM_VENV) $(ZERO) runs site

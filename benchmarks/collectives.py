@@ -1,6 +1,7 @@
 """Bytes that processes exchange in one iteration of sharded RTO, beside those of FSDP of what is trained alone.
 
-    torchrun --nproc_per_node 2 benchmarks/collectives.py
+    torchrun --nproc_per_node 2 benchmarks/collectives.py                              # 2 micro-batches an update
+    torchrun --nproc_per_node 2 benchmarks/collectives.py --prompts 128 --tokens 32    # 8
 
 Random Llamas over gloo on CPU processes (accelerate is told that a CPU is an accelerator, as in the tests), bf16. An
 iteration is a rollout and its updates. Counted is what a ring sends from each process: (N − 1)/N of what is gathered
@@ -205,19 +206,22 @@ def main() -> None:
     }
     print_here = dist.get_rank() == 0
     if print_here:
-        print("| | passes with gradients | update, MB | all else, MB | all ÷ update | all ÷ FSDP of the policy |")
+        print("| | passes with gradients | update, MB | all else, MB | all ÷ policy alone | all ÷ what is trained |")
         print("|---|---|---|---|---|---|")
-    alone = {}
+    alone: dict[bool, float] = {}
+    trained: dict[tuple[bool, str], int] = {}
     for name, settings in rows.items():
         result = iteration(wire, found, folder / "run", **settings)
         sent = Counter[str]()
         for (phase, _), size in result["sent"].items():
             sent["update" if phase == "update" else "else"] += size
-        # FSDP of the policy alone: without a critic, or half of two models that are alike.
+        # FSDP of the policy alone: without a critic, or half of two models that are alike. FSDP of what is trained:
+        # the update where nothing is gathered once.
         alone.setdefault(settings["lora"], sent["update"] / (2 if settings["lora"] else 1))
+        both = trained.setdefault((settings["lora"], settings["estimator"]), sent["update"])
         total = sum(sent.values())
         if print_here:
-            shares = f"{total / sent['update']:.3f} | {total / alone[settings['lora']]:.3f}"
+            shares = f"{total / alone[settings['lora']]:.3f} | {total / both:.3f}"
             print(
                 f"| {name} | {result['passes']} | {sent['update'] / 1e6:.2f} | {sent['else'] / 1e6:.2f} | {shares} |"
             )

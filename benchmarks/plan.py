@@ -213,7 +213,7 @@ def predicted(case: dict[str, Any], work: Work) -> dict[str, dict[str, float]]:
         checkpointing=work.checkpointing,
     )
     lora = Lora(rank=work.size.rank, targets=frozenset(x.name for x in shape.linears)) if shared else None
-    place = Placement(devices=case["processes"], lora=lora)
+    place = Placement(devices=case["processes"], lora=lora, packed=True)
     phases: dict[str, dict[str, float]] = {}
     for x in iteration.phases(place):
         key = x.name.split()[0]

@@ -274,7 +274,8 @@ class _Plan:
 
     @staticmethod
     def _place(work: Workload) -> Placement:
-        return Placement(devices=1, compute=work.compute, moments=work.moments, lora=work.lora)
+        packed = not torch.accelerator.is_available()
+        return Placement(devices=1, compute=work.compute, moments=work.moments, lora=work.lora, packed=packed)
 
     def _seconds(self, phases: list[Phase], times: int) -> float | None:
         if not phases or self.rates is None:

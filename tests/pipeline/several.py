@@ -17,10 +17,12 @@ from rto.trainers import engine
 
 def main() -> None:
     if sys.argv[1] == "--nap":  # longer than an exchange of tensors may take
-        engine.TIMEOUT = timedelta(seconds=2)
+        engine.TIMEOUT = timedelta(seconds=10)  # processes that start unlike fast meet within it
         if engine.processes().is_main_process:
-            time.sleep(6)
+            time.sleep(14)
         engine.wait_for_all()
+        doers = engine.shared_out(range(4), lambda i: engine.processes().process_index)
+        print(f"done by {doers}", file=sys.stderr)
         print(f"process {engine.processes().process_index} goes on", file=sys.stderr)
         return
     pipeline.SIDE_BY_SIDE = 16

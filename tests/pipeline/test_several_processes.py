@@ -88,3 +88,4 @@ def test_waiting_outlasts_the_time_out_of_exchanges() -> None:
     said = start("--nap", 2)
     assert "process 0 goes on" in said
     assert "process 1 goes on" in said
+    assert said.count("done by [0, 1, 0, 1]") == 2  # each has done its share, and knows of the other's

@@ -134,6 +134,20 @@ def test_ppo_has_no_dpo_model_and_reinforce_no_critic() -> None:
     assert roles("rto-pessimistic").count("dpo") == 3
 
 
+@pytest.mark.parametrize("asked", ["gold", "judge"])
+def test_rounds_are_planned_by_their_first(asked: str) -> None:
+    """What a round holds and does is planned; that there are more is told."""
+    judge = {"labels.by": "judge", "labels.judge.model": "m", "labels.judge.base_url": "http://127.0.0.1:1/v1"}
+    more = judge if asked == "judge" else {}
+    one, two = (
+        plan(load_recipe(None, settings), name="demo", devices=2, memory=GB, configs={"policy": "pythia-1b"})
+        for settings in ({}, {"rounds": 2, **more})
+    )
+    assert two.phases == one.phases
+    (told,) = (note for note in two.workload.notes if note not in one.workload.notes)
+    assert told.startswith("2 rounds: ")
+
+
 def test_configurations_by_role(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(

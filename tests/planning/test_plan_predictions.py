@@ -1,6 +1,7 @@
 """Predicted parameters, memory and operations beside those of real models: their own counts, live tensors, the
 profiler's count of operations."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -148,14 +149,19 @@ def test_gpt_neox() -> None:
     assert arithmetic.train(place.forward(role, training=True), AT).operations == measured.operations
 
 
-def test_decoding() -> None:
-    model, role, place = built()
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding(kind: str) -> None:
+    """On a processor, so from packed copies: as many bytes as the linear maps have as they are multiplied."""
+    bf16 = "bf16" in kind
+    model, role, place = built(lora=8 if "LoRA" in kind else 0, bf16=bf16)
+    place = replace(place, packed=True)
+    model.eval()
     at = Pass(rows=6, prompt=48, response=8)
     sampler = TransformersSampler(config=SamplingConfig(max_completion_length=8), eos_ids=(), pad_id=0)
     sampler.check(model)  # once a model
     prompts = torch.randint(3, SIZES["vocab_size"], (at.rows, at.prompt)).tolist()
     live = LiveTensors(model.parameters())
-    with live, counter() as count:
+    with live, counter() as count, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         sampler(model, prompts, seed=0)
     weights = sum(p.nbytes for p in model.parameters())
     assert weights + place.sample(role, at).total == pytest.approx(live.peak, rel=MOST)

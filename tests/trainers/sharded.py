@@ -60,7 +60,7 @@ def watch_writes() -> None:
             WRITTEN.extend(os.path.abspath(os.fspath(x)) for x in args if isinstance(x, str | os.PathLike))
 
     sys.addaudithook(see)
-    for owner, name, at in ((torch, "save", 1), (safetensors.torch, "save_file", 1)):
+    for owner, name, at in ((torch, "save", 1), (safetensors.torch, "serialize_file", 1)):
         setattr(owner, name, _seen(getattr(owner, name), at))
 
 
@@ -83,7 +83,7 @@ def main(cases: list[dict[str, Any]]) -> None:
         os.environ |= case.pop("launched", {})  # what `accelerate launch` sets
         getattr(importlib.import_module(module), function)(**case)
         AcceleratorState._reset_state()  # a process group is kept; what was asked of it is not
-        for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_USE_"))]:
+        for name in [n for n in os.environ if n.startswith(("FSDP_", "DS_", "ACCELERATE_USE_"))]:
             del os.environ[name]
 
 

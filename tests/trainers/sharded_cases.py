@@ -7,10 +7,12 @@ Each writes into ``output``: the exported model, ``history.json`` (what was logg
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from datasets import Dataset
 from killable import WORDS, arm
 from peft import LoraConfig
@@ -24,7 +26,7 @@ from rto.evaluation.judging.callback import WinRateCallback
 from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 
-FLOW = ("kill", "resume", "early")
+FLOW = ("kill", "resume", "early", "push")
 SETTINGS = {
     "optim": "sgd",  # a step is the gradient itself
     "lr_scheduler_type": "constant",
@@ -73,7 +75,7 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     rank = kwargs.pop("lora", 0)
     own: dict[str, Any] = {"peft_config": LoraConfig(r=rank, target_modules="all-linear")} if rank else {}
     flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
-    watched = kwargs.pop("watched", False)
+    watched, counted = kwargs.pop("watched", False), kwargs.pop("counted", False)
     args = RTOConfig(output_dir=output, per_device_train_batch_size=batch, **RTO_SETTINGS | kwargs)
     if args.dpo_coef:
         own["dpo_model"] = dpo
@@ -94,9 +96,32 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
         sampling = SamplingConfig(max_completion_length=9)
         judged = Dataset.from_list([{"prompt": word} for word in WORDS[:7]])  # does not divide by two
         trainer.add_callback(WinRateCallback(trainer, judged, fuller, sampling=sampling, batch_size=2))
+    if counted:
+        count_updates(trainer)
     trainer.sampler = sample
     trainer.steps = steps
     finish(trainer, output, {n: m for n, m in trainer.models().items() if n != "model"}, **flow)
+
+
+def count_updates(trainer: Any) -> None:
+    """Keep how many passes updates make, and how many bytes they gather and reduce."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from collectives import Wire
+
+    wire, plain = Wire(), trainer.backward
+    trainer.sent = {"gathered": 0, "reduced": 0}
+    trainer.passes = 0
+
+    def backward(model: Any, parts: Any, *args: Any, **kwargs: Any) -> Any:
+        wire.sent.clear()
+        total = plain(model, parts, *args, **kwargs)
+        trainer.passes += len(parts)
+        for (_, kind), size in wire.sent.items():
+            if kind.startswith(("all_gather", "reduce_scatter")):
+                trainer.sent["gathered" if "gather" in kind else "reduced"] += size
+        return total
+
+    trainer.backward = backward
 
 
 def fuller(completions: list[str], **columns: Any) -> list[float]:
@@ -104,14 +129,34 @@ def fuller(completions: list[str], **columns: Any) -> list[float]:
     return [len(set(completion)) + 0.01 * len(completion) for completion in completions]
 
 
+def push(trainer: Any) -> list[list[str]]:
+    """Push to a hub that takes down which files it is sent."""
+    sent: list[list[str]] = []
+
+    def upload_folder(folder_path: str, **kwargs: Any) -> None:
+        sent.append(sorted(path.name for path in Path(folder_path).iterdir() if path.is_file()))
+
+    hub = SimpleNamespace(create_repo=lambda name, **kw: SimpleNamespace(repo_id=name), upload_folder=upload_folder)
+    transformers.trainer.hf_api = lambda: hub
+    trainer.push_to_hub()
+    return sent
+
+
 def finish(
-    trainer: Any, output: str, frozen: dict[str, Any], kill: str = "", resume: bool | str = False, early: bool = False
+    trainer: Any,
+    output: str,
+    frozen: dict[str, Any],
+    kill: str = "",
+    resume: bool | str = False,
+    early: bool = False,
+    **flow: Any,
 ) -> None:
-    """Train, evaluate (``early``: before that, too), export, and tell."""
+    """Train, push where asked, evaluate (``early``: before that, too), export, and tell."""
     if kill:
         arm(kill, trainer)
     before = trainer.evaluate() if early else {}
     trainer.train(resume_from_checkpoint=resume)
+    pushed = push(trainer) if flow.get("push") else []
     trainer.save_model()
     found = trainer.evaluate()
     folder = Path(output)
@@ -122,8 +167,8 @@ def finish(
     rank = dist.get_rank() if dist.is_initialized() else 0
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
     facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
-    facts |= {"steps": getattr(trainer, "steps", []), **read(trainer)}
-    (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder)}))
+    facts |= {name: getattr(trainer, name, []) for name in ("steps", "passes", "sent")} | read(trainer)
+    (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder), "pushed": pushed}))
 
 
 @torch.no_grad()
@@ -156,23 +201,37 @@ def layout(model: Any) -> dict[str, Any]:
     }
 
 
-def pipeline(output: str, batch: int, **values: Any) -> None:
-    """Every stage of `rto run` on a few rows, and how SFT's and the reward model's weights lay."""
+SMALL: dict[str, Any] = {
+    "methods": {"RTO": {"dpo_coef": 0.05}},
+    "data.demonstrations.rows": 32,
+    "data.pair_prompts.rows": 16,
+    "data.prompts.rows": 16,
+    "data.test_prompts.rows": 8,
+    "completion_length": 12,
+}
+
+
+def pipeline(output: str, batch: int, recipe: str | None = None, **values: Any) -> None:
+    """Every stage of `rto run`, of the embedded task on a few rows or of a recipe, and how its models lay."""
     from rto.pipeline import run
     from rto.recipe import load_recipe
     from rto.trainers.checkpoints import SealedCheckpoints
 
-    small = {"data.demonstrations.rows": 32, "data.pair_prompts.rows": 16, "data.prompts.rows": 16}
-    small |= {"data.test_prompts.rows": 8, "completion_length": 12}
-    small |= {f"{stage}.per_device_train_batch_size": batch for stage in ("sft", "prefer", "reward", "train")}
+    if recipe:
+        sys.path.append(str(Path(__file__).parents[1] / "pipeline"))  # where its functions are
+    stages = ("prefer", "reward", "train") if recipe else ("sft", "prefer", "reward", "train")
+    sizes = {f"{stage}.per_device_train_batch_size": batch for stage in stages}
+    values = {**({} if recipe else SMALL), **sizes, **values}
     plain, laid = SealedCheckpoints.save_model, {}
 
     def save_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        laid[type(self).__name__] = layout(self.model)
+        engine = self.engine
+        name = "FSDP2" if engine.sharded else "DeepSpeed" if engine.deepspeed else type(self.model_wrapped).__name__
+        laid[type(self).__name__] = layout(self.model) | {"engine": name}
         plain(self, *args, **kwargs)
 
     SealedCheckpoints.save_model = save_model
-    run(load_recipe(None, small | values), output)
+    run(load_recipe(recipe, values), output)
     SealedCheckpoints.save_model = plain
-    folder = Path(output)
-    (folder / f"layout_{dist.get_rank()}.json").write_text(json.dumps(laid | {"wrote": wrote(folder)}))
+    folder, rank = Path(output), dist.get_rank() if dist.is_initialized() else 0
+    (folder / f"layout_{rank}.json").write_text(json.dumps(laid | {"wrote": wrote(folder)}))

@@ -1,6 +1,7 @@
 """What lays models over processes, as far as one process shows it; `test_sharded.py` has the rest."""
 
 import argparse
+import ast
 import json
 import logging
 from collections.abc import Callable
@@ -162,6 +163,38 @@ def test_a_file_of_two_precisions_is_read_in_the_wider(tiny_folder: Path, tmp_pa
     found = load_policy(tmp_path, dtype=torch.float32, as_stored=True)
     settle(found)
     assert found.model.norm.weight[0] == 1 + 2**-20
+
+
+WRAPPERS = {
+    *("DistributedDataParallel", "no_sync", "FSDPModule", "fully_shard", "DTensor", "full_tensor", "to_local"),
+    *("unshard", "reshard", "register_fsdp_forward_method", "fsdp_plugin", "deepspeed_plugin", "is_fsdp_enabled"),
+    *("is_deepspeed_enabled", "DistributedType", "distributed_type", "unwrap_model", "sync_gradients", "distributed"),
+}
+ELSEWHERE = {
+    "finite.py": {"to_local"},  # below the trainers: a piece is looked at where it is
+    "rollout/samplers/weights.py": {"full_tensor"},  # a sampler may be given a model that no trainer has gathered
+    "rollout/samplers/vllm.py": {"distributed"},  # a server has one client among processes, with or without a trainer
+    "evaluation/judging/callback.py": {"is_fsdp_enabled"},  # refuses trainers of others, which have no engine
+}
+
+
+def test_one_file_knows_how_models_lie_over_processes() -> None:
+    """Names of wrappers and of what they do, in code; strings and comments may speak of them."""
+    home, found = Path(rto.__file__).parent, {}
+    for path in home.rglob("*.py"):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                whole = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                names.update(".".join(whole).split("."))
+        if names & WRAPPERS:
+            found[str(path.relative_to(home))] = names & WRAPPERS
+    assert len(found.pop("trainers/engine.py")) > 10
+    assert found == ELSEWHERE
 
 
 def test_work_of_one_process_is_its_own() -> None:

@@ -1,6 +1,7 @@
 """Models cut over processes by FSDP2 train as one whole model does: two processes × half a batch, and one process.
 
-One launch runs many cases, since starting processes costs more than they do. See `sharded.py` for how a CPU is made
+One launch runs many cases, since starting processes costs more than most do; those that are not slow begin as forks
+(`warm.py`). See `sharded.py` for how a CPU is made
 to shard, without which these tests would test DDP.
 """
 
@@ -20,11 +21,15 @@ import pytest
 import safetensors.torch
 import sharded_cases
 import torch
+from filelock import FileLock
 from test_checkpoints import free_port
 from test_shared_base import write_adapter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import warm
+
 PROGRAM = Path(__file__).with_name("sharded.py")
+sys.path.append(str(PROGRAM.parents[1] / "pipeline"))
 SHARDED = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 SAVING = {"num_mini_batches": 2, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 3}
 SAVING |= {"normalize_scores": True, "kl_target": 0.5}
@@ -65,15 +70,17 @@ SLOWER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def launch(cases: list[dict[str, Any]], where: Path, processes: int = 2, program: Path = PROGRAM) -> str:
     """Run cases one after the other in one group of processes; what they said on stderr."""
     path = where / "cases.json"
     path.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(free_port()), str(program), str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     code, said = wait(
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     )
     assert code == 0, said[-4000:]
     return said
@@ -110,8 +117,10 @@ def case(models: Any, name: str, settings: dict[str, Any], where: Path, *, proce
     if run == "prefer":
         kwargs |= {"policy": models["whole"][0], "batch": kwargs.get("batch", 4) // processes}
         kwargs |= {"ref_model": models["whole"][1]} if "ref_model" in kwargs else {}
-    else:
+    elif run == "rto":
         kwargs |= {"models": models["adapters" if kwargs.get("lora") else "whole"], "batch": 8 // processes}
+    else:
+        kwargs |= {"batch": 8 // processes}
     if processes > 1 and "launched" not in kwargs:
         kwargs.setdefault("fsdp", True)
     return {"run": f"sharded_cases:{run}", **kwargs}
@@ -179,8 +188,20 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def launched(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case of the default suite on two processes, each with half a batch."""
-    root = tmp_path_factory.mktemp("two")
+    """Every case of the default suite on two processes, each with half a batch; once, however many run the tests."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "two"
+    with FileLock(f"{root}.lock"):
+        if not (root / "done").is_file():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            run_all(models, root)
+            (root / "done").touch()
+    return root
+
+
+def run_all(models: Any, root: Path) -> None:
+    """The cases of `launched`, in forks of a process that has imported everything."""
     cases = [case(models, name, settings, root, processes=2) for name, settings in EQUAL.items()]
     saving = {"run": "rto", **SAVING}
     cases += [case(models, "straight", saving | SHARDED | ADAM, root, processes=2)]
@@ -188,8 +209,9 @@ def launched(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases += [case(models, "resumed", saving | SHARDED | ADAM | {"resume": resume}, root, processes=2)]
     cases += [case(models, "not cut", saving | {"fsdp": None, "log_completions": 4}, root, processes=2)]
     cases += [case(models, "bf16", {"run": "prefer", "loss": "dpo", "bf16": True}, root, processes=2)]
-    launch(cases, root)
-    return root
+    (root / "cases.json").write_text(json.dumps(cases))
+    done = warm.run(PROGRAM, str(root / "cases.json"), processes=2, environment=ENVIRONMENT, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +326,35 @@ def test_more_cases_train_as_a_whole_model(
 
 
 @pytest.mark.slow
+def test_one_process_pushes_a_whole_model(models: Any, tmp_path: Path) -> None:
+    """Also where nobody has saved one yet, and checkpoints are kept in pieces."""
+    launch(
+        [case(models, "pushed", {"run": "prefer", "loss": "dpo", "push": True, **SHARDED}, tmp_path, processes=2)],
+        tmp_path,
+    )
+    first, second = layouts(tmp_path / "pushed")
+    (sent,) = first["pushed"]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(sent)
+    assert second["pushed"] == second["wrote"] == []
+
+
+@pytest.mark.slow
+def test_gathered_once_is_gathered_once(models: Any, tmp_path: Path) -> None:
+    """By bytes: policy and critic once an update, where by layer it is twice a pass; gradients go as they did."""
+    ways = {"once": True, "by layer": False}
+    settings = {"run": "rto", "counted": True}
+    cases = [case(models, n, settings | {"gather_once": once}, tmp_path, processes=2) for n, once in ways.items()]
+    launch(cases, tmp_path)
+    once, by_layer = (layouts(at(tmp_path, name))[0] for name in ways)
+    updates = len(logged(at(tmp_path, "once"), "loss")[0])
+    whole = 4 * once["trained"]["all"] / 2  # what a process receives of all fp32 weights of both models
+    assert once["passes"] == by_layer["passes"] > 2 * updates  # more than one of each model
+    assert once["sent"]["gathered"] == pytest.approx(updates * whole, rel=0.05)  # pieces are filled up to equal sizes
+    assert by_layer["sent"]["gathered"] == pytest.approx(by_layer["passes"] * whole, rel=0.1)
+    assert once["sent"]["reduced"] == by_layer["sent"]["reduced"]
+
+
+@pytest.mark.slow
 def test_no_process_holds_a_model_whole(tmp_path: Path) -> None:
     """While models are read and cut, and while they are exported: beyond its pieces a process has a unit, or a tensor.
 
@@ -312,9 +363,8 @@ def test_no_process_holds_a_model_whole(tmp_path: Path) -> None:
     program = PROGRAM.parents[2] / "benchmarks" / "sharded_memory.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), str(program), "--size", "52M", "--json", str(tmp_path / "found")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     code, said = wait(
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     )
     assert code == 0, said[-4000:]
     for process in json.loads((tmp_path / "found").read_text()):
@@ -422,7 +472,7 @@ def test_two_hosts_train_as_one(
     chosen = ("tdpo", "rto")
     path = tmp_path / "cases.json"
     path.write_text(json.dumps([case(models, name, EQUAL[name], tmp_path, processes=2) for name in chosen]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "wire"}
+    environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "wire"}
     started = []
     for rank, host in enumerate(hosts):
         command = [*host, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
@@ -437,23 +487,6 @@ def test_two_hosts_train_as_one(
         check_equal(by_one(name, EQUAL[name]), at(tmp_path, name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapters", [False, True])
-def test_every_stage_of_a_run_is_cut(adapters: bool, tmp_path: Path) -> None:
-    """SFT and reward model, too: trained cut, exported whole, each the start of the next."""
-    values = {"peft.r": 4, "peft.target_modules": "all-linear"} if adapters else {}
-    whole = {"run": "sharded_cases:pipeline", "output": str(tmp_path / "run"), "batch": 4, "launched": LAUNCHED}
-    launch([whole | values], tmp_path)
-    for rank in layouts(tmp_path / "run"):
-        trainers = {"SFTTrainer", "PreferenceTrainer", "RewardTrainer", "RTOTrainer"}
-        assert rank.keys() == trainers | {"wrote"}
-        assert all(rank[name]["cut"] and rank[name]["units"] > 1 for name in trainers)
-    assert [path for path in rank["wrote"] if not re.search(r"(_1|__1_\d+)\.\w+$", path)] == []
-    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
-    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
-    assert results["RTO"]["kl"] != 0
-
-
 ZERO_2 = {
     "use_cpu": False,  # under which accelerate knows no DeepSpeed
     "deepspeed": {
@@ -465,22 +498,104 @@ ZERO_2 = {
     },
     "launched": {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"},
 }
+NO_DEEPSPEED = "needs pip install deepspeed, which builds with g++ and ninja"
+LEARNING = {
+    f"{stage}.{name}": value
+    for stage, rate in {"sft": 0.3, "prefer": 1.0, "reward": 0.1}.items()
+    for name, value in {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": rate}.items()
+}
+"""Of what does not sample, by steps that are the gradient itself: one process and two then learn the same."""
+ADAPTERS = {"peft.r": 4, "peft.target_modules": "all-linear"}
+ENGINES: dict[str, dict[str, str]] = {"DDP": {}, "FSDP2": LAUNCHED, "DeepSpeed": ZERO_2["launched"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "adapters"), [("FSDP2", False), *((engine, True) for engine in ENGINES)])
+def test_every_stage_of_a_run_by_each_engine(
+    engine: str, adapters: bool, by_one: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SFT and reward model, too: as by one process, exported whole, each the start of the next."""
+    if engine == "DeepSpeed":
+        pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
+    settings = {"run": "pipeline", **LEARNING, **(ADAPTERS if adapters else {})}
+    two = {**settings, "run": "sharded_cases:pipeline", "output": str(tmp_path / "run"), "batch": 4}
+    launch([two | {"launched": ENGINES[engine]}], tmp_path)
+    ranks = layouts(tmp_path / "run")
+    assert len(ranks) == 2
+    for rank in ranks:
+        trainers = {"SFTTrainer", "PreferenceTrainer", "RewardTrainer", "RTOTrainer"}
+        assert rank.keys() == trainers | {"wrote"}
+        assert {rank[name]["engine"] for name in trainers} == {{"DDP": "DistributedDataParallel"}.get(engine, engine)}
+        if engine == "FSDP2":
+            assert all(rank[name]["cut"] and rank[name]["units"] > 1 for name in trainers)
+    assert [
+        path
+        for path in ranks[1]["wrote"]
+        if not re.search(r"(_1|__1_\d+|zero_pp_rank_1_mp_rank_\d+_optim_states)\.\w+$", path)
+    ] == []
+    one = by_one("pipeline" + " with adapters" * adapters, settings)
+    for stage in ("sft", "dpo", "reward"):
+        assert furthest(one / stage, tmp_path / "run" / stage) < 1e-5, stage
+    pairs = [(folder / "pairs" / "pairs.jsonl").read_text() for folder in (one, tmp_path / "run")]
+    assert pairs[0] == pairs[1]
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["methods"]
+    assert results["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert results["DPO"]["kl"] != 0
+    assert results["RTO"]["kl"] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["gold", "judge"])
+def test_rounds_of_labels(source: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Two rounds cut over two processes: one asks, nothing twice; what follows from the same weights is the same."""
+    from test_rounds import JudgeServer, longer, tree
+
+    from rto.inspection.reading import InspectArguments, inspect
+
+    recipe = tmp_path / "rounds.yaml"
+    with JudgeServer(longer) as server:
+        labels = {
+            "judge": {"by": "judge", "judge": {"model": "judge", "base_url": server.url}},
+            "gold": {"by": "gold"},
+        }
+        recipe.write_text(json.dumps(tree(tiny_folder, labels=labels[source])))
+        rates = {"prefer.optim": "sgd", "prefer.learning_rate": 0.1, "prefer.lr_scheduler_type": "constant"}
+        case = {"run": "sharded_cases:pipeline", "recipe": str(recipe), **rates}
+        launch([{**case, "output": str(tmp_path / "two"), "batch": 4, "launched": LAUNCHED}], tmp_path)
+        asked = [json.dumps(body, sort_keys=True) for body in server.bodies]
+        assert len(asked) == len(set(asked))
+        assert (len(asked) > 0) == (source == "judge")
+        alone({**case, "output": str(tmp_path / "one"), "batch": 8})
+    for rank in layouts(tmp_path / "two"):
+        assert all(rank[name]["units"] > 1 for name in ("PreferenceTrainer", "RewardTrainer", "RTOTrainer"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "pairs" / "pairs.jsonl").read_bytes() == (two / "pairs" / "pairs.jsonl").read_bytes()
+    if source == "gold":  # ties leave a last batch that accelerate fills up on two processes by a row that was there
+        assert furthest(one / "dpo", two / "dpo") < 1e-5
+    told = json.loads((two / "round-2" / "pairs" / "counts.json").read_text())
+    assert told["sampled"] == 8 == told["labels"] + sum(told["not asked"].values())
+    assert furthest(two / "rto", two / "round-2" / "rto") > 0  # it went on
+    reads: dict[str, Any] = {"dpo_model": [str(two / "round-2" / "dpo")], "ref_model": str(two / "sft")}
+    rows = str(two / "round-2" / "pairs" / "pairs.jsonl")
+    found = inspect(InspectArguments(**reads, dataset_name=rows, output_dir=str(tmp_path / "inspection")))
+    assert found is not None
 
 
 @pytest.mark.slow
 def test_zero_2_takes_one_step_an_update(models: Any, by_one: Callable[..., Path], tmp_path: Path) -> None:
     """Several micro-batches an update; policy and critic are clipped by one norm, so here by none. And it resumes."""
-    pytest.importorskip("deepspeed", reason="needs pip install deepspeed, which builds with g++ and ninja")
+    pytest.importorskip("deepspeed", reason=NO_DEEPSPEED)
     free = {"max_grad_norm": 1e9}
     slow = {"learning_rate": 3e-3, "value_learning_rate": 1e-3}  # norms of 80 without a clip: rounding would grow
     shared = {"dpo": EQUAL["dpo"] | free, "rto": EQUAL["rto"] | free | slow}
+    shared["rto on one base"] = EQUAL["rto on one base"] | free | slow
     cases = [case(models, name, settings | ZERO_2, tmp_path, processes=2) for name, settings in shared.items()]
     saving = {"run": "rto", **SAVING, **ADAM, **ZERO_2}
     cases += [case(models, "straight", saving, tmp_path, processes=2)]
     saving |= {"resume": str(tmp_path / "straight" / "checkpoint-3")}
     launch([*cases, case(models, "resumed", saving, tmp_path, processes=2)], tmp_path)
     for name, settings in shared.items():
-        one, two = by_one(f"{name} unclipped", settings), tmp_path / name
+        one, two = by_one(f"{name} unclipped", settings), at(tmp_path, name)
         assert furthest(one, two) < 2e-6
         ours, theirs = logged(one, "loss", "kl"), logged(two, "loss", "kl")
         assert all(b == pytest.approx(a, rel=1e-5, abs=1e-5) for a, b in zip(ours, theirs))

@@ -16,6 +16,7 @@ from rto.planning.activations import (
 )
 from rto.planning.arithmetic import cache_per_token
 from rto.planning.shapes import PRODUCT, Lora, Shape
+from rto.rollout.samplers.packed import SMALL
 
 MOMENTS = 2 * FP32
 """Adam's, a weight."""
@@ -86,6 +87,7 @@ class Placement:
         lora: adapters of the roles on one base; None trains whole models.
         compute: bytes of a number in a matrix product.
         moments: bytes of the optimizer's state, a trained weight.
+        packed: decoding is on processors, from packed copies of linear maps (`rto.rollout.samplers.packed`).
     """
 
     devices: int = 1
@@ -94,6 +96,7 @@ class Placement:
     lora: Lora | None = None
     compute: int = FP32
     moments: int = MOMENTS
+    packed: bool = False
 
     @property
     def shards(self) -> int:
@@ -172,10 +175,14 @@ class Placement:
         """The worst moment of decoding: the prompts' pass, or the last step, when the cache is full."""
         f = self.forward(policy)
         s = f.shape
-        head = f.compute * s.table if f.casts else 0
-        copies = (
-            f.compute * s.language_model if self.sharded else self._copies(f) + head
-        )  # gathered once for all steps
+        copies: float
+        if self.sharded:
+            copies = f.compute * s.language_model  # gathered once for all steps
+        elif self.packed:  # autocast then has nothing to copy
+            sizes = [x.size for x in s.linears] * s.layers + [s.table]
+            copies = f.compute * sum(size for size in sizes if size > SMALL)
+        else:
+            copies = self._copies(f) + (f.compute * s.table if f.casts else 0)
         prompts = replace(at, response=0)
         mask = 3 * at.rows * at.prompt**2
         repeated = 2 * f.compute * (s.queries - s.keys)  # bytes a token: attention with a mask repeats keys, values

@@ -41,9 +41,11 @@ class LiveTensors(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
-            return  # weights packed for a processor: copies that no plan has, and of no storage that could be asked
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+            storage: Any = tensor  # weights packed for a processor have no storage that could be asked
+            key, size = id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
             self._seen.add(key)
             self.now += size

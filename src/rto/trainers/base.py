@@ -26,7 +26,7 @@ from rto.models.roles import Role, load_adapter_weights
 from rto.ranges import COUNT, TRAINING, Range, check_arguments
 from rto.trainers.alarms import AlarmArguments
 from rto.trainers.checkpoints import CheckpointError, SealedCheckpoints
-from rto.trainers.engine import check_layout
+from rto.trainers.engine import check_layout, unwrapped
 from rto.trainers.logs import tell_quietly
 from rto.trainers.precision import PrecisionArguments, on_this_machine, prepare_trained
 from rto.values import check_choice, json_mapping
@@ -230,9 +230,10 @@ class TokenTrainer(SealedCheckpoints):
     ) -> Tensor:
         """`Engine.backward`; what was noted for this update is looked at where it steps by itself."""
         step = self.state.global_step + 1
-        look = (lambda: self.watch.check(step)) if self.engine.deepspeed else None
         reads = (reads or (lambda part: self.model)) if self.gathers_once else None
-        return self.engine.backward(model, parts, loss, whole=whole, before_last=look, reads=reads)
+        return self.engine.backward(
+            model, parts, loss, whole=whole, before_step=lambda: self.watch.check(step), reads=reads
+        )
 
     def micro_batches(self, lengths: Tensor) -> list[Tensor]:
         """Cuts by the token budget; as many on every process, since sharded models run in step."""
@@ -240,7 +241,7 @@ class TokenTrainer(SealedCheckpoints):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip policy and critic each by its own norm: a young critic's large gradient must not stall the policy."""
-        actor: Actor = self.accelerator.unwrap_model(model)
+        actor: Actor = unwrapped(self.accelerator, model)
         groups = {"policy": actor.policy_parameters}
         if actor.value_model is not None:
             groups["value"] = actor.value_parameters
@@ -269,19 +270,19 @@ class TokenTrainer(SealedCheckpoints):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        actor: Actor = self.accelerator.unwrap_model(self.model)
+        actor: Actor = unwrapped(self.accelerator, self.model)
         stop_at_eos(actor.policy, self.processing_class)
         self._write({folder: actor.policy, folder / VALUE_MODEL: actor.value_model})
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.sharded:
             super()._load_best_model()
             return
         # The library's own looks for weights under the actor's names, finds none, and goes on with a warning.
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one sharded state for the whole actor
+        if self.sharded:  # one sharded state for the whole actor
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)

@@ -20,6 +20,7 @@ from rto.declared import declared
 from rto.files import write_atomically
 from rto.functional.preference import LOSSES, needs_scalar_head
 from rto.models.loading import source_name
+from rto.trainers.engine import unwrapped
 from rto.values import write_yaml
 
 VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers")
@@ -262,7 +263,7 @@ def _entry(key: str) -> str:
 
 def _start(trainer: Any) -> str:
     """What training started from, as it was given."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = unwrapped(trainer.accelerator, trainer.model)
     return source_name(getattr(model, "policy", model))
 
 

@@ -132,8 +132,7 @@ class SealedCheckpoints(Trainer):
         """The last number before an update; with it, everything that was noted for this update is looked at."""
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, Tensor) and self.accelerator.scaler is None:  # a scaler skips such updates by itself
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            self.watch.see(whole, "gradient norm of the policy")
+            self.watch.see(self.engine.gather(norm), "gradient norm of the policy")
         self.watch.check(self.state.global_step + 1)
         return norm
 
@@ -151,7 +150,7 @@ class SealedCheckpoints(Trainer):
         if not (self.engine.sharded or self.engine.deepspeed):
             super().save_model(output_dir, _internal_call)
             return
-        if _internal_call and self.engine.in_pieces:  # a checkpoint has its pieces
+        if _internal_call and output_dir and self.engine.in_pieces:  # a checkpoint has its pieces
             return
         # The library's own writes nothing where checkpoints are kept in pieces, and a tied weight twice.
         with together(self.accelerator):

@@ -202,6 +202,11 @@ class Engine:
         self._held: Counter[int] = Counter()
 
     @property
+    def joint(self) -> bool:
+        """Every pass is to reach all that is trained, policy and critic: DeepSpeed's step is with the last one."""
+        return self.deepspeed
+
+    @property
     def world(self) -> int:
         """Processes."""
         return int(self.accelerator.num_processes)
@@ -227,7 +232,7 @@ class Engine:
         loss: Callable[[_Part], Tensor],
         *,
         whole: bool = True,
-        before_last: Callable[[], None] | None = None,
+        before_step: Callable[[], None] | None = None,
         reads: Callable[[_Part], Any] | None = None,
     ) -> Tensor:
         """Add up the gradients of Σ loss(part); the sum, over all processes.
@@ -240,7 +245,7 @@ class Engine:
             loss: a part's share of the loss, which divides by a global denominator.
             whole: every part reaches every trained parameter, which DDP's own exchange of gradients needs. Where
                 it is not so, gradients are exchanged here.
-            before_last: called before the last part's gradients are there.
+            before_step: called before a step is taken here.
             reads: the model that a part reads: gather it once for all its parts, which follow each other, instead of
                 layer by layer twice a part. None: layer by layer.
         """
@@ -252,7 +257,7 @@ class Engine:
         with kept:
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
-                total += self._backward(model, loss, part, last, exchanged, last and steps, before_last)
+                total += self._backward(model, loss, part, last, exchanged, last and steps, before_step)
                 if self.sharded and reads is not None and not last:
                     self._let_go(reads(part), reads(parts[i + 1]))
         if not exchanged and self.world > 1:
@@ -269,14 +274,14 @@ class Engine:
         last: bool,
         exchanged: bool,
         steps: bool,
-        before_last: Callable[[], None] | None,
+        before_step: Callable[[], None] | None,
     ) -> Tensor:
         """One part's share of the loss, its gradients added up."""
         with self._part(model, last=last, exchanged=exchanged, steps=steps):
             with self.accelerator.autocast():
                 value = loss(part)
-            if last and before_last is not None:
-                before_last()
+            if last and self.deepspeed and before_step is not None:
+                before_step()
             # Denominators are global already: DeepSpeed would divide by gradient_accumulation_steps again.
             kwargs = {"scale_wrt_gas": False} if self.deepspeed else {}
             self.accelerator.backward(value * (self.world if exchanged else 1), **kwargs)
@@ -338,7 +343,7 @@ class Engine:
         norms: dict[str, Tensor] = {}
         for name, parameters in groups.items():
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-            norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norms[name] = self.gather(norm)
         return norms
 
     def tell_of_clipping(self, groups: int, max_norm: float) -> None:
@@ -481,6 +486,16 @@ class Engine:
             return x
         here: Any = x.to(self.accelerator.device)  # what is off-loaded is gathered where processes meet
         return here.full_tensor()
+
+
+def unwrapped(accelerator: Any, model: Any) -> Any:
+    """The model itself, without what lays it over processes."""
+    return accelerator.unwrap_model(model)
+
+
+def piece(weight: Tensor) -> tuple[Tensor, bool]:
+    """What of a weight is here, and whether that is a piece of it."""
+    return (weight.to_local(), True) if isinstance(weight, DTensor) else (weight, False)
 
 
 def _units(model: nn.Module) -> list[Any]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rto.models.loading import is_adapter
 from rto.stages import digest_of
+from rto.trainers.engine import piece
 
 FREE = {
     *("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "project", "local_rank"),
@@ -140,9 +140,8 @@ def weights_digest(model: nn.Module, add_up: Callable[[Tensor], Tensor]) -> str:
     cut = False
     for name, weight in weights.items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        local = weight.detach()
-        if isinstance(local, DTensor):
-            cut, local = True, local.to_local()
+        local, in_pieces = piece(weight.detach())
+        cut |= in_pieces
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
         if not local.is_meta:
             sums.append(local.contiguous().view(-1).view(whole).sum(dtype=torch.int64))

@@ -1,7 +1,8 @@
 """What an on-line trainer is beside its algorithm: turns, optimizer, order of prompts, checkpoints.
 
-`rto.trainers.rto` is the algorithm. Here stands what serves it: rollouts that are drawn one turn before, two learning
-rates, the order of prompts and seeds, and what a checkpoint needs so that none of it is lost.
+`rto.trainers.rto` is the algorithm. Here stands what serves it: rollouts that are drawn one turn before, what is
+logged of a rollout and refused in it, two learning rates, the order of prompts and seeds, and what a checkpoint needs
+so that none of it is lost.
 """
 
 import logging
@@ -10,20 +11,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rto.batches import Samples, Targets
+from rto.batches import Rollout, Samples, Targets
 from rto.credit import Credit
 from rto.data.formats import Prompt, Skipped, read_prompts
+from rto.files import shown
 from rto.finite import together
+from rto.functional.importance import log_ratio, mismatch
+from rto.functional.masked import masked_mean
+from rto.models.actor import TokenOutputs
 from rto.rollout.samplers.ahead import Ahead
 from rto.rollout.samplers.base import SamplerError
 from rto.rollout.samplers.randomness import row_seeds
+from rto.rollout.scoring import Scored
 from rto.trainers.base import TokenTrainer
 from rto.trainers.config import RTOConfig
-from rto.trainers.logs import Phases
-from rto.trainers.prompts import RolloutSampler
+from rto.trainers.engine import unwrapped
+from rto.trainers.logs import Phases, length_metrics, score_metrics, write_completions
+from rto.trainers.prompts import RolloutSampler, shown_prompt
 from rto.trainers.rollout_state import load_state, load_targets, save_state, save_targets
 
 logger = logging.getLogger(__name__)
@@ -60,7 +68,7 @@ class OnlineTrainer(TokenTrainer):
         if (iteration + 1) * self.args.updates_per_rollout < self.state.max_steps:
             following = [self.train_dataset[i].ids for i in self._prompt_order().batch(iteration + 1)]
             seeds = row_seeds(self._seed(iteration + 1), len(following))
-            policy = self.accelerator.unwrap_model(model).policy
+            policy = unwrapped(self.accelerator, model).policy
             with together(self.accelerator), self.accelerator.autocast():
                 self._ahead.begin(policy, following, seeds, iteration=iteration + 1, version=iteration)
         return samples
@@ -73,13 +81,82 @@ class OnlineTrainer(TokenTrainer):
     def _episodes(self, iterations: int) -> int:
         return iterations * self.args.per_device_train_batch_size * self.accelerator.num_processes
 
+    # --- what a rollout says of itself
+
+    def _tell_of(self, scored: Scored, acting: TokenOutputs, counted: Bool[Tensor, " B"] | None) -> None:
+        """Record scores, entropy and lengths of a rollout; while training the first rows are written as text.
+
+        Args:
+            scored: a rollout, and where its scores come from.
+            acting: the policy's own numbers on it.
+            counted: which rows the metrics are of; None: all.
+        """
+        rollout, scores = scored.rollout, scored.by_source
+        if scores:
+            scores = {**scores, "": rollout.scores}
+        self.record(**score_metrics(scores, counted, self.all_reduce))
+        assert acting.entropy is not None
+        mask = rollout.mask if counted is None else rollout.mask & counted[:, None]
+        self.record(entropy=masked_mean(acting.entropy, mask, all_reduce=self.all_reduce))
+        lengths = rollout.mask.sum(1).float()
+        self.record(**length_metrics(lengths, rollout.ended, counted, self.all_reduce, self.accelerator.gather))
+        if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
+            write_completions(
+                Path(str(self.args.output_dir)),
+                self.state.global_step,
+                scored.completed,
+                scores,
+                rollout,
+                self.processing_class,
+                most=self.args.log_completions,
+                evaluation=counted is not None,
+            )
+
+    def _check(self, scored: Scored, prompts: Sequence[Prompt]) -> None:
+        """Every number of a rollout is finite before any is used."""
+        rollout, completions = scored.rollout, scored.completed.completions
+        for name, scores in scored.by_source.items():
+            given = ~scores.isnan()  # a reward function may have nothing to say of a row
+            self.watch.see(
+                scores, f"score of {name} (as float32)", mask=given, tell=lambda row: shown(completions[row])
+            )
+        self.watch.check(self.state.global_step + 1)
+        per_token = {
+            "log-probability of the policy": rollout.policy_logp,
+            "log-probability of the reference": rollout.ref_logp,
+            "token reward of the DPO model": rollout.token_logratio,
+            "value of the critic": rollout.values,
+        }
+        for what, x in per_token.items():
+            if x is not None:
+                self.watch.see(x, what, mask=rollout.mask, tell=lambda row: shown_prompt(prompts, row))
+        self.watch.see(rollout.scores, "score", tell=lambda row: shown_prompt(prompts, row))
+        self.watch.check(self.state.global_step + 1)
+
+    def _distance(self, rollout: Rollout) -> dict[str, Tensor]:
+        """How far what drew the rollout is from the policy, where it says so."""
+        if rollout.sampler_logp is None:
+            return {}
+        known = rollout.mask & ~rollout.sampler_logp.isnan()
+        if not self.all_reduce(known.sum().float()):
+            return {}
+        found = mismatch(
+            log_ratio(rollout.policy_logp, rollout.sampler_logp, known), known, all_reduce=self.all_reduce
+        )
+        return {
+            "sampling/sampling_logp_difference/mean": found.mean,
+            "sampling/sampling_logp_difference/max": self.accelerator.gather(found.largest).max(),
+            "sampling/kl": found.kl,
+            "sampling/effective_sample_size": found.effective,
+        }
+
     # --- optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer, two learning rates: the policy's and the critic's."""
         if self.optimizer is None:
             acting = self.model if model is None else model
-            critic = set(map(id, self.accelerator.unwrap_model(acting).value_parameters))
+            critic = set(map(id, unwrapped(self.accelerator, acting).value_parameters))
             decayed = set(self.get_decay_parameter_names(acting))
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, parameter in acting.named_parameters():

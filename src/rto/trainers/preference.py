@@ -42,6 +42,7 @@ from rto.models.precision import check_derivative
 from rto.models.roles import Role, adapt, place, shared_base
 from rto.models.scalars import check_token_scorer
 from rto.trainers.base import TokenTrainer, TokenTrainingArguments, check_trainer_arguments
+from rto.trainers.engine import unwrapped
 from rto.trainers.examples import (
     Example,
     load_reference,
@@ -377,7 +378,7 @@ class PreferenceTrainer(TokenTrainer):
             assert self._base is not None
             reference = self._base.without_adapter().eval()
         if reference is None:
-            reference = self.accelerator.unwrap_model(self.model).policy
+            reference = unwrapped(self.accelerator, self.model).policy
         with torch.no_grad(), self.accelerator.autocast(), self.engine.whole(reference):
             yield reference
 

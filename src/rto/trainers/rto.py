@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,20 +28,21 @@ from rto.credit import Credit
 from rto.data.formats import Prompt, Rows, read_sets
 from rto.files import shown
 from rto.finite import NotFiniteError, together
-from rto.functional.importance import log_ratio, mismatch
-from rto.functional.masked import masked_mean, masked_sum
+from rto.functional.importance import log_ratio
+from rto.functional.masked import masked_sum
 from rto.functional.ppo import approx_kl, policy_loss, value_loss
 from rto.models.actor import Actor, TokenOutputs
 from rto.models.loading import Source, shared_context
 from rto.rollout.rewards import RewardFunc
 from rto.rollout.samplers.ahead import Ahead
 from rto.rollout.samplers.base import SampleFunction, Sampler, as_sampler
-from rto.rollout.scoring import Scored, complete
+from rto.rollout.scoring import complete
 from rto.rollout.token_rewards import TOKEN_REWARDS, TokenRewardSpec
 from rto.trainers.base import VALUE_MODEL, TokenTrainer, check_trainer_arguments
 from rto.trainers.config import RTOConfig
+from rto.trainers.engine import unwrapped
 from rto.trainers.identity import adapter_digest
-from rto.trainers.logs import Phases, length_metrics, mean_over, score_metrics, write_completions
+from rto.trainers.logs import Phases, mean_over
 from rto.trainers.online import OnlineTrainer
 from rto.trainers.parts import Named, listed
 from rto.trainers.precision import Reading
@@ -191,7 +191,7 @@ class RTOTrainer(OnlineTrainer):
         Raises:
             NotFiniteError: the sampler's logits are NaN or infinite.
         """
-        actor: Actor = self.accelerator.unwrap_model(model)
+        actor: Actor = unwrapped(self.accelerator, model)
         if self._ahead is not None:
             self._ahead.wait()  # what is being drawn is drawn with the weights it was begun with
         with self.engine.whole(actor.policy), together(self.accelerator), self.accelerator.autocast():
@@ -225,49 +225,8 @@ class RTOTrainer(OnlineTrainer):
             acting = self._act(model, samples)
         scored = self.scoring(samples, acting, prompts)
         self._check(scored, prompts)
-        rollout, scores = scored.rollout, scored.by_source
-        if scores:
-            scores = {**scores, "": rollout.scores}
-        self.record(**score_metrics(scores, counted, self.all_reduce))
-        assert acting.entropy is not None
-        mask = samples.mask if counted is None else samples.mask & counted[:, None]
-        self.record(entropy=masked_mean(acting.entropy, mask, all_reduce=self.all_reduce))
-        lengths = samples.mask.sum(1).float()
-        self.record(**length_metrics(lengths, samples.ended, counted, self.all_reduce, self.accelerator.gather))
-        if self.args.log_completions and self.is_world_process_zero() and self.is_in_train:
-            folder, step, most = Path(str(self.args.output_dir)), self.state.global_step, self.args.log_completions
-            write_completions(
-                folder,
-                step,
-                scored.completed,
-                scores,
-                rollout,
-                self.processing_class,
-                most=most,
-                evaluation=counted is not None,
-            )
-        return rollout
-
-    def _check(self, scored: Scored, prompts: Sequence[Prompt]) -> None:
-        """Every number of a rollout is finite before any is used."""
-        rollout, completions = scored.rollout, scored.completed.completions
-        for name, scores in scored.by_source.items():
-            given = ~scores.isnan()  # a reward function may have nothing to say of a row
-            self.watch.see(
-                scores, f"score of {name} (as float32)", mask=given, tell=lambda row: shown(completions[row])
-            )
-        self.watch.check(self.state.global_step + 1)
-        per_token = {
-            "log-probability of the policy": rollout.policy_logp,
-            "log-probability of the reference": rollout.ref_logp,
-            "token reward of the DPO model": rollout.token_logratio,
-            "value of the critic": rollout.values,
-        }
-        for what, x in per_token.items():
-            if x is not None:
-                self.watch.see(x, what, mask=rollout.mask, tell=lambda row: shown_prompt(prompts, row))
-        self.watch.see(rollout.scores, "score", tell=lambda row: shown_prompt(prompts, row))
-        self.watch.check(self.state.global_step + 1)
+        self._tell_of(scored, acting, counted)
+        return scored.rollout
 
     def update(self, model: nn.Module, batch: Targets) -> Tensor:
         """Gradients of the clipped losses over one minibatch; every mean is over its tokens on all processes."""
@@ -310,9 +269,8 @@ class RTOTrainer(OnlineTrainer):
                 stats[name] = stats.get(name, 0.0) + masked_sum(x.detach(), part.mask)
             return total / tokens
 
-        # The policy's graph is gone before the critic's is built: a step holds the activations of one model. Sharded
-        # models run in step with each other and keep to one pass.
-        passes = [("policy", "value")] if self.engine.deepspeed else [("policy",), ("value",)]
+        # The policy's graph is gone before the critic's is built: a step holds the activations of one model.
+        passes = [("policy", "value")] if self.engine.joint else [("policy",), ("value",)]
         passes = passes if self.credit.needs_values else [("policy",)]
         if self.state.global_step < args.critic_warmup_steps:
             passes = [("value",)]
@@ -345,23 +303,6 @@ class RTOTrainer(OnlineTrainer):
             if out.values is not None:
                 values[at, :width] = out.values
         return TokenOutputs(logp, values if self.credit.needs_values else None, entropy)
-
-    def _distance(self, rollout: Rollout) -> dict[str, Tensor]:
-        """How far what drew the rollout is from the policy, where it says so."""
-        if rollout.sampler_logp is None:
-            return {}
-        known = rollout.mask & ~rollout.sampler_logp.isnan()
-        if not self.all_reduce(known.sum().float()):
-            return {}
-        found = mismatch(
-            log_ratio(rollout.policy_logp, rollout.sampler_logp, known), known, all_reduce=self.all_reduce
-        )
-        return {
-            "sampling/sampling_logp_difference/mean": found.mean,
-            "sampling/sampling_logp_difference/max": self.accelerator.gather(found.largest).max(),
-            "sampling/kl": found.kl,
-            "sampling/effective_sample_size": found.effective,
-        }
 
     @contextmanager
     def _reading(self, *models: Any) -> Iterator[None]:

@@ -50,7 +50,7 @@ from rto.models.saving import save_merged
 from rto.models.scalars import scoring_wide
 from rto.ranges import check_arguments
 from rto.trainers.alarms import AlarmArguments
-from rto.trainers.engine import check_layout
+from rto.trainers.engine import check_layout, unwrapped
 from rto.trainers.identity import adapter_digest
 from rto.trainers.precision import PrecisionArguments, Reading, on_this_machine, prepare_trained
 from rto.trainers.trl import FromTRL
@@ -141,12 +141,12 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
         prepare_trained(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        stop_at_eos(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        stop_at_eos(unwrapped(self.accelerator, self.model), self._tokenizer)
         super()._save(output_dir, state_dict)
 
     def save_merged(self, folder: Path) -> None:
         """Write the model under its adapter as a whole one, with the tokenizer; every process calls this."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        model: Any = unwrapped(self.accelerator, self.model)
         stop_at_eos(model, self._tokenizer)
         with together(self.accelerator):
             if self.engine.sharded:
@@ -281,7 +281,7 @@ class RewardTrainer(FromTRL, TRLRewardTrainer):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """As in TRL, with the head in fp32."""
-        with scoring_wide(self.accelerator.unwrap_model(model)):
+        with scoring_wide(unwrapped(self.accelerator, model)):
             return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:

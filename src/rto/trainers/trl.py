@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rto.files import shown, write_atomically
 from rto.trainers.cards import write_card
 from rto.trainers.checkpoints import SealedCheckpoints
+from rto.trainers.engine import unwrapped
 from rto.trainers.logs import tell_quietly
 from rto.trainers.precision import for_saving
 
@@ -64,7 +65,7 @@ class FromTRL(SealedCheckpoints):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         args, folder = self.args, Path(output_dir or str(self.args.output_dir))
         if self.engine.sharded:
-            self._write({folder: self.accelerator.unwrap_model(self.model)})
+            self._write({folder: unwrapped(self.accelerator, self.model)})
             return
         self.args = for_saving(args)  # the library writes it beside the weights
         try:

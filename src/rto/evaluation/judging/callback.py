@@ -39,6 +39,7 @@ from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
 from rto.rollout.samplers.base import Sampler, SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers.checkpoints import SealedCheckpoints
+from rto.trainers.engine import unwrapped
 from rto.trainers.logs import keep_lines
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class WinRateCallback(TrainerCallback):
     # --- answers
 
     def _policy(self) -> nn.Module:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = unwrapped(self.trainer.accelerator, self.trainer.model)
         return model.policy if isinstance(model, Actor) else model
 
     def _whole(self, model: nn.Module) -> AbstractContextManager[None]:
