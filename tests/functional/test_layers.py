@@ -18,7 +18,7 @@ MAY = {
     "batches": {"functional"},
     "evaluation.statistics": set(),
     "demo": set(),
-    "theory": {"functional", "errors", "flags", "terminal"},
+    "theory": {"functional", "errors", "flags", "terminal", "workers"},
     "alarms": set(),
     "report": {"alarms", "files", "ranges", "flags", "values", "errors", "data.errors"},
     "evaluation.benchmarks.types": {"files"},
