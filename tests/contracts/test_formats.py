@@ -245,6 +245,12 @@ def test_a_broken_file_is_named(tmp_path, content):
         load_rows(path)
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_folder(name: str) -> None:
+    with pytest.raises(DataError, match="an empty name: give --dataset_name"):
+        load_rows(name)
+
+
 def test_real_preference_pairs(data_dir, stories):
     """Each human pair is read or counted, and no completion is cut."""
     from transformers import AutoTokenizer

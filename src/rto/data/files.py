@@ -41,6 +41,10 @@ def load_rows(path: str | Path, *, name: str | None = None, split: str = "train"
         DataError: there is no such file, it cannot be parsed (the message names the line), or has no such split.
     """
     path = str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+    if not path.strip():
+        raise DataError(
+            f"dataset {path!r}: an empty name: give --dataset_name or --eval_dataset_name a file, a folder or a hub id"
+        )
     try:
         if Path(path).is_file():
             dataset = _of_file(Path(path), split)
