@@ -52,7 +52,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/report.md", "rto watch"): "it serves until it is interrupted",
     ("docs/results.md", "rto reproduce"): HOURS,
     ("docs/results.md", "rto run embedded"): HOURS,
-    ("docs/results.md", "python experiments/equal_kl.py"): HOURS,
+    ("docs/results.md", "python experiments/"): HOURS,
     ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
     ("docs/samplers.md", "python -m rto.rollout.samplers.vllm_server"): VLLM,
     ("docs/samplers.md", "rto train"): VLLM,

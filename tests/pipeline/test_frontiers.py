@@ -166,3 +166,24 @@ def test_figures_are_drawn_where_there_is_something_to_draw(results: Path) -> No
     write_study(results)
     drawn = {path.stem for path in results.parent.glob("*.svg")}
     assert {"equal-kl", "foretold"} <= drawn <= set(FIGURES)
+
+
+def test_points_of_several_studies_are_one_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import frontiers
+
+    both = [
+        Study(json.loads((ROOT / "docs/results/stacked" / f"{name}.json").read_text()))
+        for name in ("results", "results_half_rate")
+    ]
+    for method in ("PPO", "RTO (stacked)"):
+        for level in (1.0, 2.0, 4.0):
+            alone = [frontiers.at_equal_kl([study], method, level)["gold"] for study in both]
+            for study, gold in zip(both, alone):
+                np.testing.assert_allclose(gold, study.at_equal_kl(method, level)["gold"], atol=1e-12)
+            twice = frontiers.at_equal_kl([both[0], both[0]], method, level)["gold"]
+            np.testing.assert_allclose(twice, alone[0], atol=1e-9)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for row in frontiers.table(both).split("\n")[2:]:
+        for cell in (cell.split(" (")[0].strip() for cell in row.split("|")[2:-1]):
+            assert cell in page
