@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "completions": COMPLETIONS,
         "tuning": {"seed": TUNING_SEED, "drawn": tuned["gold"].shape, "losses": losses, "factors": factors},
         "weights": {name: asdict(x) for name, x in weights.items()},
-        "sources": {name: [row[name] for row in rows] for name in rows[0]},
+        "sources": {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)},
     }
     out = ROOT / "docs" / "results" / f"equal_kl_{task}.json"
     write_atomically(out, json.dumps(found, indent=1) + "\n")
@@ -212,7 +212,8 @@ def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[st
         payments[f"stacked: score and {SOURCES[name]}"] = w_d * x + w_s * s
         if name != "dpo":
             payments[f"{SOURCES[name]} alone"] = x
-    payments |= {"short replies": -found["length"], "the gold itself": found["gold"]}
+    payments |= {"short replies": -found["length"]} if found["length"].std(1).any() else {}
+    payments["the gold itself"] = found["gold"]
     return {
         name: {
             **asdict(foretell(p, found["gold"])),

@@ -195,6 +195,18 @@ def _line_rows(text: str, path: Path) -> tuple[list[Any], int | None]:
     return rows, None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; one that is nested beyond reading is no JSON either.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 _GAP = re.compile(r"[ \t\r\n,]*")
 
 

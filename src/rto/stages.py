@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rto.data.errors import DataError
-from rto.files import digest, write_atomically
+from rto.files import digest, parse_json, write_atomically
 from rto.finite import check_files
 
 MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "special_tokens*", "vocab*", "merges.txt", "*.jinja")
@@ -40,7 +40,7 @@ def stage(
     found = dict(inputs()) if main else {}
     if done.is_file():
         if main:
-            _check_inputs(folder, json.loads(done.read_text(encoding="utf-8")).get("inputs", {}), found)
+            _check_inputs(folder, parse_json(done.read_text(encoding="utf-8")).get("inputs", {}), found)
             _remove_checkpoints(folder)  # killed after its done.json, it has left them
             tell(None)
         yield None
@@ -83,7 +83,7 @@ def _earlier_seconds(folder: Path) -> float:
     path = folder / ATTEMPT
     if not path.is_file():
         return 0.0
-    attempt = json.loads(path.read_text(encoding="utf-8"))
+    attempt = parse_json(path.read_text(encoding="utf-8"))
     last = max(p.stat().st_mtime for p in folder.rglob("*") if p.is_file())
     return attempt["seconds"] + max(last - attempt["began"], 0.0)
 

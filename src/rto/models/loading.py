@@ -4,7 +4,6 @@ Weights load from safetensors only, and code that comes with a model runs only w
 """
 
 import copy
-import json
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rto.data.chat import check_reads, stop_ids
+from rto.files import parse_json
 from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32, leave, note, noted
 from rto.ranges import ADAPTER, check_ranges
 
@@ -453,7 +453,7 @@ def _stored_dtype(source: Source, revision: str | None) -> torch.dtype | None:
     files = [cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **own)]
     if files[0] is None:
         index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **own)
-        parts = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        parts = {} if index is None else parse_json(Path(index).read_text(encoding="utf-8"))["weight_map"]
         files = [cached_file(name, part, **own) for part in sorted(set(parts.values()))]
     for file in files:
         with safe_open(file, "pt") as weights:

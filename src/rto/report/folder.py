@@ -4,7 +4,6 @@ Nothing here raises on what it finds: a missing piece is ``None`` or empty, and 
 ``Run.notes``, which the page shows.
 """
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rto.files import plain
+from rto.files import parse_json, plain
 from rto.ranges import is_finite
 from rto.report.table import REWARD_MODEL, measure
 from rto.values import read_yaml
@@ -158,7 +157,7 @@ def read_run(folder: Path) -> Run:
             run.settings = settings if isinstance(settings, dict) else {}
     if (results := evaluation / "results.json").is_file():
         try:
-            run.results = _results(json.loads(results.read_bytes()))
+            run.results = _results(parse_json(results.read_bytes()))
         except ValueError as error:
             run.notes.append(f"evaluation/results.json is left out: {error}.")
     run.samples = _rows(folder, "evaluation/completions.jsonl", _sample, run.notes)
@@ -202,7 +201,7 @@ COUNTED = ("episodes", "step")
 def _made_by(about: Path) -> str:
     """Method, rows and updates in words; empty where they are not told."""
     try:
-        told = _object(json.loads(about.read_bytes()))
+        told = _object(parse_json(about.read_bytes()))
         rows, steps = number(_object(told.get("data") or {}).get("rows")), number(told.get("steps"))
     except (OSError, ValueError):
         return ""
@@ -243,7 +242,7 @@ def _rows(folder: Path, name: str, parse: Callable[[Any], T], notes: list[str]) 
     for line in (folder / name).read_bytes().split(b"\n"):
         if line.strip():
             try:
-                rows.append(parse(json.loads(line)))
+                rows.append(parse(parse_json(line)))
             except (ValueError, KeyError):
                 unread += 1
     if unread:

@@ -1,6 +1,5 @@
 """The tables and figures of a study, made from its ``results.json`` alone: no number is typed by hand."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from scipy import stats
 
 from rto.evaluation.statistics.estimates import holm
 from rto.evaluation.statistics.gain import best_mixture
-from rto.files import write_atomically
+from rto.files import parse_json, write_atomically
 from rto.report.plots import METADATA, STYLE, palette, panel
 from rto.report.sheet import Titled, bold, render_sheet
 from rto.report.table import duration, measure
@@ -118,7 +117,7 @@ def family(policy: str) -> str:
 
 def write_study(results: Path) -> Path:
     """Write ``report.md``, its figures and ``report.html`` beside ``results.json``; returns the path of the first."""
-    study = Study(json.loads(results.read_text(encoding="utf-8")))
+    study = Study(parse_json(results.read_text(encoding="utf-8")))
     folder = results.parent
     drawn = {name: figure for name in FIGURES if (figure := DRAWN[name](study)) is not None}
     for name, figure in drawn.items():

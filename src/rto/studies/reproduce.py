@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 
 from rto.errors import make_folder, told
-from rto.files import write_atomically
+from rto.files import parse_json, write_atomically
 from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
 from rto.pipeline import Pipeline
@@ -645,7 +645,7 @@ def _curve(log: Sequence[dict[str, Any]], gold: str) -> dict[str, list[float]]:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def _mean(x: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rto import signals
 from rto.errors import writing
-from rto.files import alone, digest, write_atomically
+from rto.files import alone, digest, parse_json, write_atomically
 from rto.finite import Watch, check_weights, together
 from rto.models.roles import save_part
 from rto.trainers import cards
@@ -110,7 +110,7 @@ class SealedCheckpoints(Trainer):
         path = Path(str(start)) / RUN
         if start is None or not path.is_file():  # checkpoints of earlier versions do not say
             return
-        difference = compare(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(self._identity)))
+        difference = compare(parse_json(path.read_text(encoding="utf-8")), json.loads(json.dumps(self._identity)))
         if difference is not None:
             raise CheckpointError(
                 f"{start} belongs to another run: {difference}. Resume with what it was started with, or start "
@@ -215,7 +215,7 @@ class SealedCheckpoints(Trainer):
         """Take up what `_save_state` wrote; called on every process."""
         path = folder / "progress.json"
         if path.is_file():  # checkpoints of earlier versions have none
-            self._progress = json.loads(path.read_text(encoding="utf-8"))
+            self._progress = parse_json(path.read_text(encoding="utf-8"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.engine.take_up_settings(self.optimizer, Path(checkpoint)):
@@ -297,7 +297,7 @@ def check_seal(folder: Path) -> None:
             f"{folder}: not a whole checkpoint ({SEAL} is missing, writing it was cut off): {remedy}"
         )
     try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
+        sealed = parse_json(path.read_text(encoding="utf-8"))
         sizes = dict(sealed["files"])
         digests = dict(sealed["blake2b"]) if "blake2b" in sealed else {}
         if "blake2b" in sealed and digests.keys() != sizes.keys():

@@ -19,7 +19,7 @@ from rto.data.chat import prompt_ids, special_tokens_in
 from rto.data.formats import DataError, Skipped
 from rto.evaluation.benchmarks.formats import Benchmark
 from rto.evaluation.benchmarks.types import Answer, Question
-from rto.files import Journal, Row, check_settings, write_atomically
+from rto.files import Journal, Row, check_settings, parse_json, write_atomically
 from rto.rollout import scoring
 from rto.rollout.samplers.base import SampleFunction, Sampler
 
@@ -166,7 +166,7 @@ def finished(path: Path, settings: Row) -> Generated | None:
     record = record_of(path)
     if not record.exists():
         raise DataError(f"{path} is there, but no {record.name} says how it was made: choose another output")
-    summary = json.loads(record.read_text(encoding="utf-8"))
+    summary = parse_json(record.read_text(encoding="utf-8"))
     check_settings(path, summary["settings"], settings)
     return _generated(path, summary, new=0)
 

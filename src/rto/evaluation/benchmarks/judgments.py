@@ -23,7 +23,7 @@ from rto.evaluation.benchmarks.types import Key
 from rto.evaluation.statistics.arena_hard import BASELINE, STYLE, VERDICTS, Outcome, markdown_counts, outcome
 from rto.evaluation.statistics.length_control import GamedBaselines
 from rto.evaluation.statistics.winrate import preference_share
-from rto.files import Row, Rows, checked, read_rows, shown, write_atomically
+from rto.files import Row, Rows, checked, parse_json, read_rows, shown, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def check_judged(path: Path, match: Match, judge: str) -> None:
     """
     note = path.with_name(JUDGE_FILE)
     if note.is_file():
-        other = json.loads(note.read_text(encoding="utf-8"))["judge"]
+        other = parse_json(note.read_text(encoding="utf-8"))["judge"]
         if other != judge:
             raise DataError(f"{path.parent} holds judgments by {other}, not by {judge}: choose another --annotator")
     if not path.exists():
@@ -234,7 +234,7 @@ def _answering(path: Path) -> str:
     """The model that a file of answers is of, by its first row or else its name."""
     with path.open("rb") as file:
         try:
-            row = json.loads(file.readline())
+            row = parse_json(file.readline())
             return str(next(row[key] for key in ArenaHard.model_keys if key in row))
         except (ValueError, TypeError, StopIteration, RecursionError):
             return path.stem

@@ -32,7 +32,7 @@ from rto.evaluation.benchmarks.formats import read_answers
 from rto.evaluation.benchmarks.types import Battle, Contest, Question
 from rto.evaluation.judging.judges import Judge, ScoreJudge, hold, unread
 from rto.evaluation.statistics.estimates import Estimate, wilson
-from rto.files import Row, check_settings, shown, write_atomically
+from rto.files import Row, check_settings, parse_json, shown, write_atomically
 from rto.models.actor import Actor
 from rto.models.loading import Source, freeze, load_policy, max_positions, source_name, unwrap_peft
 from rto.rollout.rewards import RewardFunc, RewardModel, reward_source
@@ -254,7 +254,7 @@ class WinRateCallback(TrainerCallback):
                 f"{path} is missing, and at step {step} the policy that training started from is not there to answer "
                 "again: give it as baseline"
             )
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         check_settings(path, kept["settings"], self._settings)
         return kept["answers"]
 
