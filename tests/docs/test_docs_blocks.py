@@ -58,6 +58,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/samplers.md", "rto train"): VLLM,
     ("docs/install.md", "python -m venv"): INSTALL,
     ("docs/install.md", "pip install"): INSTALL,
+    ("docs/install.md", "pip wheel"): INSTALL,
     ("docs/install.md", "uv tool"): INSTALL,
     ("docs/install.md", "pipx"): INSTALL,
 }
