@@ -14,21 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from rto.evaluation.statistics.estimates import holm
-from rto.evaluation.statistics.gain import best_mixture
 from rto.studies.replicates import Interval, interval, paired
-from rto.studies.report import Study
+from rto.studies.report import Study, mixed
 
 
 def at_equal_kl(studies: list[Study], method: str, level: float) -> dict[str, np.ndarray]:
     """Test gold and KL, a number a seed."""
-    found: dict[str, list[float]] = {"gold": [], "kl": []}
-    for i in range(len(studies[0].results["seeds"])):
-        runs = [s.results["policies"][name]["runs"][i] for s in studies for name in s.frontier(method)]
-        gold, kl = (np.array([run["validation"][key] for run in runs]) for key in ("gold", "kl"))
-        shares = best_mixture(gold, np.maximum(kl, 0.0), level)
-        for key, values in found.items():
-            values.append(float(shares @ np.array([run[key] for run in runs])))
-    return {key: np.array(values) for key, values in found.items()}
+    return mixed([s.results["policies"][name]["runs"] for s in studies for name in s.frontier(method)], level)
 
 
 def table(studies: list[Study]) -> str:

@@ -204,7 +204,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("it is nested too deep") from error
 
 
 _GAP = re.compile(r"[ \t\r\n,]*")

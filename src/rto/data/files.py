@@ -19,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from rto.data.errors import DataError
+from rto.files import parse_json
 
 Row = dict[str, Any]
 
@@ -167,10 +168,7 @@ def _loads(text: str) -> Any:
     Raises:
         ValueError: it is no JSON, or nested too deep.
     """
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    value = parse_json(text)
     return _mended(value) if ESCAPED_SURROGATE.search(text) else value
 
 

@@ -77,14 +77,7 @@ class Study:
 
     def at_equal_kl(self, method: str, level: float) -> dict[str, np.ndarray]:
         """Test gold and KL, a number a seed, of the mixture of a method's points that validation prompts call best."""
-        runs = [self.results["policies"][name]["runs"] for name in self.frontier(method)]
-        found: dict[str, list[float]] = {"gold": [], "kl": []}
-        for of_seed in zip(*runs, strict=True):
-            gold, kl = (np.array([run["validation"][key] for run in of_seed]) for key in ("gold", "kl"))
-            shares = best_mixture(gold, np.maximum(kl, 0.0), level)
-            for key, values in found.items():
-                values.append(float(shares @ np.array([run[key] for run in of_seed])))
-        return {key: np.array(values) for key, values in found.items()}
+        return mixed([self.results["policies"][name]["runs"] for name in self.frontier(method)], level)
 
     @property
     def foretold(self) -> list[str]:
@@ -105,6 +98,22 @@ class Study:
     def scaled(self) -> list[str]:
         """Methods that were trained on shares of the prompts, too."""
         return [name for name in self.study["scaled"] if name in self.policies and len(self.points(name)) > 1]
+
+
+def mixed(points: Sequence[Sequence[Mapping[str, Any]]], level: float) -> dict[str, np.ndarray]:
+    """Test gold and KL, a number a seed, of the mixture of points within a KL that validation prompts call best.
+
+    Args:
+        points: policies, each with its run of every seed.
+        level: KL, nats a completion.
+    """
+    found: dict[str, list[float]] = {"gold": [], "kl": []}
+    for of_seed in zip(*points, strict=True):
+        gold, kl = (np.array([run["validation"][key] for run in of_seed]) for key in ("gold", "kl"))
+        shares = best_mixture(gold, np.maximum(kl, 0.0), level)
+        for key, values in found.items():
+            values.append(float(shares @ np.array([run[key] for run in of_seed])))
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def family(policy: str) -> str:

@@ -236,7 +236,7 @@ def _answering(path: Path) -> str:
         try:
             row = parse_json(file.readline())
             return str(next(row[key] for key in ArenaHard.model_keys if key in row))
-        except (ValueError, TypeError, StopIteration, RecursionError):
+        except (ValueError, TypeError, StopIteration):
             return path.stem
 
 

@@ -1,6 +1,5 @@
 """The rows of a comparison, gathered from what a user names: run folders, judgments, folders with such files."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from rto.data.errors import DataError
 from rto.evaluation.benchmarks.formats import numbered
 from rto.evaluation.benchmarks.judgments import AlpacaAnnotations, ArenaJudgments, read_annotations, read_judgments
 from rto.evaluation.benchmarks.types import Key
-from rto.files import Row, checked, read_rows, shown
+from rto.files import Row, checked, parse_json, read_rows, shown
 from rto.ranges import is_finite
 from rto.report.table import measure
 
@@ -152,12 +151,12 @@ def _results(path: Path, notes: list[str]) -> Row:
     if not path.is_file():
         return {}
     try:
-        results = json.loads(path.read_bytes())
+        results = parse_json(path.read_bytes())
         methods = results.get("methods", {}) if isinstance(results, dict) else None
         if not isinstance(methods, dict) or not all(isinstance(m, dict) for m in methods.values()):
             raise ValueError("not an object with methods")
         return results
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         notes.append(
             f"{path}: not readable ({error}); gold rewards are taken from completions.jsonl, the rest is lost."
         )
