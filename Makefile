@@ -31,7 +31,7 @@ vllm-test: $(VLLM_VENV)/.installed
 # ZeRO-2, with DeepSpeed in a folder of its own beside the environment: where it is importable, accelerate,
 # transformers and trl import it, too.
 zero2-test: $(ZERO)/.installed
-	PYTHONPATH=$(CURDIR)/$(ZERO) PATH=$(CURDIR)/$(ZERO)/bin:$$PATH \
+	PYTHONPATH=$(abspath $(ZERO))$${PYTHONPATH:+:$$PYTHONPATH} PATH=$(abspath $(ZERO))/bin:$$PATH \
 	  $(BIN)/pytest -m slow tests/trainers/test_sharded.py -k "zero_2 or DeepSpeed"
 
 $(ZERO)/.installed: $(VENV)/.installed-dev tests/trainers/deepspeed.txt
