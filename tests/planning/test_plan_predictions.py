@@ -3,6 +3,7 @@ profiler's count of operations."""
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rto.models.roles import adapt
 from rto.planning import arithmetic
 from rto.planning.activations import FP32, Pass, head_bytes, layers_kept
 from rto.planning.configs import shape_of
+from rto.planning.job import Iteration
 from rto.planning.memory import Memory, Placement, Role
 from rto.planning.shapes import Lora, Shape
 from rto.planning.tracker import LiveTensors, counter, measure_reading, measure_update
@@ -206,3 +208,54 @@ def test_shards_and_buckets() -> None:
     frozen = Role(name="reference", shape=llama_8b(), trained=False)
     assert Placement(compute=2, devices=8, sharded=True).resting([frozen]) == Memory(weights=p / 4)
     assert Placement(compute=2, offload=True).resting([frozen]).total == 0
+
+
+COUNTED = Path(__file__).parents[2] / "docs" / "scaling.md"
+WAYS: dict[str, dict[str, Any]] = {
+    "RTO without a critic": {"critic": False, "once": False},
+    "RTO": {"once": False},
+    "RTO, `gather_once`": {"once": True},
+    "RTO, five roles on one base, by layer": {"lora": True, "once": False},
+    "RTO, five roles on one base": {"lora": True},
+}
+
+
+def counted() -> list[tuple[str, int, float, float]]:
+    """What `benchmarks/collectives.py` has counted: way, micro-batches an update, MB of updates and of all else."""
+    rows = [line.strip("| \n").split(" | ") for line in COUNTED.read_text().splitlines() if line.startswith("| RTO")]
+    rows = [[row[0].partition(" (")[0], *row[1:]] for row in rows if len(row) == 6]
+    return [(way, int(passes), float(update), float(other)) for way, passes, update, other, *_ in rows]
+
+
+@pytest.mark.parametrize(("way", "passes", "update", "other"), counted())
+def test_traffic_is_what_was_counted(way: str, passes: int, update: float, other: float) -> None:
+    """Of an iteration of eight updates on two processes in bf16, of the model of `benchmarks/collectives.py`."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256}
+    shape = shape_of(AutoConfig.for_model("llama", **sizes, tie_word_embeddings=False), "llama")
+    lora = Lora(rank=8, targets=frozenset(x.name for x in shape.linears)) if WAYS[way].get("lora") else None
+
+    def role(name: str, trained: bool = False) -> Role:
+        speaks = name not in ("critic", "reward")
+        return Role(name=name, shape=shape, trained=trained, speaks=speaks, on_base=lora is not None)
+
+    iteration = Iteration(
+        policy=role("policy", True),
+        critic=role("critic", True) if WAYS[way].get("critic", True) else None,
+        frozen=tuple(map(role, ("reference", "dpo", "reward"))),
+        rollouts=8 * passes,
+        prompt=1,
+        response=1,
+        tokens=2,  # one row a pass
+        decoded=2**33,
+        epochs=1,
+        mini_batches=8,
+        checkpointing=False,
+        once=WAYS[way].get("once"),
+    )
+    place = Placement(devices=2, sharded=True, lora=lora, compute=2)
+    found = {"update": 0.0, "other": 0.0}
+    for phase in iteration.phases(place):
+        found["update" if phase.name.startswith("update") else "other"] += phase.traffic / 1e6
+    assert found["update"] == pytest.approx(update, rel=MOST)
+    assert found["other"] == pytest.approx(other, rel=MOST)

@@ -1,9 +1,9 @@
 """A run as work for devices: stages and iterations under a placement, whether they fit, what would make them fit."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, groupby
 
 from rto.planning import arithmetic
 from rto.planning.activations import Pass
@@ -80,6 +80,7 @@ class Stage:
         checkpointing: layers are computed again in the backward pass.
         reference: π_ref of a preference loss.
         reads_first: it reads the data before training and is let go, which only whole models can.
+        once: ``gather_once``; False for the stages whose trainers are the library's.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Stage:
     unit: int = 1
     reference: Role | None = None
     reads_first: bool = True
+    once: bool | None = False
 
     def phases(self, place: Placement) -> Iterator[Phase]:
         """The stage's one phase."""
@@ -97,13 +99,18 @@ class Stage:
         beside = [self.reference] if stays and self.reference is not None else []
         place = replace(place, offload=False)  # what stays is read at every update
         memory = place.resting([self.role, *beside])
-        memory += place.train(self.role, self.at, self.passes, checkpointing=self.checkpointing)
+        memory += place.train(self.role, self.at, self.passes, checkpointing=self.checkpointing, once=self.once)
+        memory += Memory(copies=place.gathered(x for x in beside if place.lora_of(x) is None))  # for the whole update
         f = place.forward(self.role, checkpointing=self.checkpointing, training=True)
         learns = place.learns(self.role)
         work = arithmetic.train(f, self.at) * self.passes + arithmetic.optimizer(learns / place.shards)
         for role in beside:
             work += arithmetic.forward(place.forward(role), self.at) * self.passes
-        traffic = _exchanged(place, [self.role], self.passes) + _gathered(place, beside) * self.passes
+        traffic = _received(place, place.gathered([self.role])) * _gathers(place, self.once, self.passes)
+        traffic += _reduced(place, self.role, self.passes)
+        for role in beside:  # a model of its own is gathered once, the base under an adapter with every pass
+            again = 1 if place.lora_of(role) is None else 0 if place.gathers_once(self.once) else self.passes
+            traffic += _received(place, place.gathered([role])) * again
         yield Phase(name=self.name, per="update", memory=memory, work=work, traffic=traffic)
 
     def smaller(self, times: int) -> "Stage":
@@ -129,6 +136,7 @@ class Iteration:
         epochs: passes over the rollouts.
         mini_batches: updates in each.
         checkpointing: layers are computed again in the backward pass.
+        once: ``gather_once``.
     """
 
     policy: Role
@@ -142,6 +150,7 @@ class Iteration:
     epochs: int
     mini_batches: int
     checkpointing: bool
+    once: bool | None = None
 
     @property
     def trained(self) -> tuple[Role, ...]:
@@ -175,62 +184,68 @@ class Iteration:
     def _sample(self, place: Placement, resting: Memory) -> Phase:
         at, f = self.decoding(place), place.forward(self.policy)
         work = arithmetic.decode(f, at) * (self.rollouts / at.rows)
-        memory, traffic = resting + place.sample(self.policy, at), _gathered(place, [self.policy])
+        memory = resting + place.sample(self.policy, at)
+        traffic = _received(place, self._units(place, self.policy))
         return Phase(name="sample", per="iteration", memory=memory, work=work, traffic=traffic)
 
     def _score(self, place: Placement, resting: Memory) -> Phase:
         at, worst, work, loaded = self.at(self.rollouts), Memory(), Work(), 0.0
         passes = self.rollouts / at.rows
-        for roles in (self.trained, *((role,) for role in self.frozen)):
-            memory = place.read(roles, at, entropy=roles == self.trained)
+        for roles in (self.trained, *(tuple(alike) for _, alike in groupby(self.frozen, lambda role: role.name))):
+            memory = place.read(roles, at, entropy=roles == self.trained, beside=[self.policy])
             worst = max(worst, memory, key=lambda m: m.total)
             loaded += memory.weights
             for role in roles:
                 work += arithmetic.forward(place.forward(role), at) * passes
-        traffic = _gathered(place, self.roles) * math.ceil(passes)
+        others = [role for role in self.roles if role is not self.policy and place.lora_of(role) is None]
+        traffic = _received(place, place.gathered(others))  # policy and base still lie there as they were decoded with
         return Phase(name="score", per="iteration", memory=resting + worst, work=work, traffic=traffic, loaded=loaded)
 
     def _update(self, place: Placement, resting: Memory) -> Iterator[Phase]:
-        """One model after the other; sharded ones in one pass, which holds the activations of both."""
+        """One model after the other: in every micro-batch, or (``gather_once``) in all of them."""
         rows, updates = self.rollouts // self.mini_batches, self.epochs * self.mini_batches
-        at = self.at(rows)
+        at, once = self.at(rows), place.gathers_once(self.once)
         passes = math.ceil(rows / at.rows)
-        groups = [self.trained] if place.sharded else [(role,) for role in self.trained]
-        for roles in groups:
-            memory = resting + place.train_together(roles, at, passes, checkpointing=self.checkpointing)
-            finished = [r for r in self.trained if r not in roles and (passes > 1 or roles[0] is not self.policy)]
-            memory += Memory(gradients=sum(map(place.gradients, finished)))
-            work = Work()
-            for role in roles:
-                f = place.forward(role, checkpointing=self.checkpointing, training=True)
-                work += arithmetic.train(f, at) * (updates * rows / at.rows)
-                work += arithmetic.optimizer(place.learns(role) / place.shards) * updates
-            name = "update of " + " and ".join(role.name for role in roles)
-            traffic = _exchanged(place, roles, passes) * updates
-            yield Phase(name=name, per="iteration", memory=memory, work=work, traffic=traffic)
+        for role in self.trained:
+            others = [x for x in self.trained if x is not role]
+            memory = resting + place.train(
+                role, at, passes, checkpointing=self.checkpointing, once=self.once, others=others
+            )
+            if role is not self.policy or (passes > 1 and not once):  # the others have gradients by now
+                memory += Memory(gradients=sum(map(place.gradients, others)))
+            f = place.forward(role, checkpointing=self.checkpointing, training=True)
+            work = arithmetic.train(f, at) * (updates * rows / at.rows)
+            work += arithmetic.optimizer(place.learns(role) / place.shards) * updates
+            again = once and role is not self.policy and place.lora_of(role) is not None  # the base is there
+            gathers = 0 if again else _gathers(place, self.once, passes)
+            traffic = _received(place, self._units(place, role)) * gathers + _reduced(place, role, passes)
+            yield Phase(
+                name=f"update of {role.name}", per="iteration", memory=memory, work=work, traffic=traffic * updates
+            )
+
+    def _units(self, place: Placement, role: Role) -> float:
+        """Bytes that are gathered with a model: on one base the adapters of all roles lie in the same units."""
+        on_base = [x for x in self.roles if place.lora_of(x) is not None]
+        return place.gathered(on_base if role in on_base else [role])
 
     def smaller(self, times: int) -> "Iteration":
         """The same iteration in passes of fewer tokens, fewer rows decoded side by side."""
         return replace(self, tokens=self.tokens // times, decoded=self.decoded / times)
 
 
-def _gathered(place: Placement, roles: Sequence[Role]) -> float:
-    """Bytes that a device receives to see all weights of some models once."""
-    if not place.sharded:
-        return 0.0
-    share = (place.devices - 1) / place.devices
-    return sum(share * place.compute * place.base_parameters(role) for role in roles)
+def _received(place: Placement, gathered: float) -> float:
+    """Bytes that a device receives of what is gathered once."""
+    return (place.devices - 1) / place.devices * gathered
 
 
-def _exchanged(place: Placement, roles: Sequence[Role], passes: int) -> float:
-    """Bytes that a device receives in an update: weights twice a pass and fp32 gradients, or gradients twice (DDP)."""
-    if place.devices == 1:
-        return 0.0
-    share = (place.devices - 1) / place.devices
-    gradients = share * 4 * sum(map(place.learns, roles))
-    if not place.sharded:
-        return 2 * gradients
-    return passes * (2 * _gathered(place, roles) + gradients)
+def _gathers(place: Placement, once: bool | None, passes: int) -> int:
+    """How often an update gathers what it trains: forward and backward in every pass, or once."""
+    return 1 if place.gathers_once(once) else 2 * passes
+
+
+def _reduced(place: Placement, role: Role, passes: int) -> float:
+    """Bytes of fp32 gradients that a device receives in an update: once a pass, or twice an update (DDP)."""
+    return _received(place, 4 * place.learns(role)) * (passes if place.sharded else 2)
 
 
 Part = Stage | Iteration

@@ -1,6 +1,6 @@
 """What each role holds on a device, and what each phase adds to it at its worst moment."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from rto.planning.activations import (
@@ -145,8 +145,7 @@ class Placement:
         else:
             size = role.shape.language_model if role.speaks else role.shape.backbone
             base = self.compute * size if role.name == "policy" else 0
-            adapter = 0 if role.name == "reference" else lora.parameters(role.shape)
-            weights = base + FP32 * (adapter + (0 if role.speaks else role.shape.hidden))
+            weights = base + FP32 * self._own(role, lora)
         exchanged = self.devices > 1 and not self.sharded
         return Memory(
             weights=weights / self.shards,
@@ -154,12 +153,41 @@ class Placement:
             buckets=FP32 * learns if exchanged else 0,
         )
 
+    @staticmethod
+    def _own(role: Role, lora: Lora) -> int:
+        """Weights that a role has for itself beside the base: its adapter and its scalar head."""
+        adapter = 0 if role.name == "reference" else lora.parameters(role.shape)
+        return adapter + (0 if role.speaks else role.shape.hidden)
+
+    def gathered(self, roles: Iterable[Role]) -> float:
+        """Bytes of some models, gathered from their shards at one time; a base that roles share counts once."""
+        base, all_else = 0, 0
+        for role in roles:
+            lora = self.lora_of(role)
+            if lora is None:
+                all_else += role.parameters
+            else:
+                base, all_else = role.shape.language_model, all_else + self._own(role, lora)
+        return float(self.compute * (base + all_else)) if self.sharded else 0.0
+
+    def gathers_once(self, asked: bool | None) -> bool:
+        """Whether an update gathers what it trains once for all its passes: ``gather_once``, or where it is None."""
+        return self.sharded and (self.lora is not None if asked is None else asked)
+
     # --- phases
 
-    def read(self, roles: Sequence[Role], at: Pass, *, entropy: bool = False) -> Memory:
-        """The worst moment of one forward pass without gradients over some roles, one after the other."""
+    def read(self, roles: Sequence[Role], at: Pass, *, entropy: bool = False, beside: Sequence[Role] = ()) -> Memory:
+        """The worst moment of one forward pass without gradients over some roles, one after the other.
+
+        Args:
+            roles: whose; shards are gathered for all passes of a phase.
+            at: the largest pass.
+            entropy: that of the policy is taken, too.
+            beside: roles that are gathered as well, though nobody reads them.
+        """
         runs = [self.forward(role) for role in roles]
-        copies = self._root(runs) + max(map(self._units, runs)) if self.sharded else sum(map(self._copies, runs))
+        there = [*roles, *(role for role in beside if role not in roles)]
+        copies = self.gathered(there) if self.sharded else sum(map(self._copies, runs))
         moments: list[float] = []
         for f in runs:
             states = at.responses * f.shape.hidden * f.weights
@@ -190,7 +218,16 @@ class Placement:
         transient = max(layer_forward(f, replace(prompts, masked=True)) + mask, repeated * at.tokens + drawn)
         return Memory(copies=copies, cache=at.tokens * cache_per_token(f), transient=transient)
 
-    def train(self, role: Role, at: Pass, passes: int, *, checkpointing: bool) -> Memory:
+    def train(
+        self,
+        role: Role,
+        at: Pass,
+        passes: int,
+        *,
+        checkpointing: bool,
+        once: bool | None = False,
+        others: Sequence[Role] = (),
+    ) -> Memory:
         """The worst moment of an update of one model, its optimizer step included.
 
         Args:
@@ -198,31 +235,21 @@ class Placement:
             at: the largest of its passes.
             passes: how many; from the second on all gradients exist during a pass.
             checkpointing: layers are computed again in the backward pass.
+            once: ``gather_once``.
+            others: other models of this update, in passes of their own.
         """
         f = self.forward(role, checkpointing=checkpointing, training=True)
-        return max(self._moments(f, at, self.learns(role), passes), key=lambda m: m.total)
+        here = self.gathered([role]) if self.gathers_once(once) else self._units(f) + self._root([f])
+        # What is in no layer is one unit of all models that are trained, and is gathered for each of them.
+        here += self._root([self.forward(x) for x in others if self.lora_of(x) is None])
+        moments = self._moments(f, at, self.learns(role), passes, here if self.sharded else 0.0)
+        return max(moments, key=lambda m: m.total)
 
     def gradients(self, role: Role) -> float:
         """Bytes of all gradients of a role."""
         return FP32 * self.learns(role) / self.shards
 
-    def train_together(self, roles: Sequence[Role], at: Pass, passes: int, *, checkpointing: bool) -> Memory:
-        """The same of several models in one forward and backward pass, as sharded models are run."""
-        runs = [self.forward(role, checkpointing=checkpointing, training=True) for role in roles]
-        worst = Memory()
-        for role, f in zip(roles, runs):
-            others = [x for x in runs if x is not f]
-            waiting = Memory(
-                gradients=sum(self.gradients(x) for x in roles if x is not role),
-                copies=self._root(others) if self.sharded else sum(map(self._copies, others)),
-                activations=sum(layers_kept(x, at) + head_bytes(x, at).kept for x in others),
-            )
-            worst = max(
-                worst, self.train(role, at, passes, checkpointing=checkpointing) + waiting, key=lambda m: m.total
-            )
-        return worst
-
-    def _moments(self, f: Forward, at: Pass, learns: int, passes: int) -> list[Memory]:
+    def _moments(self, f: Forward, at: Pass, learns: int, passes: int, gathered: float) -> list[Memory]:
         """End of the forward pass; head, last layer, first layer, embedding in the backward pass; the update."""
         s, head = f.shape, head_bytes(f, at)
         whole = f.trained is Trained.ALL
@@ -230,7 +257,7 @@ class Placement:
         there = every if passes > 1 else 0.0
         kept, copies, one = layers_kept(f, at), self._copies(f), f.compute * s.layer if f.casts else 0.0
         if self.sharded:
-            copies = one = self._units(f) + self._root([f])
+            copies = one = gathered
         again = at.tokens * layer_kept(f, masked=at.masked)
         table = FP32 * s.table if f.speaks or not whole else 0
         top = (table + FP32 * max(x.size for x in s.reading(PRODUCT))) / self.shards if whole else 0.0

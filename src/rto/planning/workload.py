@@ -165,6 +165,7 @@ def _prefer(config: Any, recipe: Recipe, shapes: Mapping[str, Shape]) -> Stage:
         if loss.needs_reference
         else None,
         reads_first=config.precompute_ref_log_probs and not loss.needs_ref_kl,
+        once=config.gather_once,
     )
 
 
@@ -193,6 +194,7 @@ def _iteration(config: Any, recipe: Recipe, method: str, shapes: Mapping[str, Sh
         epochs=config.num_ppo_epochs,
         mini_batches=config.num_mini_batches,
         checkpointing=_checkpointing(config),
+        once=config.gather_once,
     )
 
 
