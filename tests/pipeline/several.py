@@ -6,12 +6,14 @@ usage: several.py OUTPUT | --nap
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from test_pipeline import SMALL
 
 from rto import pipeline
 from rto.recipe import load_recipe
+from rto.rollout.samplers.transformers import TransformersSampler
 from rto.trainers import engine
 
 
@@ -26,8 +28,16 @@ def main() -> None:
         print(f"process {engine.processes().process_index} goes on", file=sys.stderr)
         return
     pipeline.SIDE_BY_SIDE = 16
+    plain, drawn = TransformersSampler.draw, []
+
+    def draw(self: Any, prompts: list[list[int]], seeds: Any) -> Any:
+        drawn.append(len(prompts))
+        return plain(self, prompts, seeds)
+
+    TransformersSampler.draw = draw  # type: ignore[method-assign]
     halved = {name: n // engine.processes().num_processes if "batch_size" in name else n for name, n in SMALL.items()}
     pipeline.run(load_recipe(None, halved), sys.argv[1])
+    print(f"drew {sum(drawn)} completions", file=sys.stderr)
 
 
 if __name__ == "__main__":

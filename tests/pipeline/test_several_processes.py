@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_pipeline import SMALL
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("several.py")
@@ -43,7 +45,7 @@ def results(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def test_shared_work_is_the_same_work(by_one: Path, tmp_path: Path) -> None:
-    """Pairs, answers and judgments of two processes are those of one, to the bit."""
+    """Pairs, answers and judgments of two processes are those of one, to the bit, and each draws half of them."""
     again = tmp_path / "run"
     shutil.copytree(by_one, again)
     recipe = again / "recipe.yaml"
@@ -52,7 +54,9 @@ def test_shared_work_is_the_same_work(by_one: Path, tmp_path: Path) -> None:
     for stage, left in (("pairs", "pairs.jsonl"), ("evaluation", "results.json")):
         (again / stage / "done.json").unlink()
         (again / stage / left).unlink()
-    start(str(again), 2)
+    drew = [int(n) for n in re.findall(r"drew (\d+) completions", start(str(again), 2))]
+    pairs, policies = 2 * SMALL["data.pair_prompts.rows"], len(results(by_one))
+    assert drew == [(pairs + policies * SMALL["data.test_prompts.rows"]) // 2] * 2
     assert (again / "pairs" / "pairs.jsonl").read_bytes() == (by_one / "pairs" / "pairs.jsonl").read_bytes()
     assert results(again) == results(by_one)
     for name in ("completions.jsonl", "token_rewards.jsonl"):

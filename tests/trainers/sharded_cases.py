@@ -27,6 +27,7 @@ from rto.rollout.samplers.base import SamplingConfig
 from rto.rollout.samplers.transformers import TransformersSampler
 
 FLOW = ("kill", "resume", "early", "push")
+COUNTED = ("steps", "passes", "sent", "whole", "evaluated")
 SETTINGS = {
     "optim": "sgd",  # a step is the gradient itself
     "lr_scheduler_type": "constant",
@@ -42,7 +43,9 @@ SETTINGS = {
 def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> None:
     """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
     own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}
+    rows = ROWS[: kwargs.pop("rows", None)]
     flow = {name: kwargs.pop(name) for name in FLOW if name in kwargs}
+    counted = kwargs.pop("counted", False)
     if rank := kwargs.pop("lora", 0):
         own["peft_config"] = LoraConfig(r=rank, target_modules="all-linear")
     settings = SETTINGS | {"loss": loss, "per_device_train_batch_size": batch, "learning_rate": 1e-1}
@@ -50,10 +53,19 @@ def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> No
     trainer = PreferenceTrainer(
         policy,
         PreferenceConfig(output_dir=output, **settings | kwargs),
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(ROWS[:7]),  # does not divide by two
         **own,
     )
+    if counted:
+        count_updates(trainer)
+    plain, trainer.evaluated = trainer._outcome, 0
+
+    def outcome(model: Any, examples: Any, kl: Any) -> Any:
+        trainer.evaluated += 0 if trainer.model.training else len(examples)
+        return plain(model, examples, kl)
+
+    trainer._outcome = outcome
     finish(trainer, output, {"reference": trainer.reference}, **flow)
 
 
@@ -90,6 +102,7 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
     def sample(policy: Any, prompts: list[list[int]], seed: int) -> Samples:
         samples = decoder(policy, prompts, seed)
         steps.append(int(samples.mask.sum(1).max()))
+        trainer.evaluated = len(prompts)  # the last is of an evaluation
         return samples
 
     if watched:
@@ -104,17 +117,23 @@ def rto(models: list[str], output: str, batch: int, **kwargs: Any) -> None:
 
 
 def count_updates(trainer: Any) -> None:
-    """Keep how many passes updates make, and how many bytes they gather and reduce."""
+    """Keep how many passes updates make, how many bytes they gather and reduce, and what lies whole beside a pass."""
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from collectives import Wire
 
     wire, plain = Wire(), trainer.backward
     trainer.sent = {"gathered": 0, "reduced": 0}
-    trainer.passes = 0
+    trainer.passes, trainer.whole = 0, []
 
-    def backward(model: Any, parts: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(model: Any, parts: Any, loss: Any, **kwargs: Any) -> Any:
         wire.sent.clear()
-        total = plain(model, parts, *args, **kwargs)
+
+        def looked_at(part: Any) -> Any:
+            found = loss(part)
+            trainer.whole.append({name: whole_layers(m) for name, m in trainer.model.named_children()})
+            return found
+
+        total = plain(model, parts, looked_at, **kwargs)
         trainer.passes += len(parts)
         for (_, kind), size in wire.sent.items():
             if kind.startswith(("all_gather", "reduce_scatter")):
@@ -122,6 +141,12 @@ def count_updates(trainer: Any) -> None:
         return total
 
     trainer.backward = backward
+
+
+def whole_layers(model: Any) -> int:
+    """Weights in a model's layers that are gathered at this moment."""
+    layers = [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    return sum(not isinstance(p, DTensor) for layer in layers for p in layer.parameters())
 
 
 def fuller(completions: list[str], **columns: Any) -> list[float]:
@@ -167,7 +192,7 @@ def finish(
     rank = dist.get_rank() if dist.is_initialized() else 0
     models = {"trained": trainer.model, **{n: m for n, m in frozen.items() if m is not None}}
     facts: dict[str, Any] = {name: layout(m) for name, m in models.items()}
-    facts |= {name: getattr(trainer, name, []) for name in ("steps", "passes", "sent")} | read(trainer)
+    facts |= {name: getattr(trainer, name, []) for name in COUNTED} | read(trainer)
     (folder / f"layout_{rank}.json").write_text(json.dumps(facts | {"wrote": wrote(folder), "pushed": pushed}))
 
 
@@ -190,12 +215,14 @@ def wrote(folder: Path) -> list[str]:
 
 
 def layout(model: Any) -> dict[str, Any]:
-    """Units, kinds and precisions of a model's parameters; numbers here and in all."""
+    """Units, kinds and precisions of a model's parameters; numbers here, of the smallest, and in all."""
     parameters = list(model.parameters())
+    here = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters]
     return {
         "units": sum(isinstance(m, FSDPModule) for m in model.modules()),
         "cut": all(isinstance(p, DTensor) for p in parameters),
-        "here": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters),
+        "here": sum(here),
+        "least": min(here, default=0),
         "all": sum(p.numel() for p in parameters),
         "dtypes": sorted({str(p.dtype) for p in parameters}),
     }

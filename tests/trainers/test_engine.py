@@ -5,6 +5,7 @@ import ast
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,41 @@ def test_clipping_by_one_norm_is_told(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         zero_2.tell_of_clipping(2, 1.0)
     assert "policy and critic by one norm" in caplog.text
+
+
+def test_gradients_are_exchanged_once_an_update(tmp_path: Path) -> None:
+    """DDP, which would do it with every micro-batch: its buckets are counted, and the gradient is that of all."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+        exchanged: list[int] = []
+
+        def hook(state: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            exchanged.append(bucket.buffer().numel())
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        model.register_comm_hook(None, hook)
+        accelerator = SimpleNamespace(
+            distributed_type=DistributedType.MULTI_CPU,
+            device=torch.device("cpu"),
+            num_processes=1,
+            sync_gradients=True,
+            autocast=nullcontext,
+            backward=lambda loss: loss.backward(),
+            no_sync=lambda wrapped: wrapped.no_sync(),
+            reduce=lambda x, reduction: x,
+        )
+        parts = list(torch.randn(4, 2, 3))
+        for updates in (1, 2):
+            model.zero_grad()
+            Engine(accelerator).backward(model, parts, lambda x: model(x).sum())
+            assert exchanged == [4] * updates
+            torch.testing.assert_close(model.module.weight.grad[0], torch.stack(parts).sum((0, 1)))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def in_file(file: Path) -> Callable[[torch.Tensor], bool]:

@@ -119,14 +119,14 @@ class SealedCheckpoints(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.engine.ready(cast(nn.Module, self.model))
-        if not self.engine.sharded:
-            return super()._prepare_for_training(*args, **kwargs)
-        # accelerate looks for an optimizer's weights by their addresses, and a piece without numbers has none.
-        held = [list(group["params"]) for group in self.create_optimizer().param_groups]
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        for group, parameters in zip(cast(Any, self.optimizer).param_groups, held, strict=True):
-            group["params"] = parameters
-        return prepared
+        if self.engine.sharded:
+            self.engine.keep_weights_of(self.create_optimizer())
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As in `transformers.Trainer`, which does this once the optimizer is prepared and before a state is read."""
+        self.engine.restore_weights_of(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last number before an update; with it, everything that was noted for this update is looked at."""

@@ -200,6 +200,7 @@ class Engine:
             accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         self._root: nn.Module | None = None
         self._held: Counter[int] = Counter()
+        self._weights: list[list[nn.Parameter]] = []
 
     @property
     def joint(self) -> bool:
@@ -214,6 +215,22 @@ class Engine:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over processes."""
         return self.accelerator.reduce(x, reduction="sum")
+
+    def filled_up(self, batch: int, rows: int) -> int:
+        """How many rows at the end of this process's present batch are there for a second time.
+
+        accelerate fills up the last batches of an epoch with its first rows, so that every process has a batch, and
+        as many rows in it (``even_batches``).
+
+        Args:
+            batch: rows of the present batch.
+            rows: of the data set.
+        """
+        state = self.accelerator.gradient_state
+        left = rows % (batch * self.world)
+        if self.world == 1 or left == 0 or not (self.accelerator.even_batches and state.end_of_dataloader):
+            return 0
+        return batch - min(max(left - self.accelerator.process_index * batch, 0), batch)
 
     # --- passes
 
@@ -294,10 +311,12 @@ class Engine:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
+            self._held[id(unit)] += 1  # a reference on the same base is read in between
         try:
             yield
         finally:
             for unit in units:
+                self._held[id(unit)] -= 1
                 unit.reshard()
                 unit.set_reshard_after_forward(self._lets_go(unit), recurse=False)
                 unit.set_reshard_after_backward(True, recurse=False)
@@ -428,6 +447,21 @@ class Engine:
         mesh = getattr(self.accelerator, "torch_device_mesh", None)
         return None if mesh is None else mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
 
+    def keep_weights_of(self, optimizer: Any) -> None:
+        """Take down what an optimizer trains, before accelerate prepares it.
+
+        accelerate looks for an optimizer's weights by their addresses. A piece without numbers, as a process has of
+        an adapter of a lower rank than there are processes, has none: all such would become one weight.
+        """
+        self._weights = [list(group["params"]) for group in optimizer.param_groups]
+
+    def restore_weights_of(self, optimizer: Any) -> None:
+        """Give a prepared optimizer what was taken down, once; before its state is read."""
+        kept, self._weights = self._weights, []
+        if kept:
+            for group, weights in zip(optimizer.param_groups, kept, strict=True):
+                group["params"] = weights
+
     def take_up_settings(self, optimizer: Any, checkpoint: Path) -> bool:
         """Take up the settings of an optimizer that keeps no state; False where there is a state, or nothing is cut.
 
@@ -455,7 +489,7 @@ class Engine:
         for unit in units:
             if self._held[id(unit)] == 0:
                 unit.set_reshard_after_forward(False, recurse=False)
-                unit.unshard()
+            unit.unshard()  # if it is not
             self._held[id(unit)] += 1
         try:
             yield

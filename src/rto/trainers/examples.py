@@ -43,6 +43,8 @@ class Example:
     """Another prompt's completion for each of these, where the loss estimates KL(π ‖ π_ref)."""
     ref_logp: tuple[Tensor, ...] = ()
     """log π_ref(y_t|x,y_<t) of the completions, then of the mismatched ones; () where not computed beforehand."""
+    counts: bool = True
+    """False where it only fills up a process's batch: it is read, and nothing is learned of it."""
 
     @property
     def scored(self) -> tuple[list[int], ...]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -232,9 +232,11 @@ class PreferenceTrainer(TokenTrainer):
         outcomes: list[Outcome] = []
 
         def loss(rows: Tensor) -> Tensor:
-            outcomes.append(self._outcome(model, [inputs[i] for i in rows], kl))
-            self.watch.see(outcomes[-1].loss, "loss of the policy", rows=rows, tell=tell)
-            return outcomes[-1].loss.sum() / num_items_in_batch
+            outcome = self._outcome(model, [inputs[i] for i in rows], kl)
+            counts = _counts([inputs[i] for i in rows], outcome.loss)
+            outcomes.append(Outcome(*(x.where(counts, torch.nan) for x in outcome)))
+            self.watch.see(outcome.loss, "loss of the policy", rows=rows, tell=tell)
+            return outcome.loss.where(counts, 0.0).sum() / num_items_in_batch
 
         def tell(row: int) -> str:
             return f"prompt {shown(self.processing_class.decode(inputs[row].prompt))}"
@@ -348,7 +350,8 @@ class PreferenceTrainer(TokenTrainer):
                 part = [examples[i] for i in rows]
                 with self.compute_loss_context_manager():
                     ratio = self._score(model, part, [e.mismatched for e in part]).logratio
-                total += torch.stack([ratio.sum(), ratio.new_tensor(len(ratio))])
+                counts = _counts(part, ratio).repeat(len(ratio) // len(part))
+                total += torch.stack([ratio.where(counts, 0.0).sum(), counts.sum().to(ratio)])
         total = self.all_reduce(total)
         return total[0] / total[1].clamp(min=1)
 
@@ -457,9 +460,18 @@ class PreferenceTrainer(TokenTrainer):
         return micro_batches(lengths, self.args.max_tokens_per_micro_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Examples in one update, on all processes: the denominator of the loss."""
+        """Examples in one update, on all processes: the denominator of the loss. What fills up a batch is marked."""
+        if batch_samples and not self.args.dataloader_drop_last:
+            last = batch_samples[-1]
+            more = self.engine.filled_up(len(last), len(cast(Any, self.train_dataset)))
+            last[len(last) - more :] = [replace(example, counts=False) for example in last[len(last) - more :]]
         self._update, self._baseline = [example for batch in batch_samples for example in batch], None
-        return self.all_reduce(torch.tensor(float(sum(map(len, batch_samples))), device=device))
+        return self.all_reduce(torch.tensor(float(sum(e.counts for e in self._update)), device=device))
+
+
+def _counts(examples: Sequence[Example], like: Tensor) -> Tensor:
+    """Which examples count."""
+    return torch.tensor([example.counts for example in examples], device=like.device)
 
 
 def _part(completions: Completions, rows: slice) -> Completions:
