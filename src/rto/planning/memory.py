@@ -203,14 +203,12 @@ class Placement:
         """The worst moment of decoding: the prompts' pass, or the last step, when the cache is full."""
         f = self.forward(policy)
         s = f.shape
-        copies: float
-        if self.sharded:
-            copies = f.compute * s.language_model  # gathered once for all steps
-        elif self.packed:  # autocast then has nothing to copy
+        copies = self.gathered([policy])  # once for all steps
+        if self.packed:  # autocast then has nothing to copy
             sizes = [x.size for x in s.linears] * s.layers + [s.table]
-            copies = f.compute * sum(size for size in sizes if size > SMALL)
-        else:
-            copies = self._copies(f) + (f.compute * s.table if f.casts else 0)
+            copies += f.compute * sum(size for size in sizes if size > SMALL)
+        elif not self.sharded:
+            copies += self._copies(f) + (f.compute * s.table if f.casts else 0)
         prompts = replace(at, response=0)
         mask = 3 * at.rows * at.prompt**2
         repeated = 2 * f.compute * (s.queries - s.keys)  # bytes a token: attention with a mask repeats keys, values
