@@ -9,10 +9,10 @@ after the other, and draw together as many. Sides take turns, each time in a pro
 own; what is timed is one draw after a short one that warms up, and what handing over the weights takes. The limit of
 the new tokens is, a step, the larger of two times: all weights and the cache read once, at the rate of a copy, and
 2 · parameters · rows operations, at the rate of square products in the same precision, both measured in the same
-process after the draw; rows that have ended count no more. ``of_limit`` is that time over the time of the whole draw, ``of_limit_with_prompts`` has the
-prompts' 2 · parameters · tokens operations beside it. vLLM runs as RTO runs it: in process, with weights that can be
-replaced; ``vllm-packed`` shows what packing gives, with which they cannot. All sides run with the settings of memory
-that the command `rto` makes (`MEMORY`).
+process after the draw; rows that have ended count no more. ``of_limit`` is that time over the time of the whole draw,
+``of_limit_with_prompts`` has the prompts' 2 · parameters · tokens operations beside it. vLLM runs as RTO runs it: in
+process, with weights that can be replaced; ``vllm-packed`` shows what packing gives, with which they cannot. All sides
+run with the settings of memory that the command `rto` makes (`MEMORY`).
 """
 
 import argparse
@@ -72,11 +72,7 @@ def fastest_products(dtype: torch.dtype) -> float:
 
 
 def limit(model: Any, prompts: list[list[int]], ends: list[int]) -> dict[str, float]:
-    """Seconds that the new tokens cannot go below, those of the prompts, and what they were computed from.
-
-    Args:
-        ends: how many new tokens each row has.
-    """
+    """Seconds that rows of so many new tokens cannot go below, those of the prompts, and what that comes from."""
     dtype, read = model.dtype, sum(map(len, prompts))
     parameters = sum(p.numel() for p in model.parameters())
     source = torch.ones(2**27 // dtype.itemsize, dtype=dtype)

@@ -535,7 +535,7 @@ def test_the_cache_grows_by_blocks_and_rows_leave_it(tiny_model, dtype, monkeypa
             decoder.keep(rows)
         found[t] = decoder.step(tokens[rows, t : t + 1])
     for t, logits in found.items():
-        within = 1e-4 if dtype == torch.float32 else 0.15
-        torch.testing.assert_close(logits, expected[rows if t >= 50 else slice(None), t], rtol=within, atol=within)
+        gap = (logits - expected[rows if t >= 50 else slice(None), t]).abs().mean() / expected.std()
+        assert gap < (1e-5 if dtype == torch.float32 else 0.03)
     if decoder.block:
         assert {(shape[0], shape[2]) for shape in used} == {(4, 32), (4, 64), (2, 64), (2, 80)}
