@@ -130,12 +130,17 @@ def generate(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
     return draw
 
 
-def continuous(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
-    """The library's continuous batching."""
-    from transformers import GenerationConfig
+def continuous(model: Any, tokens: int, rows: int) -> Callable[[list[list[int]]], Any]:
+    """The library's continuous batching with room for all rows: left to itself it takes most of the memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    room = ContinuousBatchingConfig(
+        num_blocks=rows * (2 + tokens // 256), max_batch_tokens=64 * rows, max_memory_percent=0.3
+    )
     config = GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=0)
-    return lambda prompts: model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    return lambda prompts: model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=room, progress_bar=False
+    )
 
 
 def vllm(
@@ -169,7 +174,7 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
         draw, load = vllm(model, job["tokens"], job["prompts"], job["side"] == "vllm-packed")
         sync = best(load, 2)
     elif job["side"] == "continuous":
-        draw = continuous(model, job["tokens"])
+        draw = continuous(model, job["tokens"], job["prompts"])
     elif job["side"] == "generate":
         draw = generate(model, job["tokens"])
     else:
@@ -244,7 +249,8 @@ def measured(job: dict[str, Any], flags: argparse.Namespace) -> list[dict[str, A
         print(f"{job['side']} took more than {flags.seconds:.0f} s", file=sys.stderr)
         return []
     if done.returncode:
-        print(f"{job['side']} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        said = done.stderr.strip().splitlines()[-1:]
+        print(f"{job['side']} ended with {done.returncode}: {said}", file=sys.stderr)  # -9: killed, as for memory
         return []
     rows: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return rows

@@ -104,7 +104,10 @@ class TransformersSampler(Sampler):
         was_training, _ = model.training, model.eval()
         try:
             way = self._way(model, max(lengths) + limit)
-            budget = self.max_cache_tokens or CACHE_BYTES // cache_bytes(model)
+            held = cache_bytes(model)
+            if by_products(unwrap_peft(model), device, torch.bfloat16) and next(model.parameters()).dtype.itemsize == 2:
+                held = 3 * held // 2  # keys are held in fp32
+            budget = self.max_cache_tokens or CACHE_BYTES // held
             most = min((n for n in (self.max_rows, way.max_rows) if n), default=None)
             cuts = side_by_side(lengths, room=limit, padded=way.padded, max_tokens=budget, max_rows=most)
             with packed(model):
