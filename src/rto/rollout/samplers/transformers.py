@@ -645,7 +645,7 @@ class _Decoder:
         settings = {"position_ids": self.positions, "logits_to_keep": 1}
         mask = self._mask(start, stop)
         # The library's cache layers take keys and values of one precision, which autocast does not give.
-        context = nullcontext() if self.full else torch.autocast(tokens.device.type, enabled=False)
+        context: Any = nullcontext() if self.full else torch.autocast(tokens.device.type, enabled=False)
         if self.block and stop - start == 1:
             context = one_token(mask)
         with context:
