@@ -104,8 +104,8 @@ class TransformersSampler(Sampler):
         was_training, _ = model.training, model.eval()
         try:
             way = self._way(model, max(lengths) + limit)
-            held = cache_bytes(model)
-            if by_products(unwrap_peft(model), device, torch.bfloat16) and next(model.parameters()).dtype.itemsize == 2:
+            held, dtype = cache_bytes(model), next(model.parameters()).dtype
+            if dtype == torch.bfloat16 and by_products(unwrap_peft(model), device, dtype):
                 held = 3 * held // 2  # keys are held in fp32
             budget = self.max_cache_tokens or CACHE_BYTES // held
             most = min((n for n in (self.max_rows, way.max_rows) if n), default=None)
