@@ -436,10 +436,11 @@ def test_the_check_is_made_once_for_each_model(tiny_model, prompts, monkeypatch)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_long_and_short_prompts_are_read_apart(tiny_model, implementation, monkeypatch):
+def test_long_and_short_prompts_are_read_apart(tiny_model, implementation, dtype, monkeypatch):
     """Prompts of 1 to 24 tokens in no order: the same logits and the same next steps as in one part."""
-    model = tiny_model(attn_implementation=implementation)
+    model = tiny_model(attn_implementation=implementation).to(dtype)
     lengths = [3, 24, 1, 10, 24, 2, 9]
     exists = torch.arange(24) >= 24 - torch.tensor(lengths)[:, None]
     tokens = torch.randint(3, 90, (7, 30), generator=torch.Generator().manual_seed(0))
@@ -452,7 +453,8 @@ def test_long_and_short_prompts_are_read_apart(tiny_model, implementation, monke
         found.append(torch.stack(steps, dim=1))
     assert [lengths[i] for part in sampling.alike(lengths) for i in part] == sorted(lengths)
     assert len(sampling.alike(lengths)) == 4
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    gap = (found[0] - found[1]).abs().mean() / found[0].std()
+    assert gap < (1e-5 if dtype == torch.float32 else 0.03)
 
 
 @torch.no_grad()

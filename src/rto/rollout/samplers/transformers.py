@@ -527,7 +527,7 @@ class _Filled(StaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers in the precision that attention works in."""
-        dtype, columns = cache_dtype(key_states), 0 if self.block else self.max_cache_len
+        dtype, columns = cache_dtype(value_states), 0 if self.block else self.max_cache_len
         self.keys = key_states.new_zeros(*key_states.shape[:2], columns, key_states.shape[-1], dtype=dtype)
         self.values = value_states.new_zeros(*value_states.shape[:2], columns, value_states.shape[-1], dtype=dtype)
         if self.block:
