@@ -87,6 +87,22 @@ def limit(model: Any, prompts: list[list[int]], ends: list[int]) -> dict[str, fl
     return {"copy": copy, "products": products, "seconds": seconds, "prompts": 2 * parameters * read / products}
 
 
+def timed(found: dict[str, list[float]]) -> None:
+    """Let our decoder note the seconds of its prompts, its steps and its choices of a token."""
+    from rto.rollout.samplers import transformers
+
+    for owner, name in ((transformers._Decoder, "read"), (transformers._Decoder, "step"), (transformers, "draw")):
+        work = getattr(owner, name)
+
+        def spy(*args: Any, work: Callable[..., Any] = work, name: str = name) -> Any:
+            start = time.perf_counter()
+            out = work(*args)
+            found.setdefault(name, []).append(time.perf_counter() - start)
+            return out
+
+        setattr(owner, name, spy)
+
+
 def ours(model: Any, tokens: int, eos: int = -1) -> Callable[[list[list[int]]], Any]:
     """Our sampler, on its own cache."""
     from rto.rollout.samplers import transformers
@@ -180,6 +196,9 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         draw = ours(model, job["tokens"])
     rows, longest = [], 2 * job["tokens"] - 8
+    parts: dict[str, list[float]] = {}
+    if job["side"] == "ours":
+        timed(parts)
     with torch.no_grad():
         draw(prompts_of(2, False, model.config.vocab_size))
         for lengths in job["lengths"]:
@@ -187,11 +206,13 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
                 draw = ours(model, longest, EOS)
                 ending(torch.tensor(ends(job["prompts"], longest)))
             prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
+            parts.clear()
             start, cpu = time.perf_counter(), time.process_time()
             draw(prompts)
             took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
             even = [job["tokens"]] * len(prompts)
             found = limit(model, prompts, ends(len(prompts), longest) if lengths == "ends" else even)
+            took |= {f"median {name}": statistics.median(x) for name, x in parts.items()}
             rows.append({"lengths": lengths, "sync": sync, "limit": found, "load": os.getloadavg()[0], **took})
     return rows
 
@@ -274,6 +295,7 @@ def summary(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         "load": median(lambda x: x["load"]),
         "copy": round(statistics.median(x["limit"]["copy"] for x in found)),
         "products": round(statistics.median(x["limit"]["products"] for x in found)),
+        **{name: median(lambda x, name=name: x[name]) for name in found[0] if name.startswith("median")},
     }
 
 
