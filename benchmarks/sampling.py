@@ -10,9 +10,9 @@ own; what is timed is one draw after a short one that warms up, and what handing
 the new tokens is, a step, the larger of two times: all weights and the cache read once, at the rate of a copy, and
 2 · parameters · rows operations, at the rate of square products in the same precision, both measured in the same
 process after the draw; rows that have ended count no more. ``of_limit`` is that time over the time of the whole draw,
-``of_limit_with_prompts`` has the prompts' 2 · parameters · tokens operations beside it. vLLM runs as RTO runs it: in
-process, with weights that can be replaced; ``vllm-packed`` shows what packing gives, with which they cannot. All sides
-run with the settings of memory that the command `rto` makes (`MEMORY`).
+``of_limit_with_prompts`` has the prompts' 2 · parameters · tokens operations beside it (the output layer's once a
+row). vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed`` shows what packing
+gives, with which they cannot. All sides run with the settings of memory that the command `rto` makes (`MEMORY`).
 """
 
 import argparse
@@ -84,7 +84,9 @@ def limit(model: Any, prompts: list[list[int]], ends: list[int]) -> dict[str, fl
         cached = [len(x) + step for x, end in zip(prompts, ends) if end > step]
         moved = (parameters * dtype.itemsize + cache_bytes(model) * sum(cached)) / copy
         seconds += max(moved, 2 * parameters * len(cached) / products)
-    return {"copy": copy, "products": products, "seconds": seconds, "prompts": 2 * parameters * read / products}
+    head = model.get_output_embeddings().weight.numel()  # reads the last token of each prompt alone
+    prompt = 2 * ((parameters - head) * read + head * len(prompts)) / products
+    return {"copy": copy, "products": products, "seconds": seconds, "prompts": prompt}
 
 
 def timed(found: dict[str, list[float]]) -> None:
