@@ -206,6 +206,7 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
         for lengths in job["lengths"]:
             if lengths == "ends":
                 draw = ours(model, longest, EOS)
+                draw(prompts_of(2, False, model.config.vocab_size))  # it checks itself once
                 ending(torch.tensor(ends(job["prompts"], longest)))
             prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
             parts.clear()
