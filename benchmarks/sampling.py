@@ -9,9 +9,10 @@ after the other, and draw together as many. Sides take turns, each time in a pro
 own; what is timed is one draw after a short one that warms up, and what handing over the weights takes. The limit of
 the new tokens is, a step, the larger of two times: all weights and the cache read once, at the rate of a copy, and
 2 · parameters · rows operations, at the rate of square products in the same precision, both measured in the same
-process after the draw. ``of_limit`` is that time over the time of the whole draw, ``of_limit_with_prompts`` has the
-prompts' 2 · parameters · tokens operations beside it. vLLM runs as RTO runs it: in process, with weights that can be
-replaced; ``vllm-packed`` shows what packing gives, with which they cannot.
+process after the draw; rows that have ended count no more. ``of_limit`` is that time over the time of the whole draw,
+``of_limit_with_prompts`` has the prompts' 2 · parameters · tokens operations beside it (the output layer's once a
+row). vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed`` shows what packing
+gives, with which they cannot. All sides run with the settings of memory that the command `rto` makes (`MEMORY`).
 """
 
 import argparse
@@ -30,6 +31,12 @@ import torch
 
 from rto.rollout.samplers.transformers import cache_bytes
 
+MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Freed memory is kept, and large tensors lie in large pages."""
 EOS = 49_151
 """A token that nobody draws in a vocabulary of 49,152: here it ends a row where it is put in."""
 SIDES = ("ours", "generate", "continuous", "vllm", "vllm-packed")
@@ -64,25 +71,38 @@ def fastest_products(dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds)
 
 
-def limit(model: Any, prompts: list[list[int]], steps: int) -> dict[str, float]:
-    """Seconds that the new tokens cannot go below, those of the prompts, and what they were computed from."""
-    dtype, rows, read = model.dtype, len(prompts), sum(map(len, prompts))
+def limit(model: Any, prompts: list[list[int]], ends: list[int]) -> dict[str, float]:
+    """Seconds that rows of so many new tokens cannot go below, those of the prompts, and what that comes from."""
+    dtype, read = model.dtype, sum(map(len, prompts))
     parameters = sum(p.numel() for p in model.parameters())
     source = torch.ones(2**27 // dtype.itemsize, dtype=dtype)
     target = torch.empty_like(source)
     copy = 2**28 / best(lambda: target.copy_(source))  # bytes read and written
     products = fastest_products(dtype)
-    cache = cache_bytes(model) * (read + rows * steps / 2)  # of a step in the middle
-    moved = (parameters * dtype.itemsize + cache) / copy
-    operations = 2 * parameters * rows / products
-    return {
-        "copy": copy,
-        "products": products,
-        "moved": moved,
-        "operations": operations,
-        "seconds": steps * max(moved, operations),
-        "prompts": 2 * parameters * read / products,
-    }
+    seconds = 0.0
+    for step in range(max(ends)):
+        cached = [len(x) + step for x, end in zip(prompts, ends) if end > step]
+        moved = (parameters * dtype.itemsize + cache_bytes(model) * sum(cached)) / copy
+        seconds += max(moved, 2 * parameters * len(cached) / products)
+    head = model.get_output_embeddings().weight.numel()  # reads the last token of each prompt alone
+    prompt = 2 * ((parameters - head) * read + head * len(prompts)) / products
+    return {"copy": copy, "products": products, "seconds": seconds, "prompts": prompt}
+
+
+def timed(found: dict[str, list[float]]) -> None:
+    """Let our decoder note the seconds of its prompts, its steps and its choices of a token."""
+    from rto.rollout.samplers import transformers
+
+    for owner, name in ((transformers._Decoder, "read"), (transformers._Decoder, "step"), (transformers, "draw")):
+        work = getattr(owner, name)
+
+        def spy(*args: Any, work: Callable[..., Any] = work, name: str = name) -> Any:
+            start = time.perf_counter()
+            out = work(*args)
+            found.setdefault(name, []).append(time.perf_counter() - start)
+            return out
+
+        setattr(owner, name, spy)
 
 
 def ours(model: Any, tokens: int, eos: int = -1) -> Callable[[list[list[int]]], Any]:
@@ -94,6 +114,12 @@ def ours(model: Any, tokens: int, eos: int = -1) -> Callable[[list[list[int]]], 
     config = SamplingConfig(max_completion_length=tokens)
     sampler = transformers.TransformersSampler(config=config, eos_ids=(eos,), pad_id=0)
     return lambda prompts: sampler(model, prompts, 0)
+
+
+def ends(rows: int, longest: int) -> list[int]:
+    """After how many tokens each row ends."""
+    lengths: list[int] = torch.linspace(8, longest, rows).round().int().tolist()
+    return lengths
 
 
 def ending(ends: Any) -> None:
@@ -122,12 +148,17 @@ def generate(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
     return draw
 
 
-def continuous(model: Any, tokens: int) -> Callable[[list[list[int]]], Any]:
-    """The library's continuous batching."""
-    from transformers import GenerationConfig
+def continuous(model: Any, tokens: int, rows: int) -> Callable[[list[list[int]]], Any]:
+    """The library's continuous batching with room for all rows: left to itself it takes most of the memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    room = ContinuousBatchingConfig(
+        num_blocks=rows * (2 + tokens // 256), max_batch_tokens=64 * rows, max_memory_percent=0.3
+    )
     config = GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=0)
-    return lambda prompts: model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    return lambda prompts: model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=room, progress_bar=False
+    )
 
 
 def vllm(
@@ -161,23 +192,30 @@ def side(job: dict[str, Any]) -> list[dict[str, Any]]:
         draw, load = vllm(model, job["tokens"], job["prompts"], job["side"] == "vllm-packed")
         sync = best(load, 2)
     elif job["side"] == "continuous":
-        draw = continuous(model, job["tokens"])
+        draw = continuous(model, job["tokens"], job["prompts"])
     elif job["side"] == "generate":
         draw = generate(model, job["tokens"])
     else:
         draw = ours(model, job["tokens"])
     rows, longest = [], 2 * job["tokens"] - 8
+    parts: dict[str, list[float]] = {}
+    if job["side"] == "ours":
+        timed(parts)
     with torch.no_grad():
         draw(prompts_of(2, False, model.config.vocab_size))
         for lengths in job["lengths"]:
             if lengths == "ends":
                 draw = ours(model, longest, EOS)
-                ending(torch.linspace(8, longest, job["prompts"]).round().int())
+                draw(prompts_of(2, False, model.config.vocab_size))  # it checks itself once
+                ending(torch.tensor(ends(job["prompts"], longest)))
             prompts = prompts_of(job["prompts"], lengths == "ragged", model.config.vocab_size)
+            parts.clear()
             start, cpu = time.perf_counter(), time.process_time()
             draw(prompts)
             took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-            found = limit(model, prompts, job["tokens"])
+            even = [job["tokens"]] * len(prompts)
+            found = limit(model, prompts, ends(len(prompts), longest) if lengths == "ends" else even)
+            took |= {f"median {name}": statistics.median(x) for name, x in parts.items()}
             rows.append({"lengths": lengths, "sync": sync, "limit": found, "load": os.getloadavg()[0], **took})
     return rows
 
@@ -228,12 +266,15 @@ def measured(job: dict[str, Any], flags: argparse.Namespace) -> list[dict[str, A
     python = flags.vllm_python if job["side"].startswith("vllm") else sys.executable
     line = [python, __file__, flags.folder, "--job", json.dumps(job)]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=flags.seconds)
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=flags.seconds, env=os.environ | MEMORY, check=False
+        )
     except subprocess.TimeoutExpired:
         print(f"{job['side']} took more than {flags.seconds:.0f} s", file=sys.stderr)
         return []
     if done.returncode:
-        print(f"{job['side']} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        said = done.stderr.strip().splitlines()[-1:]
+        print(f"{job['side']} ended with {done.returncode}: {said}", file=sys.stderr)  # -9: killed, as for memory
         return []
     rows: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return rows
@@ -250,12 +291,14 @@ def summary(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         "tokens_per_second": median(lambda x: tokens / x["seconds"]),
         "of_limit": median(lambda x: x["limit"]["seconds"] / x["seconds"]),
         "of_limit_with_prompts": median(lambda x: (x["limit"]["seconds"] + x["limit"]["prompts"]) / x["seconds"]),
+        "limit": median(lambda x: x["limit"]["seconds"]),
         "seconds": median(lambda x: x["seconds"]),
         "cpu": median(lambda x: x["cpu"]),
         "sync": median(lambda x: x["sync"]),
         "load": median(lambda x: x["load"]),
         "copy": round(statistics.median(x["limit"]["copy"] for x in found)),
         "products": round(statistics.median(x["limit"]["products"] for x in found)),
+        **{name: median(lambda x, name=name: x[name]) for name in found[0] if name.startswith("median")},
     }
 
 

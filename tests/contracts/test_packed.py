@@ -48,6 +48,56 @@ def test_products_are_those_of_the_weights(dtype, autocast, within, shape):
             assert [("forward" in vars(layer)) for layer in model.values()] == [True, True, False]
 
 
+class Block(nn.Module):
+    """Three layers of one input, and two that cannot have one."""
+
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(200, n, bias=bias) for n in (300, 170, 190))
+        self.gate_proj, self.up_proj = nn.Linear(200, 300), nn.Linear(210, 300)
+
+    def forward(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 on this processor")
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_one_input_are_one_product(bias, monkeypatch):
+    """And again layers of their own, once another input, or the same one changed in place, comes between."""
+    model, x, y = Block(bias).bfloat16(), torch.randn(3, 200).bfloat16(), torch.randn(5, 200).bfloat16()
+    whole = Block(bias)
+    whole.load_state_dict(model.state_dict())
+    shapes = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda w, n: shapes.append(w.shape) or reorder(w, n)
+    )
+
+    def right(found, *inputs):
+        for layer, given, out in zip((whole.q_proj, whole.k_proj, whole.v_proj), inputs, found):
+            torch.testing.assert_close(out.float(), layer(given.float()), rtol=2e-2, atol=2e-2)
+
+    with packed(model):
+        assert sorted(shapes) == [(300, 200), (300, 210), (660, 200)]
+        right(model(x), x, x, x)
+        right(model(y), y, y, y)
+        assert len(shapes) == 3
+        right((model.q_proj(x), model.k_proj(y), model.v_proj(x)), x, y, x)
+        right(model(x), x, x, x)
+        assert len(shapes) == 6
+    assert not any("forward" in vars(m) for m in model.modules())
+    with packed(model):
+        first = model.q_proj(x)
+        before = x.clone()
+        x.mul_(2)
+        right((first, model.k_proj(x), model.v_proj(x)), before, x, x)
+    with packed(model), torch.inference_mode():
+        z = torch.ones(2, 200, dtype=torch.bfloat16)
+        right(model(z), z, z, z)
+
+
 @torch.no_grad()
 def test_copies_are_of_the_present_weights_and_end_with_the_context(monkeypatch):
     model, x = layers(), torch.ones(2, 200)

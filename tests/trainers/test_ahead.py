@@ -296,3 +296,42 @@ def test_the_critic_learns_before_the_policy_moves(trainer: Callable[..., RTOTra
     learned = logged(run, "explained_variance")
     assert len(learned) == len(logged(run, "kl"))
     assert all(x <= 1 for x in learned)
+
+
+def test_the_first_step_of_the_policy_has_a_critic_that_learned(trainer: Callable[..., RTOTrainer]) -> None:
+    """Explained variance rises over the warm-up, in which the policy stays as it was to the bit.
+
+    What a completion is worth is its prompt's to say, so a critic can learn it, and none knows it beforehand.
+    """
+
+    def by_prompt(prompts: list[str], **_: Any) -> list[float]:
+        return [float(sum(map(ord, prompt)) % 3) for prompt in prompts]
+
+    moved: dict[int, list[bool]] = {}
+    explained: dict[int, list[float]] = {}
+    for warm_up in (0, 30):
+        run = trainer(
+            reward_funcs=by_prompt,
+            dpo_coef=0.0,
+            critic_warmup_steps=warm_up,
+            max_steps=warm_up + 2,
+            num_train_epochs=100,
+            value_learning_rate=1e-2,
+        )
+        start = {name: weight.detach().clone() for name, weight in run.model.policy.named_parameters()}
+        moved[warm_up], step = [], run.training_step
+
+        def spy(*args: Any, run: Any = run, start: Any = start, step: Any = step, warm_up: int = warm_up) -> Any:
+            weights = dict(run.model.policy.named_parameters())
+            moved[warm_up].append(any(not torch.equal(weight, start[name]) for name, weight in weights.items()))
+            return step(*args)
+
+        run.training_step = spy
+        run.train()
+        explained[warm_up] = logged(run, "explained_variance")
+    assert moved == {0: [False, True], 30: [False] * 31 + [True]}
+    learned = explained[30]
+    assert len(learned) == 16  # rollouts of two updates; the last one is the policy's first
+    assert sum(learned[:5]) / 5 < 0.15
+    assert sum(learned[10:15]) / 5 > 0.4
+    assert learned[15] > explained[0][0] + 0.3

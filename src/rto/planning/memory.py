@@ -214,7 +214,8 @@ class Placement:
         repeated = 2 * f.compute * (s.queries - s.keys)  # bytes a token: attention with a mask repeats keys, values
         drawn = 4 * FP32 * at.rows * s.vocab
         transient = max(layer_forward(f, replace(prompts, masked=True)) + mask, repeated * at.tokens + drawn)
-        return Memory(copies=copies, cache=at.tokens * cache_per_token(f), transient=transient)
+        cache = s.keys * s.layers * (FP32 + f.compute) if self.packed else cache_per_token(f)  # keys are fp32 there
+        return Memory(copies=copies, cache=at.tokens * cache, transient=transient)
 
     def train(
         self,

@@ -28,6 +28,7 @@ from rto.finite import NotFiniteError
 from rto.models.actor import vocab_size
 from rto.models.loading import check_special_tokens, eos_ids, max_positions, pad_id, source_name, unwrap_peft
 from rto.models.roles import acting
+from rto.rollout.samplers.attention import COLUMNS, by_products, one_token
 from rto.rollout.samplers.base import Sampler, SamplingConfig, samples_of
 from rto.rollout.samplers.packed import packed
 from rto.rollout.samplers.randomness import uniforms
@@ -103,7 +104,10 @@ class TransformersSampler(Sampler):
         was_training, _ = model.training, model.eval()
         try:
             way = self._way(model, max(lengths) + limit)
-            budget = self.max_cache_tokens or CACHE_BYTES // cache_bytes(model)
+            held, dtype = cache_bytes(model), next(model.parameters()).dtype
+            if dtype == torch.bfloat16 and by_products(unwrap_peft(model), device, dtype):
+                held = 3 * held // 2  # keys are held in fp32
+            budget = self.max_cache_tokens or CACHE_BYTES // held
             most = min((n for n in (self.max_rows, way.max_rows) if n), default=None)
             cuts = side_by_side(lengths, room=limit, padded=way.padded, max_tokens=budget, max_rows=most)
             with packed(model):
@@ -503,36 +507,57 @@ def _tolerance(model: nn.Module) -> float:
 
 
 class _Filled(StaticLayer):
-    """A static cache layer of which attention reads the filled part only.
+    """A static cache layer of which attention reads the filled part only, or whole blocks of columns.
 
     Under autocast keys and values are kept in the lower precision, which attention would cast them to at every step.
+
+    Attributes:
+        filled: columns written.
+        block: columns that it grows by, all of which a single new token reads under a mask, keys in fp32; 0 holds all
+            columns from the start and gives out those that are written.
     """
 
     keys: Tensor
     values: Tensor
     filled = 0
 
+    def __init__(self, max_cache_len: int, block: int = 0) -> None:
+        super().__init__(max_cache_len)
+        self.block = block
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers in the precision that attention works in."""
-        device = key_states.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else key_states.dtype
-        super().lazy_initialization(key_states.to(dtype), value_states.to(dtype))
+        dtype, columns = cache_dtype(value_states), 0 if self.block else self.max_cache_len
+        self.keys = key_states.new_zeros(*key_states.shape[:2], columns, key_states.shape[-1], dtype=dtype)
+        self.values = value_states.new_zeros(*value_states.shape[:2], columns, value_states.shape[-1], dtype=dtype)
+        if self.block:
+            self.keys = self.keys.float()
+        self.dtype, self.device, self.is_initialized = dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new columns, return all that are written."""
+        """Write the new columns, return those that attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.filled = self.filled, self.filled + key_states.shape[-2]
-        self.keys[:, :, start : self.filled] = key_states
-        self.values[:, :, start : self.filled] = value_states
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        new = key_states.shape[-2]
+        self._fill(self.filled + new)
+        self.keys[:, :, self.filled - new : self.filled] = key_states
+        self.values[:, :, self.filled - new : self.filled] = value_states
+        if self.block and new == 1:
+            return self.keys, self.values
+        return self.keys[:, :, : self.filled].to(self.dtype), self.values[:, :, : self.filled]
+
+    def _fill(self, columns: int) -> None:
+        """There is room for so many columns; what they hold is written next."""
+        self.filled = columns
+        more = columns_of(columns, self.block, self.max_cache_len) - self.keys.shape[2]
+        if more > 0:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
     def take(self, other: "_Filled", rows: Int[Tensor, " K"], of: int, stop: int) -> None:
         """Another layer's columns as those of some rows of a batch of so many, up to column ``stop``."""
         if not self.is_initialized:
             self.lazy_initialization(*(x[:1].expand(of, -1, -1, -1) for x in (other.keys, other.values)))
-        self.filled = stop
+        self._fill(stop)
         self.keys[rows, :, stop - other.filled : stop] = other.keys[:, :, : other.filled]
         self.values[rows, :, stop - other.filled : stop] = other.values[:, :, : other.filled]
 
@@ -548,7 +573,17 @@ class _Filled(StaticLayer):
         for x in (self.keys, self.values):
             x[to, :, : self.filled] = x[source, :, : self.filled]
         self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
-        self.batch_size = len(indices)
+
+
+def cache_dtype(states: Tensor) -> torch.dtype:
+    """The precision that attention over such keys and values works in."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def columns_of(filled: int, block: int, most: int) -> int:
+    """How many columns a cache has whose columns are filled so far; whole blocks, and never more than the most."""
+    return min(-(-filled // block) * block, most) if block else most
 
 
 class _Decoder:
@@ -573,11 +608,13 @@ class _Decoder:
         self.visible[:, :width] = prompt_mask
         self.filled = 0
         self.positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-        self.full = is_plain(model, length)
+        self.full, self.block = is_plain(model, length), 0
         self.cache: Cache = DynamicCache(config=config)
         if self.full:
+            dtype = cache_dtype(next(model.parameters()))
+            self.block = COLUMNS if by_products(inner, prompt_mask.device, dtype) else 0
             self.cache = StaticCache(config=config, max_cache_len=length)
-            self.cache.layers = [_Filled(max_cache_len=length) for _ in self.cache.layers]
+            self.cache.layers = [_Filled(length, self.block) for _ in self.cache.layers]
 
     def read(self, prompts: Int[Tensor, "B P"]) -> Float[Tensor, "B V"]:
         """Feed the prompts, return the logits that follow them; long ones and short ones apart (`alike`)."""
@@ -606,11 +643,15 @@ class _Decoder:
             self.visible[:, start:stop] = True
             self.positions = self.positions[:, -1:] + 1
         settings = {"position_ids": self.positions, "logits_to_keep": 1}
+        mask = self._mask(start, stop)
         # The library's cache layers take keys and values of one precision, which autocast does not give.
-        with nullcontext() if self.full else torch.autocast(tokens.device.type, enabled=False):
+        context: Any = nullcontext() if self.full else torch.autocast(tokens.device.type, enabled=False)
+        if self.block and stop - start == 1:
+            context = one_token(mask)
+        with context:
             outputs = self.model(
                 input_ids=tokens,
-                attention_mask=self._mask(start, stop),
+                attention_mask=mask,
                 past_key_values=self.cache,
                 use_cache=True,
                 **{name: x for name, x in settings.items() if name in self.takes},
@@ -621,8 +662,9 @@ class _Decoder:
     def _mask(self, start: int, stop: int) -> Tensor:
         if not self.full:
             return self.visible[:, :stop].long()
+        columns = columns_of(stop, self.block, self.visible.shape[1]) if self.block else stop
         # A single new token sees itself and whatever was visible before it.
-        keep = self.visible[:, None, None, :stop] if stop - start == 1 else self._causal(start, stop)
+        keep = self.visible[:, None, None, :columns] if stop - start == 1 else self._causal(start, stop)
         if unwrap_peft(self.model).config._attn_implementation == "sdpa":
             return keep
         dtype = next(self.model.parameters()).dtype
