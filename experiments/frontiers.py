@@ -1,14 +1,16 @@
 """Methods at equal KL over the runs of several studies of the same seeds: each point of any of them may be chosen.
 
     python experiments/frontiers.py docs/results/stacked/results.json docs/results/stacked/results_half_rate.json
+    python experiments/frontiers.py runs/stacked/results.json --share 1/8=runs/eighth/results.json
 
 For every seed and KL the best mixture of a method's points (and the start) on validation prompts, measured on test
-prompts, as in the table "At equal KL" of `rto reproduce`, where the points are of one study. Prints the table of
-docs/results.md; p is Holm's over all differences from the baseline.
+prompts, as in the table "At equal KL" of `rto reproduce`, where the points are of one study. A study of a share of the
+prompts is set against the baseline at all of them. Prints the table of docs/results.md; p is Holm's over all
+differences from the baseline.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +25,31 @@ def at_equal_kl(studies: list[Study], method: str, level: float) -> dict[str, np
     return mixed([s.results["policies"][name]["runs"] for s in studies for name in s.frontier(method)], level)
 
 
-def table(studies: list[Study]) -> str:
+def table(studies: list[Study], shares: dict[str, Study] | None = None) -> str:
+    """Markdown: a row a method, and one for each method of a share of the prompts, by its name.
+
+    Raises:
+        ValueError: a share was run with other seeds.
+    """
     first = studies[0]
     levels, baseline = first.study["frontier"]["levels"], first.baseline
-    others = [name for name in first.compared if name != baseline]
-    found = {(n, k): at_equal_kl(studies, n, k) for n in [baseline, *others] for k in levels}
-    tests = {(n, k): paired(found[n, k]["gold"], found[baseline, k]["gold"]) for n in others for k in levels}
+    rows = {name: (studies, name) for name in [baseline, *(n for n in first.compared if n != baseline)]}
+    for share, study in (shares or {}).items():
+        if study.results["seeds"] != first.results["seeds"]:
+            raise ValueError(f"{share}: seeds {study.results['seeds']}, not {first.results['seeds']}")
+        rows |= {f"{name}, {share} of the prompts": ([study], name) for name in study.compared}
+    found = {(row, k): at_equal_kl(*of, k) for row, of in rows.items() for k in levels}
+    tests = {at: paired(x["gold"], found[baseline, at[1]]["gold"]) for at, x in found.items() if at[0] != baseline}
     adjusted = dict(zip(tests, holm([t.p for t in tests.values()]), strict=True))
     lines = ["| method | " + " | ".join(f"at KL {k:g} | − {baseline} (p, Holm)" for k in levels) + " |"]
     lines.append("|---" * (1 + 2 * len(levels)) + "|")
-    for name in (baseline, *others):
+    for row in rows:
         cells = []
         for k in levels:
-            cells.append(f"{_said(interval(found[name, k]['gold']))} ({found[name, k]['kl'].mean():.2f})")
-            test = tests.get((name, k))
-            cells.append("" if test is None else f"{_said(test.difference)} ({adjusted[name, k]:.1g})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            cells.append(f"{_said(interval(found[row, k]['gold']))} ({found[row, k]['kl'].mean():.2f})")
+            test = tests.get((row, k))
+            cells.append("" if test is None else f"{_said(test.difference)} ({adjusted[row, k]:.1g})")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -46,5 +57,19 @@ def _said(x: Interval) -> str:
     return f"{x.mean:.2f} ± {x.half:.2f}"
 
 
+def read(path: str) -> Study:
+    return Study(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="results.json of studies of one budget")
+    parser.add_argument("--share", action="append", default=[], metavar="1/8=RESULTS", help="a share of the prompts")
+    given = parser.parse_args()
+    shares = {name: read(path) for name, path in (share.split("=", 1) for share in given.share)}
+    print(table([read(path) for path in given.results], shares))
+
+
 if __name__ == "__main__":
-    print(table([Study(json.loads(Path(path).read_text(encoding="utf-8"))) for path in sys.argv[1:]]))
+    main()

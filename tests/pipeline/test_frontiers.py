@@ -187,3 +187,21 @@ def test_points_of_several_studies_are_one_frontier(monkeypatch: pytest.MonkeyPa
     for row in frontiers.table(both).split("\n")[2:]:
         for cell in (cell.split(" (")[0].strip() for cell in row.split("|")[2:-1]):
             assert cell in page
+
+
+def test_a_share_of_the_prompts_is_set_against_the_baseline_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import frontiers
+
+    stacked = ROOT / "docs" / "results" / "stacked"
+    whole, half = (frontiers.read(str(stacked / f"{name}.json")) for name in ("results", "results_half_rate"))
+    rows = frontiers.table([whole], {"1/2": half}).split("\n")[2:]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| PPO, 1/2 of the prompts",
+        "| RTO (stacked), 1/2 of the prompts",
+    ]
+    lead = half.at_equal_kl("RTO (stacked)", 4.0)["gold"] - whole.at_equal_kl("PPO", 4.0)["gold"]
+    assert rows[3].split(" | ")[6].startswith(f"{lead.mean():.2f} ±")
+    other = Study({**half.results, "seeds": [1]})
+    with pytest.raises(ValueError, match=r"1/2: seeds \[1\], not"):
+        frontiers.table([whole], {"1/2": other})
