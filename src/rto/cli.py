@@ -70,7 +70,7 @@ INIT_USAGE = """usage: rto init NAME [--output FILE] [--KEY VALUE ...]
 
 Writes a recipe that comes with the package (rto run --list), comments and all, to a file of your own: NAME.yaml here,
 unless --output says otherwise. Keys that stand in it can be set at once: rto init chat --model MODEL
---data.pairs.path pairs.jsonl"""
+--data.pairs.path pairs.jsonl; of a file of your own all rows are taken."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 

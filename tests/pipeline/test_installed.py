@@ -63,6 +63,10 @@ def test_a_copy_is_the_recipe_with_what_was_asked_for(monkeypatch: pytest.Monkey
     ours, theirs = load_recipe(tmp_path / "chat.yaml"), load_recipe("chat")
     assert (ours.model, ours.data.pairs.path) == ("./mine", "p: q.jsonl")
     assert ours.methods == theirs.methods
+    assert (theirs.data.pairs.rows, ours.data.pairs.rows) == (2000, None)  # so many are asked for of the file it names
+    assert ours.data.eval_pairs == theirs.data.eval_pairs
+    fewer = copied("chat", {"data.pairs.path": "p.jsonl", "data.pairs.rows": 7})
+    assert "pairs: {path: p.jsonl, split: train, rows: 7}" in fewer
     assert "# yours: a hub id" in (tmp_path / "chat.yaml").read_text()
     (tmp_path / "rto.yaml").write_text(copied("paper/rto", {}))
     monkeypatch.chdir(tmp_path)
