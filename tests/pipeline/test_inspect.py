@@ -480,6 +480,13 @@ def test_sides_stand_beside_one_another_where_there_is_room(inspection: Inspecti
         assert max(map(len, in_terminal(inspection, width).split("\n"))) <= width
 
 
+def test_readings_keep_room_for_their_words_in_a_common_terminal(inspection: Inspection) -> None:
+    text = in_terminal(inspection, 80)
+    words = {word for x in sections(inspection) for f in x.findings for word in f.reading.split()}
+    for word in (word for word in words if len(word) < 16):
+        assert re.search(rf"(^|\s){re.escape(word)}(\s|$)", text, re.MULTILINE), f"{word!r} is cut"
+
+
 def test_colours_of_the_terminal_are_those_of_the_page(inspection: Inspection) -> None:
     one = replace(inspection, shown=[Shown(prompt="p", sides={"a": rewarded(3, n=3)})])
     text = in_terminal(one, 80, force_terminal=True, color_system="truecolor")
