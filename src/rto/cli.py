@@ -558,5 +558,5 @@ def _finish(trainer: Any, data: DataArguments) -> int:
         trainer.create_model_card()  # with these metrics
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(plain(f"model: {trainer.args.output_dir}"))
+    trainer.accelerator.print(plain(f"model: {folder}; what it did: rto report {shlex.quote(folder)}"))
     return 0
