@@ -176,7 +176,7 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
         assert abs(held_out[weight]["value"]) > 1e-3
         assert fresh["stacked"][weight]["value"] == pytest.approx(-held_out[weight]["value"], rel=1e-3)
     assert fresh["room"]["value"] == pytest.approx(0, abs=1e-6)
-    assert "the room that fresh labels have" in " ".join(said["fresh"].split())
+    assert "the room that fresh labels have" in page_of["fresh"].text
 
     # a prompt: its text is text
     ratios = [logratios(folders, "dpo", "[red]ab:", text, tokenizer) for text in (ATTACK, " [/]\x1b[31m")]

@@ -228,9 +228,9 @@ def inspect(args: InspectArguments) -> Inspection:
         data = skipped.report(_what(args)) if skipped.counts else _what(args)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(rows_to_show))
     read = [_pairs_of(args, name, tokenizer, context) for name in (args.dataset_name, args.fresh_dataset_name) if name]
-    for name, _, pairs, _ in read if args.fresh_dataset_name else ():
-        if len(pairs) < LEAST:
-            raise DataError(f"{name}: {len(pairs)} pairs can be read; --fresh_dataset_name compares at least {LEAST}")
+    for name, _, found, _ in read if args.fresh_dataset_name else ():
+        if len(found) < LEAST:
+            raise DataError(f"{name}: {len(found)} pairs can be read; --fresh_dataset_name compares at least {LEAST}")
     inspector = _inspector(args, models, functions, score, tokenizer)
     (rewarded, skipped), *fresh_pairs = [inspector.of_rows(name, *some) for name, *some in read]
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
