@@ -70,7 +70,7 @@ INIT_USAGE = """usage: rto init NAME [--output FILE] [--KEY VALUE ...]
 
 Writes a recipe that comes with the package (rto run --list), comments and all, to a file of your own: NAME.yaml here,
 unless --output says otherwise. Keys that stand in it can be set at once: rto init chat --model MODEL
---data.pairs.path pairs.jsonl"""
+--data.pairs.path pairs.jsonl; of a file of your own all rows are taken."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -561,5 +561,5 @@ def _finish(trainer: Any, data: DataArguments) -> int:
         trainer.create_model_card()  # with these metrics
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.print(plain(f"model: {trainer.args.output_dir}"))
+    trainer.accelerator.print(plain(f"model: {folder}; what it did: rto report {shlex.quote(folder)}"))
     return 0

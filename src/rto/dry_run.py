@@ -105,6 +105,8 @@ class _Plan:
     def stages(self) -> Iterator[Planned]:
         """In the order in which they run."""
         recipe = self.recipe
+        if recipe.data.eval_pairs is not None:  # no stage of its own, and read by two
+            recipe.data.load("eval_pairs", recipe.seed)
         if recipe.sft is not None:
             yield self._done("sft", self.sft())
         sampled: Planned | None = None  # of all rounds so far
@@ -130,8 +132,7 @@ class _Plan:
     def sft(self) -> Planned:
         """Demonstrations as `SFTTrainer` reads them; it cuts rows over its ``max_length``."""
         config = stage_config(self.recipe, "sft", self.folder)
-        assert self.recipe.data.demonstrations is not None
-        rows = self.recipe.data.demonstrations.load(self.recipe.seed)
+        rows = self.recipe.data.load("demonstrations", self.recipe.seed)
         skipped, lengths = Skipped(total=len(rows)), []
         for i, row in enumerate(rows):
             try:
@@ -143,9 +144,8 @@ class _Plan:
 
     def pairs(self, k: int) -> Planned:
         """Two completions of each prompt."""
-        found = self.recipe.data.pair_prompts
-        assert found is not None
-        rows, length = part(found.load(self.recipe.seed), self.recipe.sampled, k), self.recipe.completion_length
+        rows, length = self.recipe.data.load("pair_prompts", self.recipe.seed), self.recipe.completion_length
+        rows = part(rows, self.recipe.sampled, k)
         kept, skipped = read_prompts(rows, self.tokenizer, max_length=self._room(), what="data.pair_prompts")
         tokens = 2 * sum(len(p.ids) + length for p in kept)
         told = _left(skipped)
@@ -161,7 +161,7 @@ class _Plan:
             assert sampled is not None
             return self._of_sampled(name, models, config, sampled)
         examples, skipped = read_examples(
-            self.recipe.data.pairs.load(self.recipe.seed),
+            self.recipe.data.load("pairs", self.recipe.seed),
             self.tokenizer,
             unpaired=isinstance(config.make_loss(), UnpairedLoss),
             max_length=config.max_length,
@@ -181,7 +181,7 @@ class _Plan:
         tokenizer = self.tokenizer if own is None else load_tokenizer(own)
         context = self.context if own is None else positions_of(find_config("reward_model", own))
         pairs, skipped = read_pairs(
-            self.recipe.data.pairs.load(self.recipe.seed),
+            self.recipe.data.load("pairs", self.recipe.seed),
             tokenizer,
             max_length=config.max_length or 2**31,
             context=context,
@@ -195,7 +195,7 @@ class _Plan:
         """Prompts as `RTOTrainer` reads them; completions of full length."""
         recipe = self.recipe
         config = stage_config(recipe, name, self.folder, k)
-        rows = part(recipe.data.prompts.load(recipe.seed), range(1, recipe.rounds + 1), k)
+        rows = part(recipe.data.load("prompts", recipe.seed), range(1, recipe.rounds + 1), k)
         longest = min(config.max_prompt_length or 2**31, 2**31)
         prompts, skipped = read_prompts(
             rows, self.tokenizer, max_length=longest, context=room(config, self.context), what="data.prompts"
@@ -227,7 +227,7 @@ class _Plan:
 
     def evaluation(self) -> Planned:
         """One completion of every policy for each held-out prompt."""
-        rows, length = self.recipe.data.test_prompts.load(self.recipe.seed), self.recipe.completion_length
+        rows, length = self.recipe.data.load("test_prompts", self.recipe.seed), self.recipe.completion_length
         kept, skipped = read_prompts(rows, self.tokenizer, max_length=self._room(), what="data.test_prompts")
         tokens = len(self.recipe.policies) * sum(len(p.ids) + length for p in kept)
         models = f"{len(self.recipe.policies)} policies, one after the other"

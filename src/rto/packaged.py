@@ -80,14 +80,18 @@ def copied(name: str, values: Mapping[str, Any]) -> str:
 
     Args:
         name: of the recipe.
-        values: by dotted key; each stands in the recipe already.
+        values: by dotted key; each stands in the recipe already. Of rows under another ``path`` all are taken, unless
+            it is said how many.
 
     Raises:
         ValueError: there is no such recipe, or it has no such key.
     """
     path = find_packaged(name)
     text = path.read_text(encoding="utf-8")
-    base = read_yaml(text).get("base")
+    tree = read_yaml(text)
+    given = {name: rows for name, rows in tree.get("data", {}).items() if f"data.{name}.path" in values}
+    values = {**{f"data.{name}.rows": None for name, rows in given.items() if "rows" in rows}, **values}
+    base = tree.get("base")
     if base is not None and (path.parent / base).is_file():  # a copy is elsewhere: by its name
         names = {file: known for known, file in packaged().items()}
         values = {"base": names[(path.parent / base).resolve()], **values}

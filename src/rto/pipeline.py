@@ -142,10 +142,7 @@ class Pipeline:
         for key, stages in rows.items():
             found = getattr(recipe.data, key)
             if found is not None and self._left(stages) and not is_function(found.path):
-                try:
-                    found.load(recipe.seed)
-                except DataError as error:
-                    raise DataError(f"data.{key}: {error}") from error
+                recipe.data.load(key, recipe.seed)
 
     def _in_rounds(self, *names: str) -> list[str]:
         return [stage_folder(name, k) for k in range(1, self.recipe.rounds + 1) for name in names]
@@ -166,6 +163,7 @@ class Pipeline:
                 key = _first_difference(theirs, ours)
                 raise RecipeError(
                     f"{self.folder} holds a run of another recipe ({key}): choose another --output_dir, or delete it"
+                    f"{self._labels_go_along(theirs, ours)}"
                 )
             if (
                 environment.is_file()
@@ -181,6 +179,13 @@ class Pipeline:
                 write_atomically(environment, json.dumps(digests(self.recipe.references), indent=1))
             write_atomically(saved, self.recipe.to_yaml())
         wait_for_all()
+
+    def _labels_go_along(self, theirs: Any, ours: Any) -> str:
+        """What can be done for a run that is asked for another number of rounds: rounds share prompts and labels."""
+        pairs = self.folder / "pairs" / "pairs.jsonl"
+        if theirs.get("rounds") == ours.get("rounds") or not pairs.is_file():
+            return ""
+        return f"; rounds share prompts, so none is added to these: --data.pairs.path {pairs} takes their labels along"
 
     def tell_where(self) -> None:
         """Where to look while stages run."""

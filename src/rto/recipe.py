@@ -87,7 +87,10 @@ class Rows:
         if self.rows is None:
             return dataset
         if len(dataset) < self.rows:
-            raise DataError(f"{self.path} has {len(dataset)} rows in split {self.split!r}, {self.rows} are asked for")
+            raise DataError(
+                f"{self.path} has {len(dataset)} rows in split {self.split!r}, {self.rows} are asked for: lower rows, "
+                "or leave it out to take all"
+            )
         return dataset.shuffle(seed=seed).select(range(self.rows))
 
 
@@ -113,6 +116,17 @@ class Data:
     pair_prompts: Rows | None = None
     eval_pairs: Rows | None = None
     validation_prompts: Rows | None = None
+
+    def load(self, key: str, seed: int) -> Dataset:
+        """The rows of an input that is given.
+
+        Raises:
+            DataError: they cannot be had; the message names the key.
+        """
+        try:
+            return getattr(self, key).load(seed)
+        except DataError as error:
+            raise DataError(f"data.{key}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ def recipe_help() -> str:
     lines = ["keys of a recipe, in its file or on the command line as --KEY VALUE, dotted (--train.gamma 0.9):"]
     for key, kind in RECIPE.items():
         lines += ["", f"{key}:"] if key else [""]
-        lines += rows((flag.name, _said(flag)) for flag in declared("rto.recipe", kind))
+        lines += rows((flag.name, _said(flag)) for flag in declared("rto.recipe", kind) if flag.name != "references")
     stages = ", ".join(f"{key} ({name})" for key, name in SECTIONS.items())
     lines += [
         "",

@@ -37,10 +37,17 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         print(pool.submit(abs, -7).result())
 """
-BY = {
-    "the entry point": ["-P", "-c", "import sys; from rto.__main__ import main; sys.exit(main())"],
-    "python -m": ["-m", "rto"],
-}
+TWICE = """
+import sys
+from rto.__main__ import main
+
+if code := main():
+    sys.exit(code)
+sys.argv[-1] = "statistics:by_length"
+sys.exit(main())
+"""
+ENTRY, MODULE = ["-P", "-c", TWICE], ["-m", "rto"]
+"""How the command is started: as pip's script does it, twice in one process, since it imports for seconds."""
 JUDGE = ["evaluate", "judge", "--answers", "a.json", "--baseline", "b.json", "--judge", "mine.judges:by_length"]
 
 
@@ -88,11 +95,19 @@ def without_pythons_own(folder: Path) -> None:
         (folder / f"{name}.py").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("by", BY)
-def test_no_file_of_the_present_folder_is_run(by: str, full: Path) -> None:
-    if by == "python -m":
-        without_pythons_own(full)
-    marks, done = ran(full, [*BY[by], *JUDGE])
+def test_no_file_of_the_present_folder_is_run(full: Path) -> None:
+    """Nor when the user's module has a name that is taken: the second command of the process tells that."""
+    marks, done = ran(full, [*ENTRY, *JUDGE])
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "1 of 1 games read" in done.stdout
+    assert "searched last: rename it" in done.stderr
+    assert not marks
+
+
+@pytest.mark.slow
+def test_no_file_of_the_present_folder_is_run_by_the_module(full: Path) -> None:
+    without_pythons_own(full)
+    marks, done = ran(full, [*MODULE, *JUDGE])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 of 1 games read" in done.stdout
     assert not marks
@@ -106,12 +121,6 @@ def test_no_file_is_run_by_a_worker(full: Path) -> None:
     assert not marks
 
 
-def test_a_name_that_is_taken_is_told(full: Path) -> None:
-    _, done = ran(full, [*BY["the entry point"], *JUDGE[:-1], "statistics:by_length"])
-    assert done.returncode == 2
-    assert "searched last: rename it" in done.stderr
-
-
 @pytest.mark.slow
 def test_no_file_is_run_by_a_study_and_its_workers(full: Path) -> None:
     small = {"demonstrations": 64, "pair_prompts": 16, "prompts": 64, "test_prompts": 8}
@@ -120,6 +129,6 @@ def test_no_file_is_run_by_a_study_and_its_workers(full: Path) -> None:
     words = ["reproduce", str(recipe), "--output_dir", "out", "--jobs", "2", "--seeds", "1", "--methods", "RTO"]
     more = ["--study.baseline", "RTO", "--completion_length", "8", "--logged", "[mine.judges:by_length]"]
     without_pythons_own(full)
-    marks, done = ran(full, [*BY["python -m"], *words, *sizes, *more])
+    marks, done = ran(full, [*MODULE, *words, *sizes, *more])
     assert done.returncode == 0, done.stderr[-2000:]
     assert not marks

@@ -308,7 +308,7 @@ def test_a_long_cell_and_a_short_line(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3 is no JSON"),
+    ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3 is no JSON: column 12: Expecting value"),
     ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2 is a list, not an object"),
     ("a.json", '[{"prompt": "a"},\n{"prompt": }]', "line 2"),
     ("a.json", '[{"prompt": "a"}, 3]', "row 1 is a number, not an object"),

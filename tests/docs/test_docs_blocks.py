@@ -37,6 +37,7 @@ INSTALL = "it installs packages from an index"
 HUB_DATA = "it reads from the hub"
 ENDPOINT = "it needs an endpoint that answers, and a key"
 VLLM = "it needs vLLM, which `make vllm-test` has"
+FEW = "it compares twenty pairs of each kind, more than the desk has; tests/pipeline/test_inspect.py runs it"
 HOURS = "it is a measurement of many minutes to hours, whose figures the page states"
 CANNOT: dict[tuple[str, str], str] = {
     ("README.md", "pip install"): INSTALL,
@@ -54,6 +55,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("docs/results.md", "rto run embedded"): HOURS,
     ("docs/results.md", "python experiments/"): HOURS,
     ("docs/results.md", "RTO_DATA=../shared/data"): HOURS,
+    ("docs/rounds.md", "rto inspect --dpo_model runs/rounds/dpo --ref_model runs/rounds/sft --reward_model"): FEW,
     ("docs/samplers.md", "python -m rto.rollout.samplers.vllm_server"): VLLM,
     ("docs/samplers.md", "rto train"): VLLM,
     ("docs/install.md", "python -m venv"): INSTALL,

@@ -23,6 +23,7 @@ def _tool() -> Iterator[None]:
     sys.path.remove(str(CHAOS))
 
 
+@pytest.mark.slow
 def test_a_few_kills_and_spoilt_inputs_lose_nothing() -> None:
     few = ["--kills", "3", "--inputs", str(len(KINDS)), "--only", "compare", "inputs", "--seed", "3"]
     done = warm.run(CHAOS, *few, environment={**os.environ, "PYTHONWARNINGS": "ignore"}, timeout=400)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -69,6 +70,12 @@ def folders(
     for name in ("ref", "dpo"):  # one that loads these has not checked its input first
         shutil.copytree(root / name, root / f"hollow-{name}", ignore=shutil.ignore_patterns("*.safetensors"))
     write(root / "pairs.jsonl.gz", PAIRS)
+    lengths = random.Random(0)
+    many = [{side: "a" * lengths.randint(1, 9) for side in ("chosen", "rejected")} for _ in range(40)]
+    many = [{"prompt": f"{i}:", **row} for i, row in enumerate(many) if row["chosen"] != row["rejected"]]
+    write(root / "many.jsonl.gz", many)
+    swapped = [{"prompt": x["prompt"], "chosen": x["rejected"], "rejected": x["chosen"]} for x in many]
+    write(root / "swapped.jsonl.gz", swapped)
     write(root / "wrong.jsonl.gz", [{"question": "a", "answer": "b"}])
     write(root / "nothing.jsonl.gz", [{"prompt": "a", "chosen": "same", "rejected": "same"}])
     write(root / "long.jsonl.gz", [{"prompt": "ab", "completion": "word " * 60}])
@@ -96,7 +103,7 @@ def numbers_of(sides) -> list[str]:
     return [heatmap.signed(r, heatmap.Scale.of(rewards).digits) for r in rewards]
 
 
-ASKED = ("pairs", "base", "adapter", "function", "prompt", "sample", "file", "unread")
+ASKED = ("pairs", "base", "adapter", "function", "fresh", "prompt", "sample", "file", "unread")
 
 
 def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
@@ -112,6 +119,10 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
         "function": [
             *("--dpo_model", "judge:tokens", "--ref_model", "ref", "--reward_model", "judge:score", *on),
             *("--token_reward_clip", "0.3"),
+        ],
+        "fresh": [
+            *("--dpo_model", "judge:tokens", "--ref_model", "ref", "--reward_model", "judge:score"),
+            *("--dataset_name", "many.jsonl.gz", "--fresh_dataset_name", "swapped.jsonl.gz"),
         ],
         "prompt": [*both, "--prompt", "[red]ab:", "--completion", ATTACK, " [/]\x1b[31m"],
         "sample": [*both, "--prompt", "ab:", "--max_completion_length", "6"],
@@ -158,6 +169,14 @@ def test_pairs_prompts_and_files(folders: Path, tmp_path: Path, tokenizer: Any, 
     score = np.array([len(row["chosen"]) - len(row["rejected"]) for row in PAIRS[:4]])
     assert function["pairs"]["agreement"]["score_accuracy"]["rate"] == (score > 0).mean()
     assert function["pairs"]["suggested"]["score_spread"] == pytest.approx(math.sqrt((score**2).mean() / 2))
+
+    # fresh pairs: with other labels on the same pairs, weights change their sign, and as much is known
+    held_out, fresh = json_of["fresh"]["pairs"]["stacked"], json_of["fresh"]["fresh"]
+    for weight in ("token_weight", "score_weight"):
+        assert abs(held_out[weight]["value"]) > 1e-3
+        assert fresh["stacked"][weight]["value"] == pytest.approx(-held_out[weight]["value"], rel=1e-3)
+    assert fresh["room"]["value"] == pytest.approx(0, abs=1e-6)
+    assert "the room that fresh labels have" in page_of["fresh"].text
 
     # a prompt: its text is text
     ratios = [logratios(folders, "dpo", "[red]ab:", text, tokenizer) for text in (ATTACK, " [/]\x1b[31m")]
@@ -207,6 +226,18 @@ BAD = [
             (["--dataset_name", "pairs.jsonl.gz", "--credit", "judge"], "--credit judge cannot be imported"),
             (["--dataset_name", "pairs.jsonl.gz", "--completion", "b"], "--completion needs --prompt"),
             (["--prompt", "a", "--credit", "judge:credit"], "--credit needs --dataset_name"),
+            (["--dataset_name", "many.jsonl.gz", "--fresh_dataset_name", "many.jsonl.gz"], "needs --reward_model"),
+            (
+                [
+                    "--dataset_name",
+                    "many.jsonl.gz",
+                    "--fresh_dataset_name",
+                    "pairs.jsonl.gz",
+                    "--reward_model",
+                    "reward",
+                ],
+                "pairs.jsonl.gz: 4 pairs can be read; --fresh_dataset_name compares at least 20",
+            ),
             (["--prompt", ""], "--prompt is empty"),
             (["--prompt", "a", "--completion", "b" * 200], "over the context of a model, 128"),
             (["--prompt", "a" * 100, "--max_completion_length", "50"], "over the context of a model, 128"),
@@ -447,6 +478,13 @@ def test_sides_stand_beside_one_another_where_there_is_room(inspection: Inspecti
     assert [line.count(" over ") for line in rows(80)] == [1, 1, 1, 1]
     for width in (20, 80, 120, 200):
         assert max(map(len, in_terminal(inspection, width).split("\n"))) <= width
+
+
+def test_readings_keep_room_for_their_words_in_a_common_terminal(inspection: Inspection) -> None:
+    text = in_terminal(inspection, 80)
+    words = {word for x in sections(inspection) for f in x.findings for word in f.reading.split()}
+    for word in (word for word in words if len(word) < 16):
+        assert re.search(rf"(^|\s){re.escape(word)}(\s|$)", text, re.MULTILINE), f"{word!r} is cut"
 
 
 def test_colours_of_the_terminal_are_those_of_the_page(inspection: Inspection) -> None:

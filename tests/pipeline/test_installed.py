@@ -47,12 +47,12 @@ def test_a_recipe_is_listed_by_what_it_is_for_and_not_by_how_it_is_run(monkeypat
 
 @pytest.mark.parametrize("path", ["chat", ROOT / "experiments" / "chat.yaml"])
 def test_the_chat_recipes_are_sound(path: str | Path) -> None:
-    """The packaged one, and the one of docs/chat.md, which differs in rows, precision, size and β₂ alone."""
+    """The packaged one, and the one of docs/chat.md, which differs in rows, precision and size alone."""
     ours, packaged_one = load_recipe(path), load_recipe("chat")
     for name in ("model", "seed", "peft", "methods", "learners", "sft", "evaluate_temperature"):
         assert getattr(ours, name) == getattr(packaged_one, name)
     for stage in ("prefer", "reward", "train"):
-        rates = {key for key in getattr(packaged_one, stage) if "learning_rate" in key or key == "score_coef"}
+        rates = {key for key in getattr(packaged_one, stage) if "learning_rate" in key or key.endswith("_coef")}
         assert rates
         assert all(getattr(ours, stage)[key] == getattr(packaged_one, stage)[key] for key in rates)
 
@@ -63,6 +63,10 @@ def test_a_copy_is_the_recipe_with_what_was_asked_for(monkeypatch: pytest.Monkey
     ours, theirs = load_recipe(tmp_path / "chat.yaml"), load_recipe("chat")
     assert (ours.model, ours.data.pairs.path) == ("./mine", "p: q.jsonl")
     assert ours.methods == theirs.methods
+    assert (theirs.data.pairs.rows, ours.data.pairs.rows) == (2000, None)  # so many are asked for of the file it names
+    assert ours.data.eval_pairs == theirs.data.eval_pairs
+    fewer = copied("chat", {"data.pairs.path": "p.jsonl", "data.pairs.rows": 7})
+    assert "pairs: {path: p.jsonl, split: train, rows: 7}" in fewer
     assert "# yours: a hub id" in (tmp_path / "chat.yaml").read_text()
     (tmp_path / "rto.yaml").write_text(copied("paper/rto", {}))
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import rto
+import warm
 from rto.cli import COMMANDS
 from rto.recipe import Data, Recipe, Rows, Study, Tuning
 from rto.stage_help import COMMON, STAGES, recipe_help, shown_flags, stage_help
@@ -96,8 +97,11 @@ print(json.dumps({str(k): v for k, v in found.items()}))
 
 @pytest.fixture(scope="module")
 def parsers() -> dict:
+    """What the parsers say, of a process of its own: one rewrites the annotations of the configurations."""
     stages = {command: (stage.config, stage.groups) for command, stage in STAGES.items()}
-    return json.loads(fresh(REAL, json.dumps(stages)))
+    done = warm.run(REAL, json.dumps(stages), environment={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("command", STAGES)
@@ -135,9 +139,10 @@ def real_flag(name: str) -> bool:
 def test_every_key_of_a_recipe_is_told() -> None:
     page = recipe_help()
     for kind in (Recipe, Data, Rows, Study, Tuning):
-        for name in kind.__dataclass_fields__:
+        for name in kind.__dataclass_fields__.keys() - {"references"}:  # no key of a file
             line = next(line for line in page.splitlines() if line.startswith(f"  {name} "))
             assert len(line.split()) > 1, name
+    assert "references" not in page
 
 
 def test_every_command_is_in_the_first_page() -> None:

@@ -415,6 +415,19 @@ def test_costs_are_told_beside_results(finished: tuple[Path, list[Any]]) -> None
     assert len(cells) == 5
 
 
+def test_a_finished_run_gets_no_more_rounds_and_says_what_can_be_kept(
+    finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run, _ = finished
+    pairs = run / "pairs" / "pairs.jsonl"
+    with pytest.raises(RecipeError, match=r"\(rounds is 2 there and 3 here\).*--data\.pairs\.path (\S+)") as error:
+        pipeline.run(recipe_of(tiny_folder, tmp_path, rounds=3), run)
+    assert f"--data.pairs.path {pairs} takes their labels along" in str(error.value)
+    given = tree(tiny_folder)["data"] | {"pairs": {"path": str(pairs)}}
+    planned = dry_run(recipe_of(tiny_folder, tmp_path, data=given, rounds=3), tmp_path / "more")
+    assert [x.stage for x in planned if x.stage.startswith("pairs")] == ["pairs, round 2", "pairs, round 3"]
+
+
 def test_one_report_of_all_rounds(finished: tuple[Path, list[Any]]) -> None:
     folder, _ = finished
     run = read_run(folder)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from trl import RewardConfig, SFTConfig
 
+import warm
 from rto import PreferenceConfig, RTOConfig
 from rto.cli import main
 from rto.flags import overrides
@@ -346,9 +345,10 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
     assert not captured.out
 
 
-def test_a_process_says_one_line_and_ends_with_2(here: Path) -> None:
+def test_a_process_says_one_line_and_ends_with_2(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
     flags = [*STAGES["train"], "--learning_rat", "1"]
-    done = subprocess.run([sys.executable, "-m", "rto", *flags], cwd=here, capture_output=True, text=True)
+    done = warm.run("import sys; from rto.cli import main; sys.exit(main(sys.argv[1:]))", *flags)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "did you mean --learning_rate?" in done.stderr
 

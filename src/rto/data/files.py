@@ -155,7 +155,8 @@ def _json_lines(text: str, path: Path) -> list[Row]:
         try:
             row = _loads(line)
         except ValueError as error:
-            raise DataError(f"{path}: cannot be read: line {i} is no JSON: {_one_line(error)}") from error
+            why = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else _one_line(error)
+            raise DataError(f"{path}: cannot be read: line {i} is no JSON: {why}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {i} is {_kind(row)}, not an object with columns such as prompt")
         rows.append(row)

@@ -447,8 +447,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], justify: str)
     sides = {"l": "left", "r": "right"}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, heading in enumerate(headings):
-        last = i == len(headings) - 1
-        table.add_column(Text(heading), justify=sides[justify[i]], no_wrap=not last, overflow="fold")  # type: ignore[arg-type]
+        outer = i in (0, len(headings) - 1)  # words, which share what room numbers leave
+        table.add_column(Text(heading), justify=sides[justify[i]], no_wrap=not outer, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: names are not markup
     return table

@@ -26,7 +26,7 @@ from rto.data.chat import (
 from rto.data.formats import DataError, Pair, Prompt, Skipped, load_rows, normalized, read_pairs
 from rto.data.pieces import pieces
 from rto.errors import users_code
-from rto.inspection.stacking import Fresh, compare_fresh
+from rto.inspection.stacking import LEAST, Fresh, compare_fresh
 from rto.inspection.statistics import (
     CreditReport,
     PairReport,
@@ -228,6 +228,9 @@ def inspect(args: InspectArguments) -> Inspection:
         data = skipped.report(_what(args)) if skipped.counts else _what(args)
         return Inspection(source=source, data=data, pairs=None, credit=None, shown=inspector.show(rows_to_show))
     read = [_pairs_of(args, name, tokenizer, context) for name in (args.dataset_name, args.fresh_dataset_name) if name]
+    for name, _, found, _ in read if args.fresh_dataset_name else ():
+        if len(found) < LEAST:
+            raise DataError(f"{name}: {len(found)} pairs can be read; --fresh_dataset_name compares at least {LEAST}")
     inspector = _inspector(args, models, functions, score, tokenizer)
     (rewarded, skipped), *fresh_pairs = [inspector.of_rows(name, *some) for name, *some in read]
     report = report_on_pairs(rewarded, beta=args.beta, clip=args.token_reward_clip, fraction=args.spread_fraction)
@@ -235,7 +238,7 @@ def inspect(args: InspectArguments) -> Inspection:
     for pairs, _ in fresh_pairs:
         anew = report_on_pairs(pairs, beta=args.beta, clip=args.token_reward_clip).stacked
         if report.stacked is None or anew is None:
-            raise DataError("held-out or fresh pairs are too few to be compared: at least 20 of each are needed")
+            raise DataError(f"the reward model reads too few of the pairs: at least {LEAST} of each are compared")
         fresh = compare_fresh(report.stacked, anew)
     shown = [
         Shown(prompt=pair.prompt, sides={"chosen": pair.chosen, "rejected": pair.rejected})

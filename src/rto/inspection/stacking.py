@@ -10,6 +10,8 @@ from rto.evaluation.statistics.estimates import Z
 from rto.evaluation.statistics.logistic import fit_logistic, sigmoid
 
 FOLDS = 10
+LEAST = 2 * FOLDS
+"""Pairs: two a fold."""
 RIDGE = 1e-4
 """Of standardized margins: bounds the weights where pairs are separable, and moves no other fit."""
 
@@ -65,20 +67,20 @@ def compare_fresh(held_out: Stacked, fresh: Stacked) -> Fresh:
     return Fresh(stacked=fresh, room=_weight(a.value - b.value, se))
 
 
-def stack(token: Float[np.ndarray, " n"], score: Float[np.ndarray, " n"], *, folds: int = FOLDS) -> Stacked | None:
-    """Fit `Stacked` on the margins of n pairs; None where there are fewer than two pairs a fold.
+def stack(token: Float[np.ndarray, " n"], score: Float[np.ndarray, " n"]) -> Stacked | None:
+    """Fit `Stacked` on the margins of n pairs; None where there are fewer than `LEAST`.
 
     Log losses are cross-fitted: a pair is judged by weights that were fitted without its fold. Rows are dealt to folds
     in turn, so the same pairs give the same numbers.
     """
     n = len(token)
-    if n < 2 * folds:
+    if n < LEAST:
         return None
     x = np.stack([token, score], axis=1)
     spread = np.sqrt((x**2).mean(0))
     x = x / np.where(spread > 0, spread, 1.0)
     columns = {"token": [0], "score": [1], "both": [0, 1]}
-    loss = {name: _cross_fitted(x[:, at], folds) for name, at in columns.items()}
+    loss = {name: _cross_fitted(x[:, at]) for name, at in columns.items()}
     w, se = _fit(x)
     scale = np.where(spread > 0, spread, math.nan)
     token_weight, score_weight = (_weight(*pair) for pair in zip(w / scale, se / scale, strict=True))
@@ -95,10 +97,10 @@ def stack(token: Float[np.ndarray, " n"], score: Float[np.ndarray, " n"], *, fol
     )
 
 
-def _cross_fitted(x: np.ndarray, folds: int) -> np.ndarray:
-    fold = np.arange(len(x)) % folds
+def _cross_fitted(x: np.ndarray) -> np.ndarray:
+    fold = np.arange(len(x)) % FOLDS
     loss = np.empty(len(x))
-    for k in range(folds):
+    for k in range(FOLDS):
         w, _ = _fit(x[fold != k])
         loss[fold == k] = np.logaddexp(0, -x[fold == k] @ w)
     return loss

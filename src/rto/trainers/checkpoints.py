@@ -101,8 +101,8 @@ class SealedCheckpoints(Trainer):
             stack.enter_context(signals.patiently())
             found = super().train(start, *args, **kwargs)
         if (signum := signals.asked()) is not None:
-            last = f"step {self.state.global_step} is saved, resume with --resume_from_checkpoint true: stopped"
-            raise signals.Interrupted(signum, last)
+            again = "the same rto run or reproduce goes on from it, a stage with --resume_from_checkpoint true"
+            raise signals.Interrupted(signum, f"step {self.state.global_step} is saved; {again}: stopped")
         return found
 
     def _check_run(self, start: str | None) -> None:
