@@ -123,6 +123,7 @@ def test_fractions_are_methods_on_fewer_prompts() -> None:
 # --- run
 
 
+@pytest.mark.slow
 def test_a_study_leaves_one_file_of_results(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert list(results["policies"]) == ["SFT", "PPO", "RTO", "RTO 1/4"]
@@ -140,6 +141,7 @@ def test_a_study_leaves_one_file_of_results(finished: Path) -> None:
     assert results["policies"]["RTO 1/4"]["runs"][0]["curve"]["episodes"] == [8]
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again_and_a_lost_stage_alone_is_redone(finished: Path) -> None:
     def stamps() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in finished.rglob("done.json")}
@@ -157,6 +159,7 @@ def test_the_same_command_does_nothing_again_and_a_lost_stage_alone_is_redone(fi
     assert gold[0] == gold[1]
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_and_another_question_is_not(finished: Path) -> None:
     with pytest.raises(RecipeError, match=r"another recipe \(train\.gamma"):
         reproduce(study(**{"train.gamma": 0.9}), finished, methods=["PPO"], seeds=1, console=Console(quiet=True))
@@ -337,6 +340,7 @@ def test_tuning_reads_validation_prompts_only(tmp_path: Path, ran: list[Job]) ->
 # --- report
 
 
+@pytest.mark.slow
 def test_report_is_drawn_from_results(finished: Path) -> None:
     page = write_study(finished / "results.json")
     text = page.read_text()
@@ -359,6 +363,7 @@ def test_report_is_drawn_from_results(finished: Path) -> None:
     assert {p: p.read_bytes() for p in first} == first
 
 
+@pytest.mark.slow
 def test_tables_say_what_the_numbers_say(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     for policy, golds in {"PPO": (1.0, 2.0), "RTO": (2.0, 3.2), "RTO 1/4": (1.5, 2.5)}.items():
@@ -370,6 +375,7 @@ def test_tables_say_what_the_numbers_say(finished: Path) -> None:
     assert "| 1/4 | 2.0 ± 6.4 | 0.500 ± 0.000 |" in text.replace("**", "")
 
 
+@pytest.mark.slow
 def test_collect_needs_every_run(finished: Path) -> None:
     with pytest.raises(FileNotFoundError):
         collect(study(), finished, ["PPO"], [7])
