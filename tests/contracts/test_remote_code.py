@@ -223,6 +223,7 @@ def name_of_recipe(folders: dict[str, Path]) -> str:
 KINDS = ["model", "tokenizer", "scorer", "adapter", "adapter_tokenizer"]
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_does_not_run_unasked(folders: dict[str, Path]) -> None:
     members = [(role, kind) for role in roles(folders) for kind in KINDS]
     results, said = rto(folders, [command(folders, role, kind, trust=False) for role, kind in members])

@@ -143,6 +143,7 @@ def follow(pages: Sequence[str], desk: Path, tmp_path: Path, *, but: tuple[str, 
     print(done.stderr)
 
 
+@pytest.mark.slow
 def test_the_first_pages_run_as_written(desk: Path, tmp_path: Path) -> None:
     follow(FIRST, desk, tmp_path, but=LONG)
 

@@ -127,6 +127,7 @@ def test_planted_coefficients_are_recovered():
     assert 100 * data.shares.mean() > truth + 10  # the plain win rate is what length made of it
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_and_its_error_is_the_sampling_error():
     """Over 60 simulated benchmarks: the intervals hold the truth, and are as wide as the estimates scatter."""
     covered, spread, estimates = 0, [], []

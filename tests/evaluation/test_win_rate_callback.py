@@ -156,6 +156,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_numbers(tiny_folder: Path, tmp_path: Path) -> None:
     """Also against the policy it started from, which is long gone then."""
     whole, _ = build(str(tiny_folder), str(tmp_path / "whole"))
@@ -192,6 +193,7 @@ def test_a_fresh_run_in_an_old_folder_starts_anew(tiny_folder: Path, tmp_path: P
     assert [row["step"] for row in table(str(tmp_path))] == [3] * len(HELD_OUT)
 
 
+@pytest.mark.slow
 def test_a_model_and_a_file_as_baseline(tiny_folder: Path, dpo_like: Path, tmp_path: Path) -> None:
     """A folder's answers, and the same answers given as an AlpacaEval file, lead to the same numbers."""
     by_model, callback = build(str(tiny_folder), str(tmp_path / "a"), baseline=str(dpo_like), max_steps=2)

@@ -193,6 +193,7 @@ print(sum(paid))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
 def test_freed_memory_is_used_again() -> None:
     """Twenty times 64 MiB, made and freed in turn: the command's process does not pay for new pages each time.

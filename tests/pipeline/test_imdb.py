@@ -35,6 +35,7 @@ def fitted(imdb: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return imdb
 
 
+@pytest.mark.slow
 def test_held_out_reviews_are_held_out(imdb: ModuleType) -> None:
     halves = imdb.labelled()
     texts = {half: [text for text, _ in rows] for half, rows in halves.items()}

@@ -20,7 +20,7 @@ from rto.pipeline import Pipeline
 from rto.recipe import folder_of, load_recipe
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
-QUICK = ("rto", "simpo", "rto-pessimistic", "q")
+QUICK = ("rto", "simpo")
 SMALL: dict[str, Any] = {
     "completion_length": 16,
     "prefer.per_device_train_batch_size": 4,

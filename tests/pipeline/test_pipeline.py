@@ -97,6 +97,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_a_stage_that_died_is_done_again_and_no_other(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = (finished / "evaluation" / "results.json").read_text()
     (finished / "evaluation" / "done.json").unlink()

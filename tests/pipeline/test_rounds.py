@@ -371,6 +371,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder / "run", began
 
 
+@pytest.mark.slow
 def test_the_union_is_all_pairs_so_far(finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path) -> None:
     run, _ = finished
     first, later = (rows_of(run / where / "pairs" / "pairs.jsonl") for where in ("", "round-2"))
@@ -391,6 +392,7 @@ def test_the_union_is_all_pairs_so_far(finished: tuple[Path, list[Any]], tiny_fo
         assert told["sampled"] == 8 == told["labels"] + sum(told["not asked"].values())
 
 
+@pytest.mark.slow
 def test_a_method_goes_on_against_the_first_reference(finished: tuple[Path, list[Any]]) -> None:
     run, (first, second) = finished
     start, after = (load_file(run / where / "model.safetensors") for where in ("sft", "rto"))
@@ -402,6 +404,7 @@ def test_a_method_goes_on_against_the_first_reference(finished: tuple[Path, list
     assert set(first[2]).isdisjoint(second[2])
 
 
+@pytest.mark.slow
 def test_costs_are_told_beside_results(finished: tuple[Path, list[Any]]) -> None:
     run, _ = finished
     methods = json.loads((run / "evaluation" / "results.json").read_text())["methods"]
@@ -415,6 +418,7 @@ def test_costs_are_told_beside_results(finished: tuple[Path, list[Any]]) -> None
     assert len(cells) == 5
 
 
+@pytest.mark.slow
 def test_a_finished_run_gets_no_more_rounds_and_says_what_can_be_kept(
     finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -428,6 +432,7 @@ def test_a_finished_run_gets_no_more_rounds_and_says_what_can_be_kept(
     assert [x.stage for x in planned if x.stage.startswith("pairs")] == ["pairs, round 2", "pairs, round 3"]
 
 
+@pytest.mark.slow
 def test_one_report_of_all_rounds(finished: tuple[Path, list[Any]]) -> None:
     folder, _ = finished
     run = read_run(folder)
@@ -446,6 +451,7 @@ def test_one_report_of_all_rounds(finished: tuple[Path, list[Any]]) -> None:
     assert watched.tag() != tag
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_the_rounds_did(
     finished: tuple[Path, list[Any]], tiny_folder: Path, tmp_path: Path
 ) -> None:

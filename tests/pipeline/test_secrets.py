@@ -58,6 +58,7 @@ def strings(tree: Any) -> list[str]:
     return [text for x in tree for text in strings(x)] if isinstance(tree, list | tuple) else [str(tree)]
 
 
+@pytest.mark.slow
 def test_what_a_reference_stands_for_is_used_and_never_written(recipe: Path, tmp_path: Path) -> None:
     read = load_recipe(recipe)
     for stage in ("sft", "DPO", "reward", "RTO"):

@@ -115,6 +115,7 @@ def test_an_older_version_is_refused(start: Callable[..., RTOTrainer]) -> None:
         run.train()
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_the_batch_under_way_alone(start: Callable[..., RTOTrainer], prompts: Dataset) -> None:
     plain, watching = start(async_rollouts=1), start(async_rollouts=1, eval_dataset=prompts.select(range(3)))
     watching.args.eval_strategy, watching.args.eval_steps = "steps", 1

@@ -153,6 +153,7 @@ def test_two_processes_do_what_one_does(tiny_folder: Path, dpo_folder: Path, tmp
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_processes_prefer_as_one_does(tiny_folder: Path, tmp_path: Path) -> None:
     """Losses with a reference read beforehand, with KTO's global z₀, and with whole distributions."""
     losses = ["dpo", "kto", "tdpo"]

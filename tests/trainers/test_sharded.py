@@ -228,11 +228,13 @@ def by_one(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_cut_models_train_as_a_whole_one(name: str, launched: Path, by_one: Callable[..., Path]) -> None:
     check_equal(by_one(name, EQUAL[name]), at(launched, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_every_model_is_cut_by_its_layers(name: str, launched: Path) -> None:
     """DTensors everywhere, more than one unit, and no process with more than its share: it really is FSDP2."""
@@ -248,6 +250,7 @@ def test_every_model_is_cut_by_its_layers(name: str, launched: Path) -> None:
             assert max(rank[model]["here"] for rank in ranks) < 0.52 * ranks[0][model]["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EQUAL if EQUAL[name]["run"] == "rto"])
 def test_processes_decode_unlike_numbers_of_steps(name: str, launched: Path) -> None:
     """What is equal above is so although one process has decoded further than the other."""
@@ -256,12 +259,14 @@ def test_processes_decode_unlike_numbers_of_steps(name: str, launched: Path) -> 
     assert sum(a != b for a, b in zip(first, second)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shares"), [("dpo", [4, 3]), ("kto", [4, 3]), ("rto", [3, 3]), ("not cut", [3, 3])])
 def test_each_process_reads_its_share_of_held_out_rows(name: str, shares: list[int], launched: Path) -> None:
     """Seven pairs; five prompts, of which a last one makes up the number."""
     assert [rank["evaluated"] for rank in layouts(at(launched, name))] == shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*EQUAL, "straight", "resumed", "not cut", "bf16"])
 def test_only_the_process_that_saves_writes(name: str, launched: Path) -> None:
     """Checkpoints, logs, exports, cards: what two processes write at once, one of them spoils."""
@@ -270,6 +275,7 @@ def test_only_the_process_that_saves_writes(name: str, launched: Path) -> None:
     assert [path for path in second if not re.search(r"(_1|__1_\d+)\.\w+$", path)] == []
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_resumes_bit_for_bit(launched: Path) -> None:
     """SHARDED_STATE_DICT, in the middle of a rollout, with AdamW's moments; and the export is whole all the same."""
     straight, resumed = at(launched, "straight"), at(launched, "resumed")
@@ -279,6 +285,7 @@ def test_a_run_in_pieces_resumes_bit_for_bit(launched: Path) -> None:
     assert json.loads((straight / "evaluation.json").read_text())["eval_kl"] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "rto", "straight"])
 def test_plain_transformers_loads_what_is_exported(name: str, launched: Path, models: Any) -> None:
     folder = at(launched, name)
@@ -291,6 +298,7 @@ def test_plain_transformers_loads_what_is_exported(name: str, launched: Path, mo
     assert {x.dtype for x in stored.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_adapters_of_a_cut_base_are_peft_s(launched: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
@@ -300,6 +308,7 @@ def test_adapters_of_a_cut_base_are_peft_s(launched: Path) -> None:
     assert critic.base_model.model.score.modules_to_save["default"].weight.any()
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_adds_up_in_fp32(launched: Path, by_one: Callable[..., Path], models: Any) -> None:
     """Log-probabilities come out in fp32, trained weights stay fp32, frozen ones are bf16.
 
