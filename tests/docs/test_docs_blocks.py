@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,6 @@ CANNOT: dict[tuple[str, str], str] = {
 }
 """(page, start of a command or of a Python block) to why it cannot run here."""
 
-FIRST = ("README.md", "CONTRIBUTING.md")
-"""Pages that run by default, but for `LONG`."""
-LONG = ("rto run", "make")
 MAKES_ALL = ("README.md",)
 """Pages whose own stages make every model they speak of; the others find them on the desk."""
 
@@ -122,14 +119,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable, tokeniz
     return folder
 
 
-def follow(pages: Sequence[str], desk: Path, tmp_path: Path, *, but: tuple[str, ...] = ()) -> None:
-    """Follow pages in one process, each in a copy of the desk, without the commands that begin with one of ``but``."""
-    plan: list[dict[str, Any]] = []
-    for page in pages:
-        own, folder = MADE if page in MAKES_ALL else (), tmp_path / Path(page).stem
-        shutil.copytree(desk, folder, symlinks=True, ignore=shutil.ignore_patterns(*own))
-        plan.append({"at": page, "kind": "open", "folder": str(folder)})
-        plan += [s for s in steps(page) if not (but and s.get("line", "").startswith(but))]
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(steps(page))])
+def test_every_page_runs_as_written(page: str, desk: Path, tmp_path: Path) -> None:
+    own, folder = MADE if page in MAKES_ALL else (), tmp_path / Path(page).stem
+    shutil.copytree(desk, folder, symlinks=True, ignore=shutil.ignore_patterns(*own))
+    plan: list[dict[str, Any]] = [{"at": page, "kind": "open", "folder": str(folder)}, *steps(page)]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -141,17 +136,6 @@ def follow(pages: Sequence[str], desk: Path, tmp_path: Path, *, but: tuple[str, 
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-6000:]
     print(done.stderr)
-
-
-@pytest.mark.slow
-def test_the_first_pages_run_as_written(desk: Path, tmp_path: Path) -> None:
-    follow(FIRST, desk, tmp_path, but=LONG)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(steps(page))])
-def test_every_page_runs_as_written(page: str, desk: Path, tmp_path: Path) -> None:
-    follow([page], desk, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES)
