@@ -2,7 +2,7 @@
 
 What a page calls by a name on the hub is a folder of the desk (`HUB`), what takes hours on the data it names is given
 flags that make it small (`SMALLER`), and what cannot run here stands in `CANNOT` with its reason. Nothing else is
-changed. The pages a newcomer reads first run by default, all the others with ``-m slow``.
+changed. Pages run with ``-m slow``; that every block can be read is seen by default.
 """
 
 import json
