@@ -1,13 +1,16 @@
 """The page for those who come from TRL's PPOTrainer: complete, and true of both sides.
 
 `trl_1_12_ppo.json` holds what TRL 1.12 has, read off its sources: ``pip download trl==1.12.0 --no-deps``,
-``trl/experimental/ppo``. The release is not installed here, since it wants another transformers.
+``trl/experimental/ppo``. A slow test fetches the release into a folder of its own and runs the script before on it.
 """
 
 import ast
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from desk import lay
 from pages import ROOT, blocks
 from transformers import TrainingArguments
 
@@ -109,3 +113,25 @@ def test_the_script_before_uses_arguments_that_were_there() -> None:
     assert set(found) == set(known)
     for name, call in found.items():
         assert {keyword.arg for keyword in call.keywords} <= known[name], name
+
+
+@pytest.mark.slow
+def test_the_script_before_runs_on_that_release(tmp_path: Path, tiny_model: Callable, tokenizer: Any) -> None:
+    """TRL alone is of another version: its dependencies are those that are here."""
+    fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "old")]
+    fetched = subprocess.run([*fetch, "trl==1.12.0"], capture_output=True, text=True, timeout=300)
+    if fetched.returncode:
+        pytest.skip(f"TRL 1.12 cannot be had: {fetched.stderr.strip().splitlines()[-1]}")
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    lay(folder, tiny_model, tokenizer)
+    rows = [json.dumps({"prompt": f"Once upon a time there were {i}"}) for i in range(64)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    (before,) = (block.text for block in blocks(PAGE) if block.title == "before.py")
+    text = before.replace('output_dir="ppo",', 'output_dir="ppo", bf16=False, use_cpu=True, num_train_epochs=1,')
+    assert text != before
+    run = [sys.executable, "-c", "import trl; assert trl.__version__ == '1.12.0'\n" + text]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "old")}
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "ppo" / "config.json").is_file()
