@@ -183,9 +183,24 @@ def test_points_of_several_studies_are_one_frontier(monkeypatch: pytest.MonkeyPa
                 np.testing.assert_allclose(gold, study.at_equal_kl(method, level)["gold"], atol=1e-12)
             twice = frontiers.at_equal_kl([both[0], both[0]], method, level)["gold"]
             np.testing.assert_allclose(twice, alone[0], atol=1e-9)
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for row in frontiers.table(both).split("\n")[2:]:
-        for cell in (cell.split(" (")[0].strip() for cell in row.split("|")[2:-1]):
+
+
+@pytest.mark.parametrize(
+    ("folder", "others", "share"),
+    [("stacked", ["half_rate"], None), ("stacked", ["half_rate"], "eighth"), ("stacked_stories", [], "eighth")],
+)
+def test_the_page_says_what_the_studies_say(
+    folder: str, others: list[str], share: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import frontiers
+
+    results = ROOT / "docs" / "results" / folder
+    studies = [frontiers.read(str(results / f"{n}.json")) for n in ("results", *(f"results_{o}" for o in others))]
+    shares = {} if share is None else {"1/8": frontiers.read(str(results / f"results_{share}.json"))}
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    for row in frontiers.table(studies, shares).split("\n")[2:]:
+        for cell in (cell.split(" (")[0].strip().replace("-", "−") for cell in row.split("|")[2:-1]):
             assert cell in page
 
 
