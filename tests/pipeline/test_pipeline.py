@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rto.data.formats import DataError
 from rto.dry_run import dry_run, show
 from rto.pipeline import Pipeline, run
 from rto.recipe import folder_of, load_recipe
@@ -69,6 +70,17 @@ def test_a_dry_run_tells_what_the_run_did(finished: Path, tmp_path: Path) -> Non
         assert planned[stage].seconds > 0
     assert not list(tmp_path.iterdir())
     assert all(x.done for x in dry_run(recipe, finished))
+
+
+@pytest.mark.parametrize("key", ["pairs", "eval_pairs", "prompts", "test_prompts"])
+def test_a_dry_run_names_the_key_of_rows_that_cannot_be_had(key: str, tmp_path: Path) -> None:
+    row = {"prompt": "Where is it? ", "chosen": "Sorry.", "rejected": "No."}
+    (tmp_path / "rows.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    rows = {"path": str(tmp_path / "rows.jsonl"), "split": "train"}
+    given = dict.fromkeys(("pairs", "eval_pairs", "prompts", "test_prompts"), rows)
+    changes = {f"data.{name}": own | ({"rows": 9} if name == key else {}) for name, own in given.items()}
+    with pytest.raises(DataError, match=rf"^data\.{key}: .*rows\.jsonl has 8 rows .*9 are asked for: lower rows"):
+        dry_run(load_recipe(None, SMALL | changes), tmp_path / "run")
 
 
 def test_a_dry_run_counts_what_is_left_out(tmp_path: Path) -> None:
