@@ -13,6 +13,9 @@ process after the draw; rows that have ended count no more. ``of_limit`` is that
 ``of_limit_with_prompts`` has the prompts' 2 · parameters · tokens operations beside it (the output layer's once a
 row). vLLM runs as RTO runs it: in process, with weights that can be replaced; ``vllm-packed`` shows what packing
 gives, with which they cannot. All sides run with the settings of memory that the command `rto` makes (`MEMORY`).
+
+With ``--iterations N`` it is iterations of RTO that are timed, by their phases, the model as policy, critic, reference
+and DPO model, all whole: what share of an iteration sampling is, by our decoder and by vLLM.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +184,46 @@ def vllm(
     return draw, lambda: engine.load(model)
 
 
+PHASES = ("sample", "score", "credit", "update")
+
+
+def phases(job: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of the phases of an iteration of RTO, after one to warm up."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from rto.trainers.rto import RTOConfig, RTOTrainer
+
+    torch.set_num_threads(job["threads"])
+    folder, rows = job["folder"], job["prompts"]
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    prompts = prompts_of(rows * (job["iterations"] + 1), False, vocabulary)
+    with tempfile.TemporaryDirectory(prefix="rto-benchmark-") as out:
+        args = RTOConfig(
+            output_dir=out,
+            use_cpu=True,
+            bf16=job["dtype"] == "bfloat16",
+            use_vllm=job["side"] == "vllm",
+            vllm_mode="colocate",
+            vllm_max_model_length=512,
+            vllm_gpu_memory_utilization=0.3,
+            per_device_train_batch_size=rows,
+            max_completion_length=job["tokens"],
+            max_tokens_per_micro_batch=2048,
+            learning_rate=1e-7,
+            score_coef=0.0,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            log_completions=0,
+        )
+        data = Dataset.from_dict({"prompt": [AutoTokenizer.from_pretrained(folder).decode(ids) for ids in prompts]})
+        trainer = RTOTrainer(folder, args, dpo_model=folder, train_dataset=data)
+        trainer.train()
+    logs = [row for row in trainer.state.log_history if "seconds/sample" in row][1:]
+    return {name: statistics.median(row[f"seconds/{name}"] for row in logs) for name in PHASES}
+
+
 def side(job: dict[str, Any]) -> list[dict[str, Any]]:
     """One measurement for each kind of lengths, in this process."""
     from transformers import AutoModelForCausalLM
@@ -234,14 +278,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="that one side may take, its start included")
     parser.add_argument("--vllm_python", default=sys.executable, help="of an environment that has vLLM")
     parser.add_argument("--output", type=Path, help="a JSON file; rows are added to those that it has")
+    parser.add_argument("--iterations", type=int, default=0, help="time iterations of RTO, not draws")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.job:
-        print(json.dumps(side(json.loads(flags.job))))
+        given = json.loads(flags.job)
+        print(json.dumps([phases(given)] if "iterations" in given else side(given)))
         return
     for dtype, prompts, tokens in itertools.product(flags.dtype, flags.prompts, flags.tokens):
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         job = {"folder": flags.folder, "dtype": dtype, "prompts": prompts, "tokens": tokens, "threads": flags.threads}
+        if flags.iterations:
+            keep(shares(job | {"iterations": flags.iterations}, flags), flags.output)
+            continue
         for _, name in itertools.product(range(flags.rounds), flags.sides):
             for found in measured(job | {"side": name, "lengths": flags.lengths}, flags):
                 runs.setdefault((name, found.pop("lengths")), []).append(found)
@@ -256,9 +305,31 @@ def main() -> None:
                 "{of_limit_with_prompts:.0%} | {sync:.2f} | {load:.1f} |".format(**row),
                 flush=True,
             )
-        if flags.output:
-            before = json.loads(flags.output.read_text()) if flags.output.exists() else []
-            flags.output.write_text(json.dumps(before + rows, indent=1) + "\n")
+        keep(rows, flags.output)
+
+
+def keep(rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Add rows to those of a file."""
+    if output:
+        before = json.loads(output.read_text()) if output.exists() else []
+        output.write_text(json.dumps(before + rows, indent=1) + "\n")
+
+
+def shares(job: dict[str, Any], flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """What share of an iteration sampling is, by who samples."""
+    rows = []
+    for name in ("ours", "vllm"):
+        for found in measured(job | {"side": name}, flags):
+            seconds = sum(found.values())
+            print(
+                "| {dtype} | {prompts} × {tokens} | {side} | ".format(**job, side=name)
+                + " | ".join(f"{found[phase]:.1f}" for phase in PHASES)
+                + f" | {found['sample'] / seconds:.0%} |",
+                flush=True,
+            )
+            what = {key: job[key] for key in ("dtype", "prompts", "tokens", "iterations")}
+            rows.append(what | {"side": name, "phases": {k: round(x, 3) for k, x in found.items()}})
+    return rows
 
 
 def measured(job: dict[str, Any], flags: argparse.Namespace) -> list[dict[str, Any]]:

@@ -33,26 +33,24 @@ def endings(first: int, last: int) -> Iterator[None]:
     """Let every completion end with EOS at a length drawn evenly from first … last."""
     import torch
 
-    from rto.rollout import sampling
+    from rto.rollout.samplers import transformers
 
-    draw = sampling.draw
-    step = 0
+    generator = torch.Generator().manual_seed(0)
 
-    def ending(logits: Any, config: Any, generator: Any) -> Any:
-        nonlocal step
-        step += 1
-        tokens = draw(logits, config, generator).clamp(min=3)
-        hazard = 1 / (last - step + 1) if step >= first else 0.0
-        ends = torch.rand(len(tokens), generator=generator) < hazard
-        if bool(ends.all()):
-            step = 0
-        return tokens.masked_fill(ends, 2)
+    class Ending(transformers._Drawing):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.ends = torch.randint(first, last + 1, (len(self.uniform),), generator=generator)
 
-    sampling.draw = ending
+        def __call__(self, logits: Any, rows: Any, step: int) -> Any:
+            tokens = super().__call__(logits, rows, step).clamp(min=3)
+            return tokens.masked_fill(self.ends[rows] == step + 1, 2)
+
+    drawing, transformers._Drawing = transformers._Drawing, Ending  # type: ignore[misc]
     try:
         yield
     finally:
-        sampling.draw = draw
+        transformers._Drawing = drawing  # type: ignore[misc]
 
 
 def resident_mib() -> float:

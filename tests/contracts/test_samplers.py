@@ -247,6 +247,16 @@ def test_an_engine_that_does_not_follow_stops_the_run(tiny_model, wrap, fault, m
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["whole", "lora"])
+def test_an_engine_is_checked_by_the_weights_that_are_there_under_autocast(tiny_model, wrap):
+    """Which keeps narrow copies of weights: those of the moved weights are not to be read again."""
+    policy = wrap(tiny_model())
+    with torch.autocast("cpu", torch.bfloat16):
+        on(Fake()).sync(policy, 0)
+        with pytest.raises(SamplerError, match="stale"):
+            on(Fake("stale", policy)).sync(policy, 0)
+
+
 def test_a_new_adapter_that_changes_nothing_yet_shows_a_stale_engine(tiny_model):
     policy = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(SamplerError, match="stale"):

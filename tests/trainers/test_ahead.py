@@ -257,12 +257,13 @@ def test_a_second_process_draws_what_the_policy_draws_and_its_end_is_one_line(ti
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_three_iterations_with_a_second_process(trainer: Callable[..., RTOTrainer], kind: str) -> None:
+def test_three_iterations_with_a_second_process(trainer: Callable[..., RTOTrainer], kind: str, bf16: bool) -> None:
     from peft import LoraConfig
 
     own = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if kind == "lora" else {}
-    run = trainer(async_rollouts=1, max_steps=6, num_train_epochs=2, **own)
+    run = trainer(async_rollouts=1, max_steps=6, num_train_epochs=2, bf16=bf16, **own)
     seen = watched(run)
     run.train()
     assert [samples.version for samples, _ in seen] == [0, 0, 1]

@@ -84,6 +84,16 @@ def test_three_iterations(run, mode, kind):
         assert ((row.stopped == 0) == (row.mask.sum(1) == 12) & ~row.ended).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_iteration_in_bf16(run, kind):
+    """The policy's own numbers are autocast's, the engine's weights are bfloat16."""
+    trainer = run(kind, bf16=True, total_episodes=16)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "sampling/kl" in row]
+    assert len(logs) == 2
+    assert all(1e-5 < row["sampling/sampling_logp_difference/mean"] < 0.1 for row in logs)
+
+
 def test_a_platform_that_cannot_sleep_stays_awake_and_says_so(run, caplog):
     """vLLM's own answer on processors, to which its engine would not start, is that there is no sleep mode."""
     assert not current_platform.is_sleep_mode_available()

@@ -418,11 +418,13 @@ def fault(way: Way, model: nn.Module, pad_id: int) -> str:
     """What is wrong with a way for a model, "" where nothing is.
 
     A few tokens are decoded for prompts of several lengths, and their log-probabilities compared with those of one
-    forward pass over each row alone: mean |Δ log p| over the vocabulary and the steps, by the spread of log p.
+    forward pass over each row alone: mean |Δ log p| over the vocabulary and the steps, by the spread of log p. Both
+    in the precision of the weights, also within autocast, whose rounding would pass for a fault.
     """
     training, _ = model.training, model.eval()
     try:
-        gap = _gap(way, model, pad_id)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            gap = _gap(way, model, pad_id)
     except NotFiniteError:
         raise
     except (

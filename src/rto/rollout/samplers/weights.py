@@ -73,7 +73,7 @@ def moved(policy: Any) -> Iterator[None]:
 
     Every second matrix is negated and negated again, which is exact, takes no memory and keeps activations as large as
     they were; all of them negated would cancel out. An adapter may start at zero, so it is filled with noise, and
-    then with what it was.
+    then with what it was. Autocast keeps narrow copies of weights as long as its context is open: they are forgotten.
     """
     trained = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     kept = [p.detach().clone() for p in trained] if is_adapted(policy) else []
@@ -85,6 +85,7 @@ def moved(policy: Any) -> Iterator[None]:
         else:
             for p in trained[::2]:
                 p.neg_()
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
@@ -93,3 +94,4 @@ def moved(policy: Any) -> Iterator[None]:
                 p.copy_(was)
             for p in [] if kept else trained[::2]:
                 p.neg_()
+        torch.clear_autocast_cache()
