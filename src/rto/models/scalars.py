@@ -127,7 +127,8 @@ def why_no_critic(model: nn.Module) -> str | None:
         config = unwrap_peft(model).config.get_text_config()
         tokens = torch.arange(1, 9, device=next(model.parameters()).device)[None] % config.vocab_size
         other = tokens.index_fill(1, tokens.new_tensor([7]), 0)
-        own = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, 0]
+        with scoring_wide(model):  # the head is trained, so in fp32, where a base under adapters is narrow
+            own = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, 0]
         states, changed = (backbone(model)(input_ids=x, use_cache=False).last_hidden_state for x in (tokens, other))
     except Exception as error:  # whatever an architecture that is read in another way says of it
         return f"it cannot be read token by token ({str(error).strip().splitlines()[0]})"
