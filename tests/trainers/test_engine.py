@@ -5,6 +5,7 @@ import ast
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import rto
-from rto import PreferenceConfig, PreferenceTrainer, RTOConfig
+from rto import PreferenceConfig, PreferenceTrainer, RTOConfig, cli
 from rto.batches import collate
 from rto.models.actor import Actor, TokenOutputs
 from rto.models.loading import clone, load_policy
@@ -437,6 +438,23 @@ def test_one_file_knows_how_models_lie_over_processes() -> None:
 
 def test_work_of_one_process_is_its_own() -> None:
     assert shared_out([3, 1, 2], lambda i: i * i) == [9, 1, 4]
+
+
+@pytest.mark.parametrize(("code", "launched", "waits"), [(0, True, 1), (2, True, 0), (0, False, 0)])
+def test_a_command_that_is_done_leaves_with_the_others(
+    code: int, launched: bool, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has failed does not wait: its launcher ends the others."""
+    left: list[None] = []
+    monkeypatch.setattr(engine, "leave", lambda: left.append(None))
+    monkeypatch.setattr(cli, "close_present_folder", lambda: None)
+    monkeypatch.setitem(cli.COMMANDS, "plan", lambda args: code)
+    monkeypatch.setattr(sys, "argv", ["rto", "plan"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main() == code
+    assert len(left) == waits
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCHES.glob("*.yaml")), ids=lambda path: path.stem)
