@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 2 benchmarks/sharded_memory.py                  # 148 M parameters, file in bf16
     torchrun --nproc_per_node 2 benchmarks/sharded_memory.py --stored float32
     torchrun --nproc_per_node 2 benchmarks/sharded_memory.py --size 52M --iterations layer    # or: once (gather_once)
+    torchrun --nproc_per_node 2 benchmarks/sharded_memory.py --adapters       # roles on one base, in fp32
 
 A policy, its critic and its reference (PPO), FSDP2 over gloo on CPU processes (accelerate is told that a CPU is an
 accelerator, as in the tests), bf16. Measured is what a process has of its own (``RssAnon``): pages of a mapped file
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from collectives import tokenizer
@@ -85,7 +87,7 @@ def write_model(folder: Path, size: str, stored: str) -> None:
     tokenizer().save_pretrained(folder)
 
 
-def measure(folder: str, output: str, iterations: str | None) -> dict[str, Any]:
+def measure(folder: str, output: str, iterations: str | None, adapters: bool) -> dict[str, Any]:
     """Peaks of this process in each phase, MB above where it began, and the sizes of the models."""
     from rto import RTOConfig, RTOTrainer
     from rto.rollout.samplers.transformers import TransformersSampler
@@ -95,7 +97,7 @@ def measure(folder: str, output: str, iterations: str | None) -> dict[str, Any]:
     args = RTOConfig(
         output_dir=output,
         fsdp=True,
-        bf16=True,
+        bf16=not adapters,
         use_cpu=True,
         dpo_coef=0.0,
         gather_once=iterations == "once",
@@ -110,7 +112,8 @@ def measure(folder: str, output: str, iterations: str | None) -> dict[str, Any]:
     rows = Dataset.from_list([{"prompt": "ab" * (TOKENS // 2)}] * 16)
     peak = Peak()
     before = peak.since()
-    trainer = RTOTrainer(folder, args, reward_funcs=lengths, train_dataset=rows)
+    lora = LoraConfig(r=8, target_modules="all-linear") if adapters else None
+    trainer = RTOTrainer(folder, args, reward_funcs=lengths, train_dataset=rows, peft_config=lora)
     trainer.engine.ready(trainer.model)
     found = {"read and cut": peak.since(), "at rest": anonymous()}
     trainer.save_model()
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="148M")
     parser.add_argument("--stored", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--iterations", choices=["layer", "once"], help="two of them, too; how updates gather")
+    parser.add_argument("--adapters", action="store_true", help="new ones on one base, and all of it in fp32")
     parser.add_argument("--json", help="write what is found here, too")
     flags = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in GIVE_BACK.items()):  # read when a process begins
@@ -195,7 +199,8 @@ def main() -> None:
         write_model(Path(root[0]) / "model", flags.size, flags.stored)
     dist.barrier()
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, measure(str(Path(root[0]) / "model"), str(Path(root[0]) / "run"), flags.iterations))
+    folder, output = (str(Path(root[0]) / name) for name in ("model", "run"))
+    dist.all_gather_object(found, measure(folder, output, flags.iterations, flags.adapters))
     if dist.get_rank() == 0:
         sizes = found[0]["parameters"]
         print({name: f"{4 * n / MB:.0f} MB in fp32" for name, n in sizes.items()})

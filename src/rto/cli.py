@@ -154,7 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # PEFT sets it right by itself
             for library in ("transformers", "trl", "peft"):  # what one deprecates and another uses
                 warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-            return COMMANDS[args[0]](args[1:])
+            code = COMMANDS[args[0]](args[1:])
+        if argv is None and code == 0 and "LOCAL_RANK" in os.environ:
+            from rto.trainers.engine import leave
+
+            leave()
+        return code
     except Exception as error:
         if (line := told(error)) is None:
             raise

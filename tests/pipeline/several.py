@@ -26,6 +26,11 @@ def main() -> None:
         doers = engine.shared_out(range(4), lambda i: engine.processes().process_index)
         print(f"done by {doers}", file=sys.stderr)
         print(f"process {engine.processes().process_index} goes on", file=sys.stderr)
+        if engine.processes().is_main_process:
+            time.sleep(2)
+            print("the last one comes", file=sys.stderr)
+        engine.leave()
+        print("gone" if not dist.is_initialized() else "still there", file=sys.stderr)
         return
     pipeline.SIDE_BY_SIDE = 16
     plain, drawn = TransformersSampler.draw, []
@@ -42,5 +47,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    engine.leave()

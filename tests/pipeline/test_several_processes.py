@@ -93,3 +93,8 @@ def test_waiting_outlasts_the_time_out_of_exchanges() -> None:
     assert "process 0 goes on" in said
     assert "process 1 goes on" in said
     assert said.count("done by [0, 1, 0, 1]") == 2  # each has done its share, and knows of the other's
+    assert re.findall("the last one comes|gone", said) == [
+        "the last one comes",
+        "gone",
+        "gone",
+    ]  # and they go together

@@ -226,7 +226,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def counted() -> list[tuple[str, int, float, float]]:
     """What `benchmarks/collectives.py` has counted: way, micro-batches an update, MB of updates and of all else."""
-    rows = [line.strip("| \n").split(" | ") for line in COUNTED.read_text().splitlines() if line.startswith("| RTO")]
+    text, _, _ = COUNTED.read_text().partition("<!-- the paper's traffic -->")
+    rows = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| RTO")]
     rows = [[row[0].partition(" (")[0], *row[1:]] for row in rows if len(row) == 6]
     return [(way, int(passes), float(update), float(other)) for way, passes, update, other, *_ in rows]
 

@@ -40,6 +40,16 @@ SETTINGS = {
 }
 
 
+def experts(like: Any) -> Any:
+    """A random model of experts with the vocabulary and the sizes of a Llama, whose folder holds them one by one."""
+    sizes = {
+        name: getattr(like, name) for name in ("vocab_size", "hidden_size", "num_attention_heads", "pad_token_id")
+    }
+    sizes |= {"num_hidden_layers": 2, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(3)
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, head_dim=8, initializer_range=0.4))
+
+
 def prefer(policy: str, output: str, loss: str, batch: int, **kwargs: Any) -> None:
     """Preference learning on rows of unlike lengths, in micro-batches that differ between processes."""
     own = {name: kwargs.pop(name) for name in ("ref_model",) if name in kwargs}

@@ -53,9 +53,11 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 """What is compared with one process, by settings that both have."""
 SLOWER: dict[str, dict[str, Any]] = {
-    "dpo under an adapter": {"run": "prefer", "loss": "dpo", "lora": 4},
+    "dpo under an adapter": {"run": "prefer", "loss": "dpo", "lora": 4, "start": "narrow"},  # in fp32, all the same
     "tdpo under an adapter": {"run": "prefer", "loss": "tdpo", "lora": 4},
-    "dpo of odd rows, accumulated": {"run": "prefer", "loss": "dpo", "rows": 11, "gradient_accumulation_steps": 2},
+    "dpo of odd rows, accumulated, of experts": {
+        "run": "prefer", "loss": "dpo", "rows": 11, "gradient_accumulation_steps": 2, "start": "experts",
+    },
     "dpo with a reference": {"run": "prefer", "loss": "dpo", "ref_model": "dpo"},
     "dpo, accumulated, clipped": {
         "run": "prefer", "loss": "dpo", "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch",
@@ -99,7 +101,7 @@ def wait(started: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture(scope="session")
 def models(tiny_folder: Path, dpo_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folders by kind: whole models, and adapters on one base."""
+    """Folders by kind: whole models, adapters on one base, weights in bf16, experts."""
     root = tmp_path_factory.mktemp("models")
     scorer = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     with torch.no_grad():
@@ -108,7 +110,12 @@ def models(tiny_folder: Path, dpo_folder: Path, tokenizer: Any, tmp_path_factory
     tokenizer.save_pretrained(root / "reward")
     adapters = [write_adapter(tiny_folder, root / f"adapter{i}", i, tokenizer, scalar=i == 2) for i in (1, 2)]
     whole = [str(tiny_folder), str(dpo_folder), str(root / "reward")]
-    return {"whole": whole, "adapters": [str(tiny_folder), *map(str, adapters)]}
+    narrow = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    for kind, model in {"narrow": narrow, "experts": sharded_cases.experts(narrow.config)}.items():
+        model.save_pretrained(root / kind)
+        tokenizer.save_pretrained(root / kind)
+    starts = {kind: str(root / kind) for kind in ("narrow", "experts")}
+    return {"whole": whole, "adapters": [str(tiny_folder), *map(str, adapters)], **starts}
 
 
 def case(models: Any, name: str, settings: dict[str, Any], where: Path, *, processes: int) -> dict[str, Any]:
@@ -116,7 +123,8 @@ def case(models: Any, name: str, settings: dict[str, Any], where: Path, *, proce
     kwargs = {**settings, "output": str(where / re.sub(r"\W+", "-", name))}
     run = kwargs.pop("run")
     if run == "prefer":
-        kwargs |= {"policy": models["whole"][0], "batch": kwargs.get("batch", 4) // processes}
+        start = models[kwargs.pop("start")] if "start" in kwargs else models["whole"][0]
+        kwargs |= {"policy": start, "batch": kwargs.get("batch", 4) // processes}
         kwargs |= {"ref_model": models["whole"][1]} if "ref_model" in kwargs else {}
     elif run == "rto":
         kwargs |= {"models": models["adapters" if kwargs.get("lora") else "whole"], "batch": 8 // processes}

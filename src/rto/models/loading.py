@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from rto.data.chat import check_reads, stop_ids
 from rto.files import parse_json
-from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32, leave, note, noted
+from rto.models.precision import as_dtype, keep_derivative, kept_in_fp32, leave, note, noted, taking_adapter
 from rto.ranges import ADAPTER, check_ranges
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -52,7 +52,7 @@ def load_policy(source: Source, **init_kwargs: Any) -> nn.Module:
         if is_scorer(config):
             raise ValueError(f"{source} is an adapter that scores completions, not a language model")
         kwargs = _of_base(config, init_kwargs)
-        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), kwargs), source)
+        return _load_adapter(_load(AutoModelForCausalLM, _base_of(source, config), kwargs), source, config)
     config = _config_of(source, trusts(init_kwargs), init_kwargs.get("revision"))
     _refuse_scorer(str(source), config)
     _check_type(AutoModelForCausalLM, str(source), config, "causal language model")
@@ -316,10 +316,10 @@ def _of_base(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
     return init_kwargs if config.revision is None else {**init_kwargs, "revision": config.revision}
 
 
-def _load_adapter(base: nn.Module, source: str | Path, config: Any = None) -> nn.Module:
+def _load_adapter(base: nn.Module, source: str | Path, config: Any) -> nn.Module:
     from peft import PeftModel
 
-    with told_of(source):
+    with told_of(source), taking_adapter(base, config):
         return PeftModel.from_pretrained(base, str(source), config=config).requires_grad_(False)
 
 

@@ -71,6 +71,36 @@ def settle(module: nn.Module) -> None:
             weight.data = weight.data.to(dtype, copy=True)
 
 
+@contextmanager
+def taking_adapter(model: nn.Module, config: Any) -> Iterator[None]:
+    """Within this context PEFT puts an adapter on a model as if its weights were held as it was noted.
+
+    An adapter is made in the precision of its layer's weights, or of what a layer says that it computes in; modules
+    that are trained beside it are copies, for which they are given memory of their own.
+
+    Args:
+        model: what the adapter is put on; weights may be as their files have them.
+        config: the adapter's.
+    """
+    copies = (*(getattr(config, "modules_to_save", None) or ()), *HEAD_NAMES)
+    for name, module in model.named_modules():
+        if name.endswith(copies):
+            settle(module)
+    layers = {module: weight for module in model.modules() for weight in module.parameters(recurse=False)}
+    left = {module: dtype for module, weight in layers.items() if (dtype := noted(weight)) is not None}
+    for module, dtype in left.items():
+        vars(module)["compute_dtype"] = dtype
+    try:
+        yield
+    finally:
+        for module in left:
+            del vars(module)["compute_dtype"]
+
+
+HEAD_NAMES = ("classifier", "score")
+"""What PEFT calls the heads of its sequence classification models, which it trains beside their adapters."""
+
+
 @torch.no_grad()
 def hold(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the weights of a whole model that is only read, in place and one by one; buffers stay as they are."""

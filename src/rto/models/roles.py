@@ -46,11 +46,9 @@ from rto.models.loading import (
     unwrap_peft,
     zero_head,
 )
+from rto.models.precision import HEAD_NAMES, taking_adapter
 from rto.models.saving import Gather, as_it_is, save_model
 from rto.models.scalars import last_scored, values_of
-
-HEAD_NAMES = ["classifier", "score"]
-"""What PEFT calls the heads of its sequence classification models in ``modules_to_save``."""
 
 
 class Role(nn.Module):
@@ -283,7 +281,8 @@ class SharedBase:
         name = f"{name}_{taken}" if taken else name
         training = self.model.training
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-        self.model.add_adapter(name, config)
+        with taking_adapter(self.model, config):
+            self.model.add_adapter(name, config)
         for parameter in self.model.parameters():  # some versions of PEFT train what was added last
             parameter.requires_grad_(id(parameter) in trained)
         self._layers = _adapter_layers(self.model)
@@ -374,7 +373,8 @@ def adapt(model: nn.Module, peft_config: Any, *, revision: str | None = None) ->
             "or merge it first with `rto export`"
         )
     check_adapter("peft_config", peft_config)
-    return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
+    with taking_adapter(model, peft_config):
+        return get_peft_model(model, copy.deepcopy(peft_config), revision=revision)
 
 
 def shared_base(model: nn.Module, *, trust_remote_code: bool = False) -> SharedBase | None:

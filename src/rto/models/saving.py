@@ -157,10 +157,8 @@ def _merged(layer: Any, gather: Gather) -> Tensor:
 def _save(model: Any, folder: Path, pieces: dict[str, Piece], writes: bool) -> None:
     kept = getattr(model, "_keys_to_ignore_on_save", None) or ()
     pieces = {name: piece for name, piece in pieces.items() if name not in kept}
-    stored = _as_stored(model, pieces)
-    if stored != {name: piece.shape for name, piece in pieces.items()}:
-        # A folder holds these weights in another form (experts one by one, say), which the library makes of all of
-        # them together.
+    stored = as_stored(model, pieces)
+    if stored is None:  # the library tells what a folder holds once all of it is there
         whole = {name: piece.make() for name, piece in pieces.items()}
         if writes:
             model.save_pretrained(folder, state_dict={name: x.cpu() for name, x in whole.items()})
@@ -171,18 +169,74 @@ def _save(model: Any, folder: Path, pieces: dict[str, Piece], writes: bool) -> N
             model.save_pretrained(folder, state_dict={})  # everything but weights
         except Exception as raised:  # told once nobody waits for this process any more
             error = raised
-    write_weights(folder, pieces, writes=writes and error is None)
+    write_weights(folder, stored, writes=writes and error is None)
     if error is not None:
         raise error
 
 
-def _as_stored(model: Any, pieces: Mapping[str, Piece]) -> dict[str, torch.Size] | None:
-    """Names and shapes in a folder; None where they cannot be told beforehand."""
+def as_stored(model: Any, pieces: Mapping[str, Piece]) -> dict[str, Piece] | None:
+    """Pieces of a model as pieces of its folder, which may hold them in another form: experts one by one, say.
+
+    What is made together of the same weights comes together. Those weights are one where the form allows it, else all
+    of a module, of the module around it, and so on up to the model.
+
+    Args:
+        model: the model, whose library knows the form.
+        pieces: all of its weights.
+
+    Returns:
+        By their names in the folder; None where that cannot be told before weights are there.
+    """
+    form = _form(model, pieces)
+    if form is None:
+        return None
+    if form == _form_of(pieces):
+        return dict(pieces)
+    for depth in range(max(name.count(".") for name in pieces) + 2):
+        together: dict[str, dict[str, Piece]] = {}
+        for name, piece in pieces.items():
+            together.setdefault(name.rsplit(".", depth)[0] if depth <= name.count(".") else "", {})[name] = piece
+        found: list[tuple[str, Piece]] = []
+        for part in together.values():
+            made = _Made(model, part)
+            found += [
+                (name, Piece(dtype=dtype, shape=shape, make=partial(made.take, name)))
+                for name, (dtype, shape) in (_form(model, part) or {}).items()
+            ]
+        if len(found) == len(form) and _form_of(dict(found)) == form:  # what needs several weights would come twice
+            return dict(found)
+    return None
+
+
+_Form = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+def _form_of(pieces: Mapping[str, Piece]) -> _Form:
+    return {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
+
+
+def _form(model: Any, pieces: Mapping[str, Piece]) -> _Form | None:
+    """Names, precisions and shapes in a folder of some of a model's weights; None where they cannot be told."""
     empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in pieces.items()}
     try:
-        return {name: x.shape for name, x in revert_weight_conversion(model, empty).items()}
-    except Exception:  # an operation that meta tensors do not have
+        return {name: (x.dtype, x.shape) for name, x in revert_weight_conversion(model, empty).items()}
+    except Exception:  # an operation that meta tensors do not have, or weights that it needs others for
         return None
+
+
+class _Made:
+    """What a folder holds of some weights, made when the first of it is asked for; each is handed out once."""
+
+    def __init__(self, model: Any, pieces: Mapping[str, Piece]) -> None:
+        self.model, self.pieces = model, pieces
+        self._there: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        """One of the folder's tensors."""
+        if not self._there:
+            whole = {n: piece.make() for n, piece in self.pieces.items()}
+            self._there = dict(revert_weight_conversion(self.model, whole))
+        return self._there.pop(name)
 
 
 def write_weights(folder: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None:
@@ -215,9 +269,10 @@ def write_weights(folder: Path, pieces: Mapping[str, Piece], *, writes: bool) ->
 
 
 def write_file(path: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None:
-    """Write one file in the safetensors format: the header's length, the header, then tensor after tensor.
+    """Write one file in the safetensors format: the header's length, the header, then the tensors.
 
-    The order is the format's own, widest precision first and then by name, so that every tensor is aligned.
+    They lie in the format's own order, widest precision first and then by name, so that every tensor is aligned, and
+    are made in the order that they are given in.
 
     Args:
         path: the file.
@@ -227,19 +282,18 @@ def write_file(path: Path, pieces: Mapping[str, Piece], *, writes: bool) -> None
     Raises:
         OSError: it cannot be written; all pieces have been made, so that no process waits for this one.
     """
-    ordered = sorted(pieces.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, piece in ordered:
+    for name, piece in sorted(pieces.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         start, end = end, end + piece.size
         header[name] = {"dtype": TYPES[piece.dtype], "shape": list(piece.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     whole = _Growing(path, text) if writes else None
-    for name, piece in ordered:
+    for name, piece in pieces.items():
         x = piece.make()
         if whole is not None:
-            whole.add(name, x, piece)
+            whole.add(name, x, piece, header[name]["data_offsets"][0])
         del x  # before the next is made
     if whole is not None:
         whole.finish()
@@ -251,17 +305,19 @@ class _Growing:
     def __init__(self, path: Path, header: bytes) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.error: Exception | None = None
+        self._start = 8 + len(header)
         with self._remembering(), self.partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
 
-    def add(self, name: str, x: Tensor, piece: Piece) -> None:
-        """Append a tensor's bytes."""
+    def add(self, name: str, x: Tensor, piece: Piece, at: int) -> None:
+        """Put a tensor's bytes where they belong, behind the header."""
         if self.error is not None:
             return
-        with self._remembering(), self.partial.open("ab") as file:
+        with self._remembering(), self.partial.open("r+b") as file:
             if (x.dtype, x.shape) != (piece.dtype, piece.shape):
                 raise RuntimeError(f"{name} is {x.dtype} {tuple(x.shape)}, not what its file says")
             numbers: Any = x.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            file.seek(self._start + at)
             file.write(numbers)
 
     def finish(self) -> None:

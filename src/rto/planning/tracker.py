@@ -40,6 +40,8 @@ class LiveTensors(TorchDispatchMode):
         self.peak = self.now
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            return
         if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
             storage: Any = tensor  # weights packed for a processor have no storage that could be asked
             key, size = id(tensor), tensor.numel() * tensor.element_size()

@@ -49,6 +49,7 @@ class SealedCheckpoints(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.engine = Engine(self.accelerator)
+        self.engine.tell_of_layout(self.args)
         self.watch = Watch(self.accelerator)
         self._identity: dict[str, Any] | None = None
         self._progress: dict[str, float] = {}

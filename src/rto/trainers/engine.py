@@ -127,6 +127,14 @@ def wait_for_all() -> None:
         torch.distributed.barrier(_patient_group())
 
 
+def leave() -> None:
+    """Go apart together at the end of a launch: who closes its connections early can end who still uses them."""
+    if torch.distributed.is_initialized():
+        wait_for_all()
+        torch.distributed.destroy_process_group()
+        _patient_group.cache_clear()
+
+
 def shared_out(items: Sequence[_Part], work: Callable[[_Part], _Result]) -> list[_Result]:
     """``work(item)`` of every item, in their order, each done by one process and known to all.
 
@@ -364,6 +372,14 @@ class Engine:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             norms[name] = self.gather(norm)
         return norms
+
+    def tell_of_layout(self, args: Any) -> None:
+        """Say so where models were to be cut over processes and are not: accelerate cuts over accelerators only."""
+        if will_cut(args) and not self.sharded:
+            logger.warning(
+                "FSDP was asked for, and accelerate cuts models over accelerators only: on processors every process "
+                "holds all of every model, as without it (DDP)"
+            )
 
     def tell_of_clipping(self, groups: int, max_norm: float) -> None:
         """Say so where a limit that is meant for each group of parameters would be on all of them together."""

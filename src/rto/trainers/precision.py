@@ -155,7 +155,7 @@ class Reading:
         """For a model that is trained: whole, or (``adapted``, or the folder of an adapter) its adapter alone."""
         if adapted or (isinstance(source, str | Path) and is_adapter(source)):
             dtype = self.frozen_dtype if self.dtype is None else self.dtype  # of the base, which is frozen
-            return {**self._own(source), "dtype": dtype}
+            return {**self._own(source), "dtype": dtype, **self._left()}
         if self.dtype in NARROW and self._is_start(source):
             logger.warning("%s is trained whole: dtype=%s gives way to float32", source_name(source), self.dtype)
         dtype = _at_least_fp32(self.dtype)

@@ -215,6 +215,7 @@ class PreferenceTrainer(TokenTrainer):
         if self.reference is not None:
             self.engine.lay_out(self.reference)
         if ahead:
+            self.engine.ready(self.model)  # whole: what is read is in its own precision
             self.train_dataset, self.eval_dataset = map(self._precomputed, (self.train_dataset, self.eval_dataset))
             self.reference = None
 

@@ -44,7 +44,7 @@ from rto.models.loading import (
     source_name,
     stop_at_eos,
 )
-from rto.models.precision import check_derivative
+from rto.models.precision import check_derivative, taking_adapter
 from rto.models.roles import trainable
 from rto.models.saving import save_merged
 from rto.models.scalars import scoring_wide
@@ -136,7 +136,7 @@ class SFTTrainer(FromTRL, TRLSFTTrainer):
         reading = Reading.of(args, model)
         self._tokenizer = reading.read_tokenizer(model, processing_class)
         start = start_from(load_policy, model, reading, peft_config)
-        with _read_already(args):
+        with _read_already(args), taking_adapter(start, peft_config):
             super().__init__(start, args, processing_class=self._tokenizer, peft_config=peft_config, **kwargs)
         prepare_trained(self.model)
 
@@ -267,7 +267,7 @@ class RewardTrainer(FromTRL, TRLRewardTrainer):
             self._context = positions_of(find_config("model", model, **reading.tokenizer(model)))
         pairs, held_out, self.skipped = read_sets(self._read, train_dataset, eval_dataset)
         start = start_from(load_scalar, model, reading, peft_config)
-        with _read_already(args):
+        with _read_already(args), taking_adapter(start, peft_config):
             super().__init__(
                 start,
                 args,
