@@ -218,7 +218,7 @@ def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[st
         payments[f"stacked: score and {SOURCES[name]}"] = w_d * x + w_s * s
         if name != "dpo":
             payments[f"{SOURCES[name]} alone"] = x
-    payments |= {"short replies": -found["length"]} if found["length"].std(1).any() else {}
+    payments |= {"short replies": -found["length"]} if found["length"].std(1).all() else {}
     payments["the gold itself"] = found["gold"]
     return {
         name: {
