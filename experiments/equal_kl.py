@@ -3,6 +3,8 @@
     rto run embedded --seed 1000 --output_dir runs/start
     RTO_START=runs/start/sft python experiments/equal_kl.py
     RTO_DATA=../shared/data python experiments/equal_kl.py --recipe recipes/stories/frontiers.yaml
+    RTO_DATA=../shared/data RTO_LM=smollm2 python experiments/equal_kl.py --recipe recipes/imdb/smollm2.yaml \
+        --seeds 20 21 22 --factors 1
 
 For each seed, from one starting policy: pairs sampled and labelled by Bradley-Terry on the gold, and learned from them
 a DPO model, a reverse DPO model (the same pairs, swapped) and a reward model. K completions of each of n held-out
@@ -60,20 +62,24 @@ CLIP = 1.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="a recipe with the learners DPO and reverse DPO")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="with the learner DPO; reverse DPO as you like")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 28)))
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the rates; 1 among them")
     parser.add_argument("--runs", type=Path, default=Path("runs/equal_kl"))
     args = parser.parse_args(argv)
     if TUNING_SEED in args.seeds:
         parser.error(f"{TUNING_SEED} is the tuning seed: it is not reported")
+    if 1.0 not in args.factors:
+        parser.error("--factors: the recipe's own rate, 1, is to be among them")
     recipe, task = load_recipe(args.recipe), args.recipe.resolve().parent.name
-    trials = {x: measured(with_rates(recipe, dict.fromkeys(RATES, x)), args.runs / task, f"x{x}") for x in FACTORS}
+    runs = args.runs / task
+    trials = {x: measured(with_rates(recipe, dict.fromkeys(RATES, x)), runs, f"x{x}") for x in args.factors}
     losses, factors = tuned_rates(trials, recipe.label_temperature)
-    chosen = {name: trials[factors[RATED[name]]][name] for name in RATED}
+    chosen = {name: trials[factors[RATED[name]]][name] for name in RATED if name in trials[1.0]}
     tuned = trials[1.0] | chosen
     weights = stacked_weights(tuned, recipe.label_temperature)
     recipe = with_rates(recipe, factors)
-    rows = [report(measured(replace(recipe, seed=seed), args.runs / task), weights) for seed in args.seeds]
+    rows = [report(measured(replace(recipe, seed=seed), runs), weights) for seed in args.seeds]
     found = {
         "task": task,
         "seeds": args.seeds,
@@ -124,15 +130,17 @@ def tuned_rates(
     for x, found in trials.items():
         gaps = labelled_gaps(found, temperature)
         for source, name in (("dpo", "DPO"), ("reverse", "reverse DPO"), ("score", "reward")):
+            if source not in gaps:
+                continue
             fit = stack(gaps[source], gaps["length"])
             losses[name][x] = math.inf if fit is None else fit.log_loss["token"]
-    return losses, {name: min(loss, key=loss.__getitem__) for name, loss in losses.items()}
+    return losses, {name: min(loss, key=loss.__getitem__) for name, loss in losses.items() if loss}
 
 
 def stacked_weights(tuned: dict[str, np.ndarray], temperature: float) -> dict[str, Stacked]:
     """Each token source beside the score."""
     gaps = labelled_gaps(tuned, temperature)
-    found = {name: stack(gaps[name], gaps["score"]) for name in SOURCES}
+    found = {name: stack(gaps[name], gaps["score"]) for name in SOURCES if name in gaps}
     return {name: x for name, x in found.items() if x is not None}
 
 
@@ -168,11 +176,9 @@ def paid(recipe: Recipe, folder: Path) -> dict[str, list[list[float]]]:
     asked = read_prompts(rows.load(recipe.seed), tokenizer, max_length=2**31, what="prompts")[0][:PROMPTS]
     sampler = TransformersSampler.of(policy, tokenizer, SamplingConfig(max_completion_length=recipe.completion_length))
     dpo, reverse = (str(folder / folder_of(name)) for name in ("DPO", "reverse DPO"))
-    tokens: dict[str, Any] = {
-        "dpo": TokenReward(dpo, str(start)),
-        "reverse": TokenReward(dpo, reverse),
-        "power": PowerDifference(dpo, str(start)),
-    }
+    tokens: dict[str, Any] = {"dpo": TokenReward(dpo, str(start)), "power": PowerDifference(dpo, str(start))}
+    if "reverse DPO" in recipe.learners:
+        tokens["reverse"] = TokenReward(dpo, reverse)
     score = reward_source(str(folder / "reward"), max_tokens=2**15)
     found: dict[str, list[list[float]]] = {name: [] for name in ("gold", "score", "length", *tokens)}
     for i in range(0, len(asked), 16):
@@ -212,7 +218,7 @@ def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[st
         payments[f"stacked: score and {SOURCES[name]}"] = w_d * x + w_s * s
         if name != "dpo":
             payments[f"{SOURCES[name]} alone"] = x
-    payments |= {"short replies": -found["length"]} if found["length"].std(1).any() else {}
+    payments |= {"short replies": -found["length"]} if found["length"].std(1).all() else {}
     payments["the gold itself"] = found["gold"]
     return {
         name: {
@@ -228,10 +234,12 @@ def report(found: dict[str, np.ndarray], weights: dict[str, Stacked]) -> dict[st
 
 def tuning_table(found: dict[str, Any]) -> str:
     """Log loss of the tuning seed's labels at each learning rate."""
-    lines = ["| log loss of labels, learning rate × | " + " | ".join(f"{x:g}" for x in FACTORS) + " |"]
-    lines.append("|---" * (1 + len(FACTORS)) + "|")
-    for name, losses in found["tuning"]["losses"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{losses[x]:.4f}" for x in FACTORS) + " |")
+    tried = {name: losses for name, losses in found["tuning"]["losses"].items() if losses}
+    factors = next(iter(tried.values()))
+    lines = ["| log loss of labels, learning rate × | " + " | ".join(f"{float(x):g}" for x in factors) + " |"]
+    lines.append("|---" * (1 + len(factors)) + "|")
+    for name, losses in tried.items():
+        lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in losses.values()) + " |")
     return "\n".join(lines)
 
 

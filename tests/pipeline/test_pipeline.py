@@ -164,7 +164,8 @@ def test_shipped_recipes_are_valid(
     path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RTO_DATA", str(data_dir))
-    monkeypatch.setenv("RTO_START", str(tiny_folder))
+    for name in ("RTO_START", "RTO_LM"):
+        monkeypatch.setenv(name, str(tiny_folder))
     monkeypatch.chdir(Path(__file__).parents[2])
     recipe = load_recipe(path)
     (saved := tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
