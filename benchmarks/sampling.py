@@ -196,8 +196,8 @@ def phases(job: dict[str, Any]) -> dict[str, float]:
 
     torch.set_num_threads(job["threads"])
     folder, rows = job["folder"], job["prompts"]
-    vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    prompts = prompts_of(rows * (job["iterations"] + 1), False, vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = tokenizer.batch_decode(prompts_of(rows * (job["iterations"] + 1), False, len(tokenizer)))
     with tempfile.TemporaryDirectory(prefix="rto-benchmark-") as out:
         args = RTOConfig(
             output_dir=out,
@@ -217,8 +217,7 @@ def phases(job: dict[str, Any]) -> dict[str, float]:
             disable_tqdm=True,
             log_completions=0,
         )
-        data = Dataset.from_dict({"prompt": [AutoTokenizer.from_pretrained(folder).decode(ids) for ids in prompts]})
-        trainer = RTOTrainer(folder, args, dpo_model=folder, train_dataset=data)
+        trainer = RTOTrainer(folder, args, dpo_model=folder, train_dataset=Dataset.from_dict({"prompt": prompts}))
         trainer.train()
     logs = [row for row in trainer.state.log_history if "seconds/sample" in row][1:]
     return {name: statistics.median(row[f"seconds/{name}"] for row in logs) for name in PHASES}

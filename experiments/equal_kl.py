@@ -3,8 +3,8 @@
     rto run embedded --seed 1000 --output_dir runs/start
     RTO_START=runs/start/sft python experiments/equal_kl.py
     RTO_DATA=../shared/data python experiments/equal_kl.py --recipe recipes/stories/frontiers.yaml
-    RTO_DATA=../shared/data RTO_LM=smollm2 python experiments/equal_kl.py --recipe recipes/imdb/smollm2.yaml \
-        --seeds 20 21 22 --factors 1
+    RTO_DATA=../shared/data python experiments/equal_kl.py --recipe recipes/imdb/frontiers.yaml --seeds 20 21 22 \
+        --factors 1 2
 
 For each seed, from one starting policy: pairs sampled and labelled by Bradley-Terry on the gold, and learned from them
 a DPO model, a reverse DPO model (the same pairs, swapped) and a reward model. K completions of each of n held-out
@@ -16,6 +16,7 @@ of the reward model, half to four times the recipe's, by the log loss of labels 
 not seen, and the weights of the stacked sources (β₁ : β₃), regressed on the same labels. Differences are paired by
 seed; p is Holm's over `TESTED` at all levels.
 
+TASK is the recipe's folder, with the recipe's name behind it where that is not frontiers.yaml.
 Writes docs/results/equal_kl_TASK.json, equal_kl_TASK.svg beside it, and prints the tables of docs/results.md.
 """
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{TUNING_SEED} is the tuning seed: it is not reported")
     if 1.0 not in args.factors:
         parser.error("--factors: the recipe's own rate, 1, is to be among them")
-    recipe, task = load_recipe(args.recipe), args.recipe.resolve().parent.name
+    recipe, at = load_recipe(args.recipe), args.recipe.resolve()
+    task = at.parent.name if at.stem == RECIPE.stem else f"{at.parent.name}_{at.stem}"
     runs = args.runs / task
     trials = {x: measured(with_rates(recipe, dict.fromkeys(RATES, x)), runs, f"x{x}") for x in args.factors}
     losses, factors = tuned_rates(trials, recipe.label_temperature)
