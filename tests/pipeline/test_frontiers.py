@@ -162,6 +162,19 @@ def test_the_foretold_gain_stands_beside_the_measured_one(results: Path) -> None
     assert study.foretold == ["PPO", "RTO", "RTO (stacked)"]
 
 
+def test_a_study_without_its_baseline_has_no_columns_of_differences(results: Path) -> None:
+    """As ``--methods`` leaves it."""
+    found = json.loads(results.read_text())
+    found["policies"] = {name: x for name, x in found["policies"].items() if not name.startswith("PPO")}
+    results.write_text(json.dumps(found))
+    text = write_study(results).read_text()
+    assert "None" not in text
+    headers = [part.split("\n")[2] for part in text.split("### ") if part.startswith(("Held-out", "At equal KL"))]
+    assert [header.count("Holm") for header in headers] == [0, 0]
+    rows = [line for line in text.split("\n") if line.startswith("| RTO (stacked) |")]
+    assert [row.count("|") for row in rows[:2]] == [header.count("|") for header in headers]
+
+
 def test_figures_are_drawn_where_there_is_something_to_draw(results: Path) -> None:
     write_study(results)
     drawn = {path.stem for path in results.parent.glob("*.svg")}
@@ -174,7 +187,7 @@ def test_points_of_several_studies_are_one_frontier(monkeypatch: pytest.MonkeyPa
 
     both = [
         Study(json.loads((ROOT / "docs/results/stacked" / f"{name}.json").read_text()))
-        for name in ("results", "results_half_rate")
+        for name in ("results", "results_lowest")
     ]
     for method in ("PPO", "RTO (stacked)"):
         for level in (1.0, 2.0, 4.0):
@@ -185,21 +198,14 @@ def test_points_of_several_studies_are_one_frontier(monkeypatch: pytest.MonkeyPa
             np.testing.assert_allclose(twice, alone[0], atol=1e-9)
 
 
-SHARES = {"eighth": "1/8", "quarter": "1/4", "half": "1/2"}
-
-
-@pytest.mark.parametrize(
-    ("folder", "others"), [("stacked", ["half_rate"]), ("stacked_stories", []), ("stacked_imdb", [])]
-)
-def test_the_page_says_what_the_studies_say(folder: str, others: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["stacked", "stacked_stories", "stacked_imdb"])
+def test_the_page_says_what_the_studies_say(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import frontiers
 
-    results = ROOT / "docs" / "results" / folder
-    studies = [frontiers.read(str(results / f"{n}.json")) for n in ("results", *(f"results_{o}" for o in others))]
-    files = {share: results / f"results_{name}.json" for name, share in SHARES.items()}
-    shares = {share: frontiers.read(str(path)) for share, path in files.items() if path.is_file()}
-    assert shares
+    studies, shares = frontiers.kept(ROOT / "docs" / "results" / folder)
+    assert len(studies) == 2
+    assert list(shares) == ["1/8", "1/4", "1/2"]
     page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     for row in frontiers.table(studies, shares).split("\n")[2:]:
         for cell in (cell.split(" (")[0].strip().replace("-", "−") for cell in row.split("|")[2:-1]):
@@ -211,8 +217,8 @@ def test_a_share_of_the_prompts_is_set_against_the_baseline_at_all_of_them(monke
     import frontiers
 
     stacked = ROOT / "docs" / "results" / "stacked"
-    whole, half = (frontiers.read(str(stacked / f"{name}.json")) for name in ("results", "results_half_rate"))
-    rows = frontiers.table([whole], {"1/2": half}).split("\n")[2:]
+    whole, half = (frontiers.read(str(stacked / f"{name}.json")) for name in ("results", "results_lowest"))
+    rows = frontiers.table([whole], {"1/2": [half]}).split("\n")[2:]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
         "| PPO, 1/2 of the prompts",
         "| RTO (stacked), 1/2 of the prompts",
@@ -221,4 +227,4 @@ def test_a_share_of_the_prompts_is_set_against_the_baseline_at_all_of_them(monke
     assert rows[3].split(" | ")[6].startswith(f"{lead.mean():.2f} ±")
     other = Study({**half.results, "seeds": [1]})
     with pytest.raises(ValueError, match=r"1/2: seeds \[1\], not"):
-        frontiers.table([whole], {"1/2": other})
+        frontiers.table([whole], {"1/2": [half, other]})

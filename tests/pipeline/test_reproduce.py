@@ -168,6 +168,21 @@ def test_another_recipe_is_refused_and_another_question_is_not(finished: Path) -
     assert "| more | RTO − PPO |" in write_study(finished / "results.json").read_text()
 
 
+@pytest.mark.slow
+def test_a_finished_study_foretells_when_it_is_asked_and_draws_anew_for_another_number(finished: Path) -> None:
+    def foretold(**asked: int) -> tuple[list[Path], int]:
+        recipe = study(**{"study.foretell": asked})
+        reproduce(recipe, finished, methods=["PPO", "RTO"], seeds=2, console=Console(quiet=True))
+        drawn = json.loads((finished / "seed-0" / "sft" / "completions.json").read_text())
+        return sorted(finished.glob("seed-*/*/foretold.json")), len(drawn["ids"])
+
+    files, drawn = foretold(prompts=8, completions=4)
+    assert len(files) == 2 * len(("PPO", "RTO", "RTO 1/4"))
+    assert drawn == 8 * 4
+    files[0].unlink()
+    assert foretold(prompts=6, completions=3) == (files, 6 * 3)
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with module._locked(tmp_path), pytest.raises(RecipeError, match="in use by another"), module._locked(tmp_path):
         pass

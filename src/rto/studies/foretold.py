@@ -71,7 +71,7 @@ def write_foretold(recipe: Recipe, folder: Path, method: str) -> Path:
 
 
 def _draws(recipe: Recipe, policy: Path, start: Path) -> _Drawn:
-    """K completions of validation prompts by a policy, drawn when they are first asked for."""
+    """K completions of validation prompts by a policy, drawn when so many are first asked for."""
     asked = recipe.study.foretell
     assert asked is not None
     assert recipe.data.validation_prompts is not None
@@ -85,7 +85,7 @@ def _draws(recipe: Recipe, policy: Path, start: Path) -> _Drawn:
     prompts = read_prompts(rows, tokenizer, max_length=room, what="data.validation_prompts")[0][: asked.prompts]
     repeated = [prompt for prompt in prompts for _ in range(asked.completions)]
     path = policy / DRAWN
-    if not path.is_file():
+    if not path.is_file() or len(json.loads(path.read_text(encoding="utf-8"))["ids"]) != len(repeated):
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=_config(recipe, start).temperature
         )

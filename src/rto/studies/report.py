@@ -188,7 +188,8 @@ def main_table(study: Study) -> list[list[str]]:
     logged = list(next(iter(study.policies.values()))["runs"][0]["logged"])
     named = [f"{f.partition(':')[2]} (only logged)" for f in logged]
     names = [study.measure, *named, f"win rate vs {study.start} (%)", "KL", "length"]
-    rows = [["method", *names, f"{study.measure} − {study.baseline}", "p (Holm)", "time a seed"]]
+    differs = [] if study.baseline is None else [f"{study.measure} − {study.baseline}", "p (Holm)"]
+    rows = [["method", *names, *differs, "time a seed"]]
     for name in study.policies:
         runs = study.policies[name]["runs"]
         cells = [said(interval(study.values(name, "gold")))]
@@ -196,7 +197,7 @@ def main_table(study: Study) -> list[list[str]]:
         cells += [said(interval(100 * study.values(name, "win_rate")))]
         cells += [said(interval(study.values(name, key))) for key in ("kl", "length")]
         test = tests.get(name)
-        cells += ["", ""] if test is None else [marked(test.difference), _number(float(adjusted[name]))]
+        cells += [""] * len(differs) if test is None else [marked(test.difference), _number(float(adjusted[name]))]
         rows.append([name, *cells, duration(float(study.values(name, "seconds").mean()))])
     return rows
 
@@ -288,13 +289,14 @@ def equal_kl_table(study: Study) -> list[list[str]]:
         theirs = {level: found[study.baseline, level]["gold"] for level in levels}
         tests = {at: paired(x["gold"], theirs[at[1]]) for at, x in found.items() if at[0] != study.baseline}
     adjusted = dict(zip(tests, holm([t.p for t in tests.values()]) if tests else [], strict=True))
-    rows = [["method", *(x for k in levels for x in (f"at KL {k:g}", f"− {study.baseline}", "p (Holm)"))]]
+    differs = [f"− {study.baseline}", "p (Holm)"] if study.baseline in names else []
+    rows = [["method", *(x for k in levels for x in (f"at KL {k:g}", *differs))]]
     for name in names:
         row = [name]
         for level in levels:
             at = (name, level)
             row.append(f"{said(interval(found[at]['gold']))} (KL {_number(found[at]['kl'].mean())})")
-            row += [marked(tests[at].difference), _number(float(adjusted[at]))] if at in tests else ["", ""]
+            row += [marked(tests[at].difference), _number(float(adjusted[at]))] if at in tests else [""] * len(differs)
         rows.append(row)
     return rows
 
