@@ -80,7 +80,7 @@ def kept(folder: Path) -> tuple[list[Study], dict[str, list[Study]]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", help="a folder of docs/results, or results.json of studies of one budget")
+    parser.add_argument("results", nargs="+", help="a folder of docs/results, or files of studies of one budget")
     parser.add_argument(
         "--share",
         action="append",

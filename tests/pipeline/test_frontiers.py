@@ -12,7 +12,7 @@ from scipy import optimize, stats
 from rto.evaluation.statistics.estimates import holm
 from rto.recipe import Recipe, RecipeError, load_recipe
 from rto.studies.foretold import FORETOLD
-from rto.studies.replicates import paired
+from rto.studies.replicates import interval, paired
 from rto.studies.report import FIGURES, Study, write_study
 from rto.studies.reproduce import Job, of_frontier, plan, reproduce, with_frontier
 
@@ -204,12 +204,29 @@ def test_the_page_says_what_the_studies_say(folder: str, monkeypatch: pytest.Mon
     import frontiers
 
     studies, shares = frontiers.kept(ROOT / "docs" / "results" / folder)
-    assert len(studies) == 2
+    assert studies
     assert list(shares) == ["1/8", "1/4", "1/2"]
     page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     for row in frontiers.table(studies, shares).split("\n")[2:]:
         for cell in (cell.split(" (")[0].strip().replace("-", "−") for cell in row.split("|")[2:-1]):
             assert cell in page, row
+
+
+def test_the_page_says_what_a_q_function_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside PPO of the study with the same seeds, starts and pairs."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import frontiers
+
+    folder = ROOT / "docs" / "results" / "stacked"
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "").split())
+    q, (studies, _) = frontiers.read(str(folder / "q.json")), frontiers.kept(folder)
+    seeds = q.results["seeds"]
+    assert studies[0].results["seeds"][: len(seeds)] == seeds
+    for level in (1.0, 2.0, 4.0):
+        paid = q.at_equal_kl("PPO (Q-RM)", level)["gold"]
+        lead = paired(paid, frontiers.at_equal_kl(studies, "PPO", level)["gold"][: len(seeds)]).difference
+        for found in (interval(paid), lead):
+            assert f"{found.mean:.2f} ± {found.half:.2f}".replace("-", "−") in page
 
 
 def test_a_share_of_the_prompts_is_set_against_the_baseline_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
