@@ -157,7 +157,6 @@ ONLINE: Names = {
         Not("the policy is the adapter that model names, π_ref its base or the adapter that ref_model names"),
     ),
     "vllm_importance_sampling_cap": As("vllm_importance_sampling_clip_max"),
-    "vllm_importance_sampling_clip_min": Not("weights are bounded from above: vllm_importance_sampling_clip_max"),
     "vllm_model_impl": Not("vLLM takes its own implementation of a model", (None, False, "vllm")),
     "vllm_structured_outputs_regex": Not(_DRAW),
     "vllm_group_port": Not("weights go to a server as files: vllm_sync_folder", (None, False, 51216)),

@@ -9,7 +9,7 @@ import torch
 from rto.functional.importance import MODES, Correction, log_ratio, mismatch
 from rto.functional.ppo import policy_loss
 
-CAP = 1.5
+CAP, FLOOR = 1.5, 0.5
 
 
 @pytest.fixture
@@ -30,18 +30,20 @@ def oracle(logp, sampler, mask):
     ]
 
 
+@pytest.mark.parametrize(("floor", "cap"), [(0.0, CAP), (FLOOR, CAP), (FLOOR, math.inf), (0.0, math.inf)])
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_are_those_written_out(rows, mode):
+def test_weights_are_those_written_out(rows, mode, floor, cap):
     logp, sampler, mask = rows
-    found = Correction(mode, CAP)(log_ratio(logp, sampler, mask))
+    found = Correction(mode, cap, floor)(log_ratio(logp, sampler, mask))
     bounded, seen = [], set()
     for rhos in oracle(logp, sampler, mask):
         for rho in rhos:
             whole = math.prod(rhos) if mode.startswith("sequence") else rho
-            kept = min(whole, CAP) if mode.endswith("truncate") else whole * (whole <= CAP)
-            bounded.append((kept, whole > CAP))
-            seen.add(whole > CAP)
-    assert seen == {True, False}
+            within = floor <= whole <= cap
+            kept = max(min(whole, cap), floor) if mode.endswith("truncate") else whole * within
+            bounded.append((kept, not within))
+            seen.add("below" if whole < floor else "above" if whole > cap else "within")
+    assert seen == {"within"} | ({"below"} if floor else set()) | ({"above"} if cap < math.inf else set())
     assert found.weights[mask].tolist() == pytest.approx([w for w, _ in bounded], rel=1e-5)
     assert found.clipped[mask].tolist() == [clipped for _, clipped in bounded]
     assert found.weights.isfinite().all()
@@ -99,6 +101,11 @@ def test_the_gradient_is_the_policys_in_expectation(mode, length):
     exact, corrected, plain = gradient(logp(pi), mask), gradient(logp(mu), weights), gradient(logp(mu), mask)
     assert (plain - exact).abs().max() > 0.05
     torch.testing.assert_close(corrected, exact)
+
+
+def test_bounds_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"at least 3\.0 and at most 2\.0"):
+        Correction(floor=3.0)
 
 
 def test_no_gradient_goes_through_a_weight():

@@ -150,6 +150,7 @@ def test_a_batch_that_could_not_be_drawn_stops_the_run(start: Callable[..., RTOT
         ({"async_rollouts": 1, "sampler": lambda *args: None}, "must hold weights of its own"),
         ({"use_vllm": True}, "use_vllm names a sampler, and another one is given"),
         ({"vllm_mode": "other"}, "vllm_mode='other' is not known"),
+        ({"vllm_importance_sampling_clip_min": 3.0}, "clip_min=3.0 must not exceed"),
         ({"vllm_importance_sampling_mode": "none"}, "vllm_importance_sampling_mode='none' is not known"),
         ({"critic_warmup_steps": 2, "advantage_estimator": "reinforce++"}, "critic_warmup_steps asks for a critic"),
     ],

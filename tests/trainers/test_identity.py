@@ -133,9 +133,9 @@ DECIDE = """
     router_aux_loss_coef score_coef seed shuffle_dataset split_special_tokens swap_pairs temperature tf32
     token_reward token_reward_clip token_reward_kwargs token_reward_pessimism top_k top_p total_episodes
     train_sampling_strategy truncation_mode trust_remote_code use_liger_kernel use_vllm value_coef
-    value_learning_rate vf_coef vllm_importance_sampling_clip_max vllm_importance_sampling_correction
-    vllm_importance_sampling_mode vllm_max_model_length vllm_mode warmup_steps weight_decay whiten_advantages
-    whiten_rewards
+    value_learning_rate vf_coef vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode warmup_steps
+    weight_decay whiten_advantages whiten_rewards
 """
 CONFIGS = (RTOConfig, PreferenceConfig, SFTConfig, RewardConfig)
 

@@ -70,18 +70,23 @@ def of_sequence(log_rho: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return log_rho.sum(-1, keepdim=True).exp().expand_as(log_rho)
 
 
-def truncate(rho: Float[Tensor, "B T"], cap: float) -> Float[Tensor, "B T"]:
-    """min(ρ, C)."""
-    return rho.clamp(max=cap)
+def truncate(rho: Float[Tensor, "B T"], floor: float, cap: float) -> Float[Tensor, "B T"]:
+    """min(max(ρ, c), C)."""
+    return rho.clamp(floor, cap)
 
 
-def leave_out(rho: Float[Tensor, "B T"], cap: float) -> Float[Tensor, "B T"]:
-    """ρ where it is at most C, 0 elsewhere."""
-    return torch.where(rho > cap, 0.0, rho)
+def leave_out(rho: Float[Tensor, "B T"], floor: float, cap: float) -> Float[Tensor, "B T"]:
+    """ρ where it is within [c, C], 0 elsewhere."""
+    return torch.where(outside(rho, floor, cap), 0.0, rho)
+
+
+def outside(rho: Float[Tensor, "B T"], floor: float, cap: float) -> Bool[Tensor, "B T"]:
+    """Where ρ is below c or above C."""
+    return (rho < floor) | (rho > cap)
 
 
 Level = Callable[[Float[Tensor, "B T"]], Float[Tensor, "B T"]]
-Bound = Callable[[Float[Tensor, "B T"], float], Float[Tensor, "B T"]]
+Bound = Callable[[Float[Tensor, "B T"], float, float], Float[Tensor, "B T"]]
 
 MODES: dict[str, tuple[Level, Bound]] = {
     "token_truncate": (of_token, truncate),
@@ -89,7 +94,7 @@ MODES: dict[str, tuple[Level, Bound]] = {
     "sequence_truncate": (of_sequence, truncate),
     "sequence_mask": (of_sequence, leave_out),
 }
-"""As TRL names them."""
+"""As TRL names them; tokens left out on both sides are IcePop (Ling team, 2025, arXiv:2510.18855)."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,23 @@ class Correction:
 
     Attributes:
         mode: one of `MODES`.
-        cap: C, the largest weight.
+        cap: C, the largest weight; infinite where there is no bound.
+        floor: c, the smallest; 0 where there is none.
+
+    Raises:
+        ValueError: no weight is within the bounds.
     """
 
     mode: str = "token_truncate"
     cap: float = 2.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.floor > self.cap:
+            raise ValueError(f"no importance weight is at least {self.floor} and at most {self.cap}")
 
     def __call__(self, log_rho: Float[Tensor, "B T"]) -> Weights:
         """Constants: no gradient goes through them."""
         level, bound = MODES[self.mode]
         rho = level(log_rho.detach())
-        return Weights(bound(rho, self.cap), rho > self.cap)
+        return Weights(bound(rho, self.floor, self.cap), outside(rho, self.floor, self.cap))

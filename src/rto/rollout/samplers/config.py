@@ -1,6 +1,7 @@
 """Which sampler a run draws with, and how its distance to the policy is made up for."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -43,7 +44,8 @@ class VLLMArguments:
         vllm_importance_sampling_correction: weigh the policy's loss by π/μ (`rto.functional.importance`), whatever
             draws: it is 1 to rounding where transformers do, in the policy's own precision.
         vllm_importance_sampling_mode: token or sequence, truncate or mask.
-        vllm_importance_sampling_clip_max: the largest weight.
+        vllm_importance_sampling_clip_max: the largest weight; None means any.
+        vllm_importance_sampling_clip_min: the smallest; None means any.
     """
 
     use_vllm: bool = field(default=False, metadata={"help": "Draw with vLLM instead of transformers."})
@@ -71,7 +73,12 @@ class VLLMArguments:
         default=True, metadata={"help": "Weigh the policy's loss by policy over sampler."}
     )
     vllm_importance_sampling_mode: str = field(default="token_truncate", metadata={"help": f"{', '.join(MODES)}."})
-    vllm_importance_sampling_clip_max: float = field(default=2.0, metadata={"help": "The largest weight."})
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=2.0, metadata={"help": "The largest weight; None: any."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "The smallest weight; None: any."}
+    )
 
     vllm_ranges: ClassVar[Mapping[str, Range]] = {
         "vllm_server_port": COUNT,
@@ -79,16 +86,23 @@ class VLLMArguments:
         "vllm_gpu_memory_utilization": POSITIVE_SHARE,
         "vllm_max_model_length": COUNT,
         "vllm_importance_sampling_clip_max": POSITIVE,
+        "vllm_importance_sampling_clip_min": POSITIVE,
     }
 
     def check_vllm(self) -> None:
-        """Refuse a mode that is none, and warn of samples that nothing weighs.
+        """Refuse a mode that is none and bounds that leave nothing, and warn of samples that nothing weighs.
 
         Raises:
-            ValueError: it is none; the message names those that are.
+            ValueError: it is none, or no weight is within the bounds; the message names what is at fault.
         """
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, tuple(MODES))
+        smallest, largest = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if smallest is not None and largest is not None and smallest > largest:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={smallest} must not exceed "
+                f"vllm_importance_sampling_clip_max={largest}: no weight is within"
+            )
         if self.async_rollouts not in (0, 1):
             raise ValueError(
                 f"async_rollouts={self.async_rollouts}: samples may be one version old at most; choose from 0, 1"
@@ -114,7 +128,12 @@ class VLLMArguments:
         """Weights of the policy's loss; None where they are off."""
         if not self.vllm_importance_sampling_correction:
             return None
-        return Correction(self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_max)
+        smallest, largest = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        return Correction(
+            self.vllm_importance_sampling_mode,
+            cap=math.inf if largest is None else largest,
+            floor=0.0 if smallest is None else smallest,
+        )
 
 
 def sampler_of(args: Any, sampling: SamplingConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Sampler:
