@@ -182,6 +182,9 @@ class Tuning:
             from what they are compared with in one thing.
         learners: search for the learners, too; else they keep the recipe's rates, and with them what weights of their
             rewards were found for.
+        frontier: take the factors of a method's points (`Frontier`) together: those whose best mixtures have the most
+            gold, summed over the levels. Else each point takes its own by gold, which goes far from the reference and
+            leaves little for small KLs. ``max_kl`` is then not read for them.
     """
 
     factors: list[Positive] = field(default_factory=lambda: [0.5, 1.0, 2.0])
@@ -189,6 +192,7 @@ class Tuning:
     max_kl: NotNegative | None = None
     like: dict[str, str] = field(default_factory=dict)
     learners: bool = True
+    frontier: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -768,6 +772,8 @@ def _check_names(recipe: Recipe) -> None:
     for key in ("tune", "frontier", "foretell"):
         if getattr(study, key) is not None and recipe.data.validation_prompts is None:
             raise RecipeError(f"study.{key} reads data.validation_prompts: give them, or set study.{key} to null")
+    if study.tune is not None and study.tune.frontier and study.frontier is None:
+        raise RecipeError("study.tune.frontier tunes for the levels of study.frontier: give one, or set it to false")
     if study.foretell is not None and recipe.gold is None:
         raise RecipeError("study.foretell tells the gain in gold, and the recipe has none: set it to null")
 

@@ -1,5 +1,6 @@
 """Methods at equal KL, each with the β₂ that is best there; and gains foretold beside gains measured."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_a_learner_is_read_as_what_it_is(recipe: Recipe, kind: str, loss: str) -
         ({"study.frontier.methods": ["PPOO"]}, r"study\.frontier\.methods: no method 'PPOO'"),
         ({"data.validation_prompts": None}, r"study\.frontier reads data\.validation_prompts"),
         ({"data.validation_prompts": None, "study.frontier": None}, r"study\.foretell reads data\.validation_prompts"),
+        ({"study.tune": {"frontier": True}, "study.frontier": None}, r"study\.tune\.frontier tunes for the levels"),
         ({"study.foretell.completions": 1}, r"completions.*greater than or equal to 2|at least 2"),
     ],
 )
@@ -95,8 +97,8 @@ def numbers(policy: str, seed: int, prompts: str) -> tuple[float, float]:
 
 
 @pytest.fixture
-def results(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study whose jobs write numbers drawn by hand."""
+def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs write numbers drawn by hand."""
 
     def run(job: Job, console: Console) -> None:
         job.path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,11 @@ def results(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Job, "run", run)
     monkeypatch.setattr("rto.studies.reproduce.Pipeline.check", lambda self: None)
+
+
+@pytest.fixture
+def results(recipe: Recipe, tmp_path: Path, _no_training: None) -> Path:
+    """A study of such jobs."""
     return reproduce(recipe, tmp_path / "out", seeds=len(SEEDS), console=Console(quiet=True))
 
 
@@ -160,6 +167,41 @@ def test_the_foretold_gain_stands_beside_the_measured_one(results: Path) -> None
     row = next(line for line in section.split("\n") if line.startswith("| rank correlation"))
     assert float(row.split("|")[6].split("±")[0].replace("−", "-")) == pytest.approx(np.mean(ranks), abs=0.051)
     assert study.foretold == ["PPO", "RTO", "RTO (stacked)"]
+
+
+@pytest.mark.usefixtures("_no_training", "recipe")
+def test_rates_of_a_frontier_are_those_of_the_best_mixtures(tmp_path: Path) -> None:
+    tune = {"factors": [0.5, 1.0, 2.0], "seed": 1000, "learners": False}
+    kept = {}
+    for together in (False, True):
+        asked = load_recipe(
+            ROOT / "recipes/embedded/frontiers.yaml",
+            {"study.tune": {**tune, "frontier": together}, "study.foretell": None, "study.comparisons": {}},
+        )
+        path = reproduce(asked, tmp_path / f"{together}", methods=["PPO", "RTO"], seeds=2, console=Console(quiet=True))
+        kept[together] = json.loads(path.read_text())["recipe"]["methods"]
+    assert asked.study.frontier is not None
+
+    def reached(points: list[str], factors: tuple[float, ...]) -> float:
+        trials = [f"{point} × {factor:g}" for point, factor in zip(points, factors)]
+        gold, kl = np.array([numbers(name, 1000, "validation_prompts") for name in ("start", *trials)]).T
+        one = np.ones((1, 3))
+        return -sum(
+            optimize.linprog(-gold, A_ub=kl[None], b_ub=[level], A_eq=one, b_eq=[1.0]).fun
+            for level in asked.study.frontier.levels
+        )
+
+    for method in ("PPO", "RTO"):
+        points = [method, f"{method} β₂ 0.2"]
+        best = max(itertools.product(tune["factors"], repeat=2), key=lambda factors: reached(points, factors))
+        rates = [kept[True][point]["learning_rate"] for point in points]
+        assert rates == pytest.approx([factor * asked.train["learning_rate"] for factor in best])
+        table = write_study(tmp_path / "True" / "results.json").read_text().split("### Tuning")[1]
+        for point, factor in zip(points, best):
+            (row,) = [line for line in table.split("\n") if line.startswith(f"| {point} |")]
+            bold = [cell.strip().startswith("**") for cell in row.split("|")[2:-1]]
+            assert bold == [factor == other for other in tune["factors"]]
+    assert kept[True] != kept[False], "chosen by gold they would be the same: the test cannot tell"
 
 
 def test_a_study_without_its_baseline_has_no_columns_of_differences(results: Path) -> None:

@@ -353,13 +353,12 @@ def tuning_table(study: Study) -> list[list[str]]:
     trials = study.results["tuning"]
     if not trials:
         return []
-    from rto.studies.reproduce import Trial, best
-
+    recipe = study.results["recipe"]
     rows = [["", *(f"× {trial['factor']:g}" for trial in next(iter(trials.values())))]]
     for name, found in trials.items():
-        chosen = best([Trial(**trial) for trial in found], study.study["tune"]["max_kl"]).factor
+        taken = recipe["learners" if name in recipe["learners"] else "methods"][name]["learning_rate"]
         cells = [f"{_number(t['gold'])} at KL {_number(t['kl'])} (lr {t['learning_rate']:.1e})" for t in found]
-        rows.append([name, *(f"**{c}**" if t["factor"] == chosen else c for c, t in zip(cells, found))])
+        rows.append([name, *(f"**{c}**" if t["learning_rate"] == taken else c for c, t in zip(cells, found))])
     return rows
 
 

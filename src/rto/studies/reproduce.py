@@ -12,11 +12,12 @@ passed over, so that the same command continues after a kill.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +26,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from rto.errors import make_folder, told
+from rto.evaluation.statistics.gain import best_mixture
 from rto.files import parse_json, write_atomically
 from rto.functional.rewards import RTOReward
 from rto.packaged import packaged
@@ -509,6 +512,12 @@ def tune(
     on_line = replace(start, learners=learners, methods=methods)
     found = tried("methods", list(methods), on_line)
     factors |= {name: best(trial, tuning.max_kl).factor for name, trial in found.items()}
+    if tuning.frontier:
+        assert recipe.study.frontier is not None
+        point = of_frontier(recipe)
+        for method in dict.fromkeys(point.values()):
+            points = {name: trial for name, trial in found.items() if point.get(name, name) == method}
+            factors |= best_together(points, _measured(folder / "sft"), recipe.study.frontier.levels)
     factors |= {name: factors[other] for name, other in tuning.like.items() if other in factors}
     kept = {
         key: {n: _at(recipe, key, n, factors.get(n, 1.0)) for n in getattr(recipe, key)}
@@ -521,6 +530,27 @@ def best(trials: Sequence[Trial], max_kl: float | None) -> Trial:
     """The highest gold on validation prompts among those within ``max_kl``; if none is, the least KL."""
     near = [trial for trial in trials if max_kl is None or trial.kl <= max_kl]
     return max(near, key=lambda t: (t.gold, -t.factor)) if near else min(trials, key=lambda t: t.kl)
+
+
+def best_together(
+    points: Mapping[str, Sequence[Trial]], start: tuple[float, float], levels: Sequence[float]
+) -> dict[str, float]:
+    """The factors, a trial a point, whose best mixtures with the start have the most gold on validation prompts.
+
+    Gold is summed over the levels of KL; of equal ones the first is taken.
+
+    Args:
+        points: of one method, with the trials of each.
+        start: gold and KL of the policy that training starts from.
+        levels: KLs, nats a completion.
+    """
+
+    def reached(chosen: Sequence[Trial]) -> float:
+        gold, kl = np.array([start, *((trial.gold, max(trial.kl, 0.0)) for trial in chosen)]).T
+        return sum(float(best_mixture(gold, kl, level) @ gold) for level in levels)
+
+    chosen = max(itertools.product(*points.values()), key=reached)
+    return {name: trial.factor for name, trial in zip(points, chosen, strict=True)}
 
 
 def trial_name(name: str, factor: float) -> str:
@@ -552,9 +582,15 @@ def _learning_rate(recipe: Recipe, key: str, own: dict[str, Any]) -> float:
 
 def _trial(folder: Path, search: Recipe, key: str, name: str, factor: float) -> Trial:
     trial = trial_name(name, factor)
-    found = _read(folder / folder_of(trial) / "validation_prompts.json")
+    gold, kl = _measured(folder / folder_of(trial))
     rate = _learning_rate(search, key, getattr(search, key)[trial])
-    return Trial(learning_rate=rate, factor=factor, gold=_mean(found["gold"]), kl=_mean(found["kl"]))
+    return Trial(learning_rate=rate, factor=factor, gold=gold, kl=kl)
+
+
+def _measured(folder: Path) -> tuple[float, float]:
+    """Gold and KL of a policy on validation prompts."""
+    found = _read(folder / "validation_prompts.json")
+    return _mean(found["gold"]), _mean(found["kl"])
 
 
 # --- collect
