@@ -43,9 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation site, into site/; a warning is an error. mkdocs reads sources, so it needs none of the others.
+# The documentation site, into site/; a warning is an error (with --quiet none is seen, nor counted). mkdocs reads sources,
+# so it needs none of the others.
 docs: $(VENV)-docs/.installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 $(VENV)-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
