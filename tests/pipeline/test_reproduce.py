@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,12 +170,16 @@ def test_another_recipe_is_refused_and_another_question_is_not(finished: Path) -
 
 
 @pytest.mark.slow
-def test_a_finished_study_foretells_when_it_is_asked_and_draws_anew_for_another_number(finished: Path) -> None:
+def test_a_finished_study_foretells_when_it_is_asked_and_draws_anew_for_another_number(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "study")  # other tests count what its report shows
+
     def foretold(**asked: int) -> tuple[list[Path], int]:
         recipe = study(**{"study.foretell": asked})
-        reproduce(recipe, finished, methods=["PPO", "RTO"], seeds=2, console=Console(quiet=True))
-        drawn = json.loads((finished / "seed-0" / "sft" / "completions.json").read_text())
-        return sorted(finished.glob("seed-*/*/foretold.json")), len(drawn["ids"])
+        reproduce(recipe, folder, methods=["PPO", "RTO"], seeds=2, console=Console(quiet=True))
+        drawn = json.loads((folder / "seed-0" / "sft" / "completions.json").read_text())
+        return sorted(folder.glob("seed-*/*/foretold.json")), len(drawn["ids"])
 
     files, drawn = foretold(prompts=8, completions=4)
     assert len(files) == 2 * len(("PPO", "RTO", "RTO 1/4"))
