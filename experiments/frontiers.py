@@ -80,7 +80,7 @@ def kept(folder: Path) -> tuple[list[Study], dict[str, list[Study]]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", help="a folder of docs/results, or files of studies of one budget")
+    parser.add_argument("results", nargs="+", help="of studies of one budget: files, or folders of docs/results")
     parser.add_argument(
         "--share",
         action="append",
@@ -89,13 +89,16 @@ def main() -> None:
         help="a share of the prompts; again for more of its studies",
     )
     given = parser.parse_args()
+    studies: list[Study] = []
     shares: dict[str, list[Study]] = {}
-    for name, path in (share.split("=", 1) for share in given.share):
-        shares.setdefault(name, []).append(read(path))
-    if Path(given.results[0]).is_dir():
-        print(table(*kept(Path(given.results[0]))))
-    else:
-        print(table([read(path) for path in given.results], shares))
+    for path in map(Path, given.results):
+        of_all, of_shares = kept(path) if path.is_dir() else ([read(str(path))], {})
+        studies += of_all
+        for name, of_share in of_shares.items():
+            shares.setdefault(name, []).extend(of_share)
+    for name, file in (share.split("=", 1) for share in given.share):
+        shares.setdefault(name, []).append(read(file))
+    print(table(studies, shares))
 
 
 if __name__ == "__main__":

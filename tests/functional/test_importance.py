@@ -104,7 +104,7 @@ def test_the_gradient_is_the_policys_in_expectation(mode, length):
 
 
 def test_bounds_that_leave_nothing_are_refused():
-    with pytest.raises(ValueError, match=r"at least 3\.0 and at most 2\.0"):
+    with pytest.raises(ValueError, match=r"clip_min=3\.0 must not exceed clip_max=2\.0"):
         Correction(floor=3.0)
 
 

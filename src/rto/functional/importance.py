@@ -116,7 +116,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         if self.floor > self.cap:
-            raise ValueError(f"no importance weight is at least {self.floor} and at most {self.cap}")
+            raise ValueError(f"importance weights: clip_min={self.floor} must not exceed clip_max={self.cap}")
 
     def __call__(self, log_rho: Float[Tensor, "B T"]) -> Weights:
         """Constants: no gradient goes through them."""

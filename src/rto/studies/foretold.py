@@ -85,12 +85,13 @@ def _draws(recipe: Recipe, policy: Path, start: Path) -> _Drawn:
     prompts = read_prompts(rows, tokenizer, max_length=room, what="data.validation_prompts")[0][: asked.prompts]
     repeated = [prompt for prompt in prompts for _ in range(asked.completions)]
     path = policy / DRAWN
-    if not path.is_file() or len(json.loads(path.read_text(encoding="utf-8"))["ids"]) != len(repeated):
+    found: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"ids": []}
+    if len(found["ids"]) != len(repeated):
         sampling = SamplingConfig(
             max_completion_length=recipe.completion_length, temperature=_config(recipe, start).temperature
         )
         sampler = TransformersSampler.of(model, tokenizer, sampling)
-        found: dict[str, list[Any]] = {"ids": [], "texts": [], "ended": [], "gold": []}
+        found = {"ids": [], "texts": [], "ended": [], "gold": []}
         for i in range(0, len(repeated), SIDE_BY_SIDE):
             part = repeated[i : i + SIDE_BY_SIDE]
             some = draw(sampler, model, tokenizer, [p.ids for p in part], recipe.seed * 1_000_003 + 2**20 + i)
@@ -98,7 +99,7 @@ def _draws(recipe: Recipe, policy: Path, start: Path) -> _Drawn:
             found["ids"], found["texts"] = found["ids"] + some.ids, found["texts"] + some.texts
             found["ended"] += some.ended
         write_atomically(path, json.dumps(found))
-    return _Drawn(prompts=prompts, **json.loads(path.read_text(encoding="utf-8")))
+    return _Drawn(prompts=prompts, **found)
 
 
 def _config(recipe: Recipe, folder: Path) -> Any:

@@ -97,12 +97,7 @@ class VLLMArguments:
         """
         check_choice("vllm_mode", self.vllm_mode, VLLM_MODES)
         check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, tuple(MODES))
-        smallest, largest = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if smallest is not None and largest is not None and smallest > largest:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min={smallest} must not exceed "
-                f"vllm_importance_sampling_clip_max={largest}: no weight is within"
-            )
+        self.correction()
         if self.async_rollouts not in (0, 1):
             raise ValueError(
                 f"async_rollouts={self.async_rollouts}: samples may be one version old at most; choose from 0, 1"
